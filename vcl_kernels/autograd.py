@@ -1,0 +1,173 @@
+"""The autograd functions around the ops: which gradient is computed when, and what is kept until then.
+
+The first derivative is the kernels'; a backward that is itself differentiated (``create_graph=True``) goes
+through the reference, so that second derivatives are exact. A ``backend`` is a namespace with the ops' names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .geometry import empty_rows, in_unit_order
+from .spec import LossSpec
+
+
+def loss(x: Tensor, beta: Tensor | None, spec: LossSpec, backend: Any) -> Tensor:
+    """Differentiable loss of ``x``, which lies in a supported layout."""
+    if beta is not None:
+        kernel_beta = in_unit_order(beta.detach(), x, spec.per_activation)
+    else:
+        kernel_beta = None
+    if not (torch.is_grad_enabled() and (x.requires_grad or (beta is not None and beta.requires_grad))):
+        return backend.loss(x, kernel_beta, *spec)
+    if 2 * spec.K * spec.n <= x.shape[0]:
+        return DeferredLoss.apply(x, beta, kernel_beta, spec, backend, True)[0]
+    # float16: scaling by the upstream gradient (a GradScaler's) must come before rounding, or small values
+    # vanish. Units that do not fit on chip: x is read twice in any case, and then once the upstream is known.
+    if x.dtype == torch.float16 or not backend.one_pass(x, spec.n, spec.K, spec.per_activation):
+        return DeferredLoss.apply(x, beta, kernel_beta, spec, backend, False)[0]
+    return OnePassLoss.apply(x, beta, kernel_beta, spec, backend)
+
+
+class OnePassLoss(torch.autograd.Function):
+    """Loss and gradient in one pass over x; nothing is left for backward if the upstream gradient is 1."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, beta: Tensor | None, kernel_beta: Tensor | None, spec: LossSpec, backend: Any
+    ) -> Tensor:
+        """Save dx for an upstream gradient of 1, and x for a second derivative."""
+        loss, dx, dbeta = backend.loss_dx(x, kernel_beta, *spec, ctx.needs_input_grad[1])
+        ctx.save_for_backward(x, beta, dx, dbeta)
+        ctx.spec, ctx.backend = spec, backend
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale what forward computed."""
+        x, beta, dx, dbeta = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_differentiable(x, beta, ctx, g), None, None, None
+        if ctx.needs_input_grad[0]:
+            dx = _scaled(dx, g, ctx.backend)
+        return dx, _beta_gradient(ctx, beta, dbeta, g), None, None, None
+
+
+class DeferredLoss(torch.autograd.Function):
+    """Loss now; in backward dx = g · scale · (x - mean), rounded once.
+
+    ``keep_rows``: only the rows that take part are kept, as a second output (so that a second derivative
+    reaches x through it). Otherwise x is.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        beta: Tensor | None,
+        kernel_beta: Tensor | None,
+        spec: LossSpec,
+        backend: Any,
+        keep_rows: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Save the rows that take part and the (K, U) coefficients."""
+        ctx.set_materialize_grads(False)
+        rows = x[: spec.K * spec.n].clone() if keep_rows else None
+        kept = x if rows is None else rows
+        loss, mean, scale, dbeta = backend.loss_coefficients(kept, kernel_beta, *spec, ctx.needs_input_grad[1])
+        ctx.save_for_backward(kept, beta, mean, scale, dbeta)
+        ctx.spec, ctx.backend, ctx.rows = spec, backend, x.shape[0]
+        return loss, rows
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, g_rows: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Apply the coefficients, with the upstream gradient in them."""
+        spec = ctx.spec
+        kept, beta, mean, scale, dbeta = ctx.saved_tensors
+        dx = db = None
+        if g is not None and torch.is_grad_enabled():
+            dx, db = _differentiable(kept, beta, ctx, g)
+            dx = None if dx is None else _padded(dx, ctx.rows)
+        elif g is not None:
+            if ctx.needs_input_grad[0]:
+                coefficient = in_unit_order(scale * g, kept, spec.per_activation)
+                dx = ctx.backend.moments_dx(kept, mean, coefficient, None, spec.n, ctx.rows, spec.per_activation)
+            db = _beta_gradient(ctx, beta, dbeta, g)
+        if g_rows is not None:  # a second derivative by way of the kept rows
+            dx = _padded(g_rows, ctx.rows) if dx is None else dx + _padded(g_rows, ctx.rows)
+        return dx, db, None, None, None, None
+
+
+class Moments(torch.autograd.Function):
+    """Mean and unbiased variance of each sub-batch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, n: int, K: int, per_activation: bool, backend: Any) -> tuple[Tensor, Tensor]:
+        """Save x and the means."""
+        ctx.set_materialize_grads(False)
+        mean, var = backend.moments(x, n, K, per_activation)
+        ctx.save_for_backward(x, mean)
+        ctx.args, ctx.backend = (n, K, per_activation), backend
+        return mean, var
+
+    @staticmethod
+    def backward(ctx: Any, dmean: Tensor | None, dvar: Tensor | None) -> tuple[Tensor | None, ...]:
+        """dx = dvar · 2/(M-1) · (x - mean) + dmean / M."""
+        x, mean = ctx.saved_tensors
+        n, K, per_activation = ctx.args
+        if dmean is None and dvar is None:
+            return None, None, None, None, None
+        if torch.is_grad_enabled():
+            outputs = reference.moments(x, n, K, per_activation)
+            given = [(o, g) for o, g in zip(outputs, (dmean, dvar), strict=True) if g is not None]
+            (dx,) = torch.autograd.grad([o for o, _ in given], [x], [g for _, g in given], create_graph=True)
+            return dx, None, None, None, None
+        M = n if per_activation else n * (x[0, 0].numel())
+        scale = torch.zeros_like(mean) if dvar is None else dvar * (2 / (M - 1))
+        shift = None if dmean is None else in_unit_order(dmean / M, x, per_activation)
+        scale = in_unit_order(scale, x, per_activation)
+        dx = ctx.backend.moments_dx(x, mean, scale, shift, n, x.shape[0], per_activation)
+        return dx, None, None, None, None
+
+
+def _differentiable(x: Tensor, beta: Tensor | None, ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients by x and beta as functions that can be differentiated again, from the reference."""
+    value = reference.loss(x, beta, ctx.spec)
+    inputs = [t for t, needed in zip((x, beta), ctx.needs_input_grad, strict=False) if needed and t is not None]
+    found = iter(torch.autograd.grad(value, inputs, g, create_graph=True))
+    dx = next(found) if ctx.needs_input_grad[0] else None
+    return dx, next(found) if ctx.needs_input_grad[1] else None
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    """Return ``rows`` followed by rows of zeros, ``count`` in all."""
+    if rows.shape[0] == count:
+        return rows
+    return torch.cat([rows, torch.zeros_like(empty_rows(rows, count - rows.shape[0]))])
+
+
+def _beta_gradient(ctx: Any, beta: Tensor | None, dbeta: Tensor, g: Tensor) -> Tensor | None:
+    if beta is None or not ctx.needs_input_grad[1]:
+        return None
+    dbeta = dbeta * g
+    return dbeta.sum() if dbeta.dim() > beta.dim() else dbeta
+
+
+def _scaled(dx: Tensor, g: Tensor, backend: Any) -> Tensor:
+    """dx · g; dx itself is used up unless the graph is kept for another backward."""
+    if g.dim() == 1:
+        g = g.view(-1, *[1] * (dx.dim() - 2))
+    if torch.compiler.is_compiling():
+        return (dx * g).to(dx.dtype)
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return torch.mul(dx, g, out=torch.empty_like(dx))
+    if dx.device.type != "cpu" and g.dim() == 0:
+        backend.multiply_(dx, g)
+        return dx
+    if g.dim() == 0 and g.item() == 1.0:
+        return dx
+    return dx.mul_(g)

@@ -1,0 +1,72 @@
+"""The backends: which can run here, and which serves a tensor. They know nothing of each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpu, triton
+
+NAMES = ("cpu", "triton", "reference")
+
+
+def load_native() -> None:
+    """Load the compiled ops, if they were built."""
+    cpu.load()
+
+
+def register_triton(library: torch.library.Library) -> None:
+    """Register the Triton kernels for CUDA tensors, if Triton is installed."""
+    if triton.reason_not_installed() is None and not triton.interpreting():
+        triton.register(library)
+
+
+def interpreted_triton() -> Any:
+    """Return the Triton launchers themselves, which take CPU tensors under the interpreter."""
+    from .triton import launchers
+
+    return launchers
+
+
+def backends() -> dict[str, str]:
+    """Return each backend's name with ``"available"``, or with why it cannot run here and what to install.
+
+    >>> backends()["reference"]
+    'available'
+    """
+    reasons = {"cpu": cpu.reason(), "triton": triton.reason(), "reference": None}
+    return {name: reason or "available" for name, reason in reasons.items()}
+
+
+def choose(name: str | None, x: Tensor) -> str:
+    """Return the backend that serves ``x``: the named one, or the fastest that runs.
+
+    Raises:
+        ValueError: the name is unknown, or the backend does not take tensors of x's device.
+        RuntimeError: the named backend cannot run here.
+    """
+    device = x.device.type
+    if name is None:
+        if device == "cpu":
+            return "cpu" if cpu.reason() is None else "reference"
+        return "triton" if device == "cuda" and triton.reason() is None else "reference"
+    if name not in NAMES:
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}; got {name!r}")
+    if name == "reference":
+        return name
+    reason = cpu.reason() if name == "cpu" else triton.reason()
+    if reason is not None:
+        raise RuntimeError(f"backend={name!r} cannot run: {reason}")
+    serves = "cpu" if name == "cpu" or triton.interpreting() else "cuda"
+    if device != serves:
+        raise ValueError(f"backend={name!r} takes {serves} tensors here; x is on {x.device}")
+    return name
+
+
+def one_pass(x: Tensor, n: int, K: int, per_activation: bool) -> bool:
+    """Whether the backend of x's device computes loss and gradient from one read of memory."""
+    if x.device.type == "cpu":
+        return cpu.one_pass(x, n, K, per_activation)
+    return triton.one_pass(x, n, K, per_activation)

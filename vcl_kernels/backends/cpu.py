@@ -1,0 +1,46 @@
+"""The native CPU backend: csrc/cpu, compiled into ``_C`` and registered with the dispatcher when loaded."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..geometry import Geometry
+
+_ONE_PASS_BYTES = 4 << 20  # of x for one unit (or 64 contiguous ones): read again from L2 or L3 for the gradient
+
+_loaded = False
+
+
+def load() -> None:
+    """Load the extension, if it was built."""
+    global _loaded
+    path = _library_path()
+    if path is not None:
+        torch.ops.load_library(str(path))
+        _loaded = True
+
+
+def _library_path() -> Path | None:
+    return next(iter(sorted(Path(__file__).parent.parent.glob("_C*.so"))), None)
+
+
+def reason() -> str | None:
+    """Return why the backend cannot run, or None if it can."""
+    if _loaded:
+        return None
+    missing = [name for name in ("g++", "ninja") if shutil.which(name) is None]
+    lacking = f"; missing here: {', '.join(missing)}" if missing else ""
+    return (
+        "the native extension was not built; install a C++20 compiler (g++ >= 11 or clang >= 14) and ninja, then "
+        f"`pip install --no-build-isolation --force-reinstall --no-deps .` in the source folder{lacking}"
+    )
+
+
+def one_pass(x: Tensor, n: int, K: int, per_activation: bool) -> bool:
+    """Whether loss and gradient come from one read of memory."""
+    g = Geometry.of(x, n, K, per_activation)
+    return K * g.M * x.element_size() * (1 if g.spatial else 64) <= _ONE_PASS_BYTES

@@ -1,0 +1,53 @@
+"""The Triton backend: kernels for GPUs, which also run on CPU tensors under ``TRITON_INTERPRET=1``."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def reason_not_installed() -> str | None:
+    """Return what is missing, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; `pip install triton` (Linux) brings it"
+    return None
+
+
+def reason() -> str | None:
+    """Return why the backend cannot run, or None if it can."""
+    missing = reason_not_installed()
+    if missing is None and not interpreting() and not torch.cuda.is_available():
+        return "no CUDA or ROCm device is visible to torch; TRITON_INTERPRET=1 runs the kernels on CPU tensors"
+    return missing
+
+
+def register(library: torch.library.Library) -> None:
+    """Register the launchers for CUDA tensors; Triton itself is imported by the first call."""
+    for name in ("loss", "loss_dx", "loss_coefficients", "moments", "moments_dx", "multiply_"):
+        library.impl(name, _launcher(name), "CUDA")
+
+
+def _launcher(name: str) -> Callable[..., Any]:
+    def launch(*args: Any) -> Any:
+        from . import launchers
+
+        return getattr(launchers, name)(*args)
+
+    return launch
+
+
+def one_pass(x: Tensor, n: int, K: int, per_activation: bool) -> bool:
+    """Whether loss and gradient come from one read of memory."""
+    from . import launchers
+
+    return launchers.one_pass(x, n, K, per_activation)

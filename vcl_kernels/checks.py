@@ -1,0 +1,116 @@
+"""Every error a caller can make, found before any work: each names the argument, what came and what is wanted."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .spec import DEFAULT_BETA, FORMS, NO_MINIMUM, REDUCTIONS, UNITS, LossSpec, sub_batches
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Raise unless ``value`` is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int; got {value!r} ({type(value).__name__})")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}; got {value}")
+
+
+def check_moments(x: Tensor, sub_batch_size: int, unit: str, num_sub_batches: int | None) -> tuple[int, bool]:
+    """Check what all functions share; return (number of sub-batches asked for or all, per_activation)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor; got {type(x).__name__}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"x must be float32, float64, bfloat16 or float16; got {x.dtype}")
+    if not 2 <= x.dim() <= 8:
+        raise ValueError(f"x must have 2 to 8 dimensions (N, C, *spatial); got shape {tuple(x.shape)}")
+    check_choice("unit", unit, UNITS)
+    check_count("sub_batch_size", sub_batch_size, 1)
+    if num_sub_batches is not None:
+        check_count("num_sub_batches", num_sub_batches, 1)
+    per_activation = unit == "activation"
+    M = sub_batch_size * (1 if per_activation else math.prod(x.shape[2:]))
+    if M < 2:
+        raise ValueError(
+            f"sub_batch_size={sub_batch_size} gives {M} value(s) to a sample variance for unit={unit!r} and x of shape "
+            f"{tuple(x.shape)}; at least 2 are needed"
+        )
+    K = x.shape[0] // sub_batch_size if num_sub_batches is None else num_sub_batches
+    if x.shape[0] < max(K, 1) * sub_batch_size:
+        raise ValueError(
+            f"x has {x.shape[0]} samples; sub_batch_size={sub_batch_size} with num_sub_batches={max(K, 1)} "
+            f"needs at least {max(K, 1) * sub_batch_size}"
+        )
+    return K, per_activation
+
+
+def check_loss(
+    x: Tensor,
+    beta: float | Tensor | None,
+    sub_batch_size: int,
+    form: str,
+    unit: str,
+    num_sub_batches: int | None,
+    reduction: str,
+    weight: float = 1.0,
+    beta_min: float = NO_MINIMUM,
+) -> tuple[Tensor | None, LossSpec]:
+    """Check the arguments of a loss; return beta as a tensor, if it is one, and everything else resolved."""
+    check_choice("form", form, FORMS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if num_sub_batches is not None:
+        check_count("num_sub_batches", num_sub_batches, 2)
+    K, per_activation = check_moments(x, sub_batch_size, unit, num_sub_batches)
+    if x.shape[0] < 2 * sub_batch_size:
+        raise ValueError(
+            f"x has {x.shape[0]} samples; a loss over two sub-batches of sub_batch_size={sub_batch_size} "
+            f"needs at least {2 * sub_batch_size}"
+        )
+    K = sub_batches(form, x.shape[0], sub_batch_size, num_sub_batches)
+    tensor, value = check_beta(x, beta, form, per_activation)
+    units = math.prod(x.shape[1:]) if per_activation else x.shape[1]
+    factor = weight / units if reduction == "mean" and units else weight
+    if reduction == "mean" and not units:
+        factor = math.nan  # the mean of nothing, as torch.mean has it
+    spec = LossSpec(
+        value, beta_min, sub_batch_size, K, FORMS.index(form), per_activation, factor, reduction != "none"
+    )
+    return tensor, spec
+
+
+def check_beta(
+    x: Tensor, beta: float | Tensor | None, form: str, per_activation: bool
+) -> tuple[Tensor | None, float]:
+    """Return (beta as a tensor of the accumulation dtype or None, its value if it is not a tensor)."""
+    if beta is None:
+        return None, DEFAULT_BETA[form]
+    if form == "variance":
+        raise ValueError(f'form="variance" takes no beta; got {_described(beta)}')
+    if isinstance(beta, (int, float)) and not isinstance(beta, bool):
+        return None, float(beta)
+    if not isinstance(beta, Tensor):
+        raise TypeError(f"beta must be a float or a Tensor; got {type(beta).__name__}")
+    units = tuple(x.shape[1:]) if per_activation else (x.shape[1],)
+    if beta.dim() and tuple(beta.shape) != units:
+        raise ValueError(f"beta must have shape () or {units}, one for each unit; got {tuple(beta.shape)}")
+    if beta.device != x.device:
+        raise ValueError(f"beta must be on x's device, {x.device}; got {beta.device}")
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if beta.dtype not in (wide, x.dtype):
+        wanted = wide if wide == x.dtype else f"{wide} or {x.dtype}"
+        raise TypeError(f"beta must be {wanted} for x of {x.dtype}; got {beta.dtype}")
+    return beta.to(wide), 0.0
+
+
+def _described(beta: object) -> str:
+    return f"a tensor of shape {tuple(beta.shape)}" if isinstance(beta, Tensor) else repr(beta)

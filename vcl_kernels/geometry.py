@@ -1,0 +1,110 @@
+"""How a tensor is seen: the one description of shape and memory that kernels work from.
+
+An activation tensor ``(N, C, *spatial)`` is ``[row, unit, position]`` with P positions for each unit:
+U = C and P = the product of spatial sizes for channel units, U = C * P and one position for activation
+units. Kernels know two layouts: *spatial*, where a unit's positions are contiguous (NCHW), and *unit*,
+where neighbouring units are (2-D, channels_last, and all activation units, taken in memory order).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Geometry(NamedTuple):
+    """Shape and strides of x as ``[row, unit, position]``, with K sub-batches of n rows."""
+
+    N: int
+    K: int
+    n: int
+    U: int
+    P: int
+    spatial: bool
+    row_stride: int
+    unit_stride: int
+    pos_stride: int
+
+    @classmethod
+    def of(cls, x: Tensor, n: int, K: int, per_activation: bool) -> Geometry:
+        """See ``x``, which must lie in a supported layout (``in_layout``)."""
+        P = math.prod(x.shape[2:])
+        if per_activation:
+            return cls(x.shape[0], K, n, x.shape[1] * P, 1, False, x.stride(0), 1, 1)
+        pos_stride = _position_stride(x)
+        return cls(x.shape[0], K, n, x.shape[1], P, P > 1 and pos_stride == 1, x.stride(0), x.stride(1), pos_stride)
+
+    @property
+    def M(self) -> int:
+        """Values in one sub-batch of one unit."""
+        return self.n * self.P
+
+
+def _position_stride(x: Tensor) -> int:
+    return next((d for s, d in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True) if s > 1), 1)
+
+
+def _collapses(shape: torch.Size, strides: tuple[int, ...], step: int) -> bool:
+    """Whether the dimensions are one dimension of stride ``step``."""
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size > 1 and stride != step:
+            return False
+        step *= size
+    return True
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the elements fill one block of memory, in some order of dimensions."""
+    expected = 1
+    for stride, size in sorted((d, s) for d, s in zip(x.stride(), x.shape, strict=True) if s > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def in_layout(x: Tensor, per_activation: bool) -> Tensor:
+    """Return ``x``, or a contiguous copy where its strides fit neither layout (every second column, say)."""
+    if x.is_contiguous():
+        return x
+    if per_activation:
+        return x if _is_dense(x[0]) else x.contiguous()
+    step = _position_stride(x)
+    spatial = step == 1 and math.prod(x.shape[2:]) > 1
+    if (spatial or x.stride(1) == 1 or x.shape[1] == 1) and _collapses(x.shape[2:], x.stride()[2:], step):
+        return x
+    return x.contiguous()
+
+
+def unit_shape(x: Tensor, per_activation: bool) -> tuple[int, ...]:
+    """Return the shape of a value for each unit."""
+    return tuple(x.shape[1:]) if per_activation else (x.shape[1],)
+
+
+def unit_strides(x: Tensor, per_activation: bool) -> tuple[int, ...]:
+    """Return the strides that lay out a value for each unit as x lays out its units."""
+    return tuple(x.stride()[1:]) if per_activation else (1,)
+
+
+def in_unit_order(t: Tensor, x: Tensor, per_activation: bool) -> Tensor:
+    """Return ``t``, one value or one for each unit (and each sub-batch before it), in x's order of units."""
+    if t.dim() == 0 or not per_activation and t.is_contiguous():
+        return t
+    strides = unit_strides(x, per_activation)
+    if t.dim() > len(strides):
+        strides = (math.prod(t.shape[1:]), *strides)
+    if t.stride() == strides:
+        return t
+    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
+
+
+def empty_rows(x: Tensor, rows: int) -> Tensor:
+    """Return an empty tensor like ``x``, but with ``rows`` samples."""
+    if rows == x.shape[0]:
+        return torch.empty_like(x)
+    return torch.empty_strided(
+        (rows, *x.shape[1:]), (math.prod(x.shape[1:]), *x.stride()[1:]), dtype=x.dtype, device=x.device
+    )

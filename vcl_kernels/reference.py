@@ -1,0 +1,92 @@
+"""The same functions in plain PyTorch: the oracle of the tests, and the formulas of the package.
+
+Readable, differentiable to any order, on any device; several passes over memory. The loss of a unit with
+sub-batch variances v_0 … v_{K-1} (unbiased), and with beta:
+
+- ratio: the mean over pairs (a, b) = (0, 1), (2, 3), … of (1 - v_a / (v_b + beta))²
+- variance: V = Σ (v_k - v̄)² / (K - 1)
+- relative_variance: V / (v̄ + beta)²
+
+Source: Littwin & Wolf, "Regularizing by the Variance of the Activations' Sample-Variances", NeurIPS 2018, for
+the ratio; the other two measure the same variation over more than two sub-batches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import check_loss, check_moments
+from .spec import FORMS, LossSpec
+
+__all__ = ["sub_batch_moments", "vcl_loss"]
+
+
+def vcl_loss(
+    x: Tensor,
+    beta: float | Tensor | None = None,
+    *,
+    sub_batch_size: int = 5,
+    form: str = "ratio",
+    unit: str = "channel",
+    num_sub_batches: int | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Variance constancy loss of ``x``: see :func:`vcl_kernels.vcl_loss`, which this defines."""
+    beta, spec = check_loss(x, beta, sub_batch_size, form, unit, num_sub_batches, reduction)
+    return loss(x, beta, spec)
+
+
+def sub_batch_moments(
+    x: Tensor, sub_batch_size: int, *, unit: str = "channel", num_sub_batches: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of each sub-batch: see :func:`vcl_kernels.sub_batch_moments`."""
+    K, per_activation = check_moments(x, sub_batch_size, unit, num_sub_batches)
+    return moments(x, sub_batch_size, K, per_activation)
+
+
+def moments(x: Tensor, n: int, K: int, per_activation: bool) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance ``(K, *units)``, in float32 for half precision."""
+    samples = x[: K * n].unflatten(0, (K, n))
+    if samples.dtype in (torch.float16, torch.bfloat16):
+        samples = samples.float()
+    over = [1] if per_activation else [1, *range(3, samples.dim())]
+    var, mean = torch.var_mean(samples, over, correction=1)
+    return mean, var
+
+
+def loss(x: Tensor, beta: Tensor | None, spec: LossSpec) -> Tensor:
+    """``factor`` times the loss of each unit, or their sum if ``spec.reduce``."""
+    _, var = moments(x, spec.n, spec.K, spec.per_activation)
+    least = spec.beta_value if beta is None else LowerBound.apply(beta, spec.beta_min)
+    per_unit = loss_of_variances(var, least, FORMS[spec.form])
+    return spec.factor * (per_unit.sum() if spec.reduce else per_unit)
+
+
+def loss_of_variances(var: Tensor, beta: Tensor | float, form: str) -> Tensor:
+    """Loss of each unit from its sub-batch variances ``(K, *units)``."""
+    if form == "ratio":
+        ratio = var[0::2] / (var[1::2] + beta)
+        return (1 - ratio).square().mean(0)
+    vbar = var.mean(0)
+    variation = (var - vbar).square().sum(0) / (var.shape[0] - 1)
+    return variation if form == "variance" else variation / (vbar + beta).square()
+
+
+class LowerBound(torch.autograd.Function):
+    """max(beta, least), whose gradient below the bound is kept where it raises beta (a projected gradient)."""
+
+    @staticmethod
+    def forward(ctx: Any, beta: Tensor, least: float) -> Tensor:
+        """Bound ``beta`` from below."""
+        ctx.save_for_backward(beta)
+        ctx.least = least
+        return beta.clamp(min=least)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        """Pass ``g`` where beta is free to follow it."""
+        (beta,) = ctx.saved_tensors
+        return torch.where((beta >= ctx.least) | (g < 0), g, 0.0), None

@@ -1,0 +1,35 @@
+"""What a caller asked for, resolved once: the values that every backend is given beside the tensors."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+FORMS = ("ratio", "variance", "relative_variance")
+UNITS = ("channel", "activation")
+REDUCTIONS = ("mean", "sum", "none")
+
+DEFAULT_BETA = {"ratio": 1.0, "variance": 0.0, "relative_variance": 1e-5}
+
+
+class LossSpec(NamedTuple):
+    """The loss apart from its tensors, in the order of the registered ops' arguments."""
+
+    beta_value: float  # used where beta is not a tensor
+    beta_min: float  # beta acts as max(beta, beta_min)
+    n: int  # samples in a sub-batch
+    K: int  # sub-batches that take part
+    form: int  # index into FORMS
+    per_activation: bool
+    factor: float  # multiplies the loss and its gradients: weight, and 1 / U for reduction="mean"
+    reduce: bool  # one value, not one for each unit
+
+
+NO_MINIMUM = -math.inf
+
+
+def sub_batches(form: str, rows: int, n: int, num_sub_batches: int | None) -> int:
+    """Return K: 2 for "ratio" unless asked, else all; a last unpaired sub-batch of "ratio" takes no part."""
+    if num_sub_batches is None:
+        return 2 if form == "ratio" else rows // n
+    return num_sub_batches // 2 * 2 if form == "ratio" else num_sub_batches
