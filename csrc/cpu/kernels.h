@@ -44,8 +44,9 @@ template <class T> struct Runner {
     const T* base = x(k * v.n, u0);
     const int64_t units = u1 - u0;
     if (v.spatial) {
+      const int64_t ahead = units > 1 ? j.xs.unit : pieces.rows * j.xs.row;
       for (int64_t u = 0; u < units; ++u) {
-        spatial_moments<T>(base + u * j.xs.unit, j.xs.row, c, (A*)mean + u, (A*)m2 + u);
+        spatial_moments<T>(base + u * j.xs.unit, j.xs.row, c, ahead, (A*)mean + u, (A*)m2 + u);
       }
       return;
     }
@@ -61,17 +62,24 @@ template <class T> struct Runner {
   // Chan's merge over the pieces of one sub-batch, in order, from differences to the first piece's mean.
   // `var` becomes the unbiased variance. Pieces lie `step` vectors apart.
   void merge(const Vec<A>* pm, const Vec<A>* pq, int64_t step, int64_t slots, Vec<A>* mean, Vec<A>* var) const {
-    const A M = A(v.n * v.P);
+    const A M = A(v.n * v.P), freedom = A(1) / (M - A(1));
+    const int64_t S = pieces.size();
     for (int64_t g = 0; g < slots; ++g) {
       const Vec<A> first = pm[g];
+      if (S == 1) {
+        mean[g] = first;
+        var[g] = pq[g] * freedom;
+        continue;
+      }
       Vec<A> offset = {}, m2 = {};
-      for (int64_t s = 1; s < pieces.size(); ++s) offset += A(pieces.at(v, s).count()) * (pm[s * step + g] - first);
-      mean[g] = first + offset / M;
-      for (int64_t s = 0; s < pieces.size(); ++s) {
-        const Vec<A> d = (pm[s * step + g] - first) - offset / M;
+      for (int64_t s = 1; s < S; ++s) offset += A(pieces.at(v, s).count()) * (pm[s * step + g] - first);
+      offset /= M;
+      mean[g] = first + offset;
+      for (int64_t s = 0; s < S; ++s) {
+        const Vec<A> d = (pm[s * step + g] - first) - offset;
         m2 += pq[s * step + g] + A(pieces.at(v, s).count()) * d * d;
       }
-      var[g] = m2 / (M - A(1));
+      var[g] = m2 * freedom;
     }
   }
 
@@ -133,7 +141,7 @@ template <class T> struct Runner {
         if (v.spatial) {
           for (int64_t u = 0; u < units; ++u) {
             const Coefficients<A> c(broadcast<A>(((const A*)m)[u]), broadcast<A>(((const A*)a)[u]));
-            spatial_apply<T, stream>(x(i, u0 + u), dx(i, u0 + u), v.P, c);
+            spatial_apply<T, stream>(x(i, u0 + u), dx(i, u0 + u), v.P, c, units * j.xs.unit);
           }
         } else {
           for (int64_t p = 0; p < v.P; ++p) {

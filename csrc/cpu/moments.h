@@ -3,55 +3,74 @@
 // Included inside the namespace of one instruction set.
 #pragma once
 
-// Visits `len` contiguous values as vectors; the tail is the last full vector with the lanes already seen
-// zeroed by `mask` (or a short vector if len < lanes).
-template <class T, class Each>
-inline void for_vectors(const T* p, int64_t len, Each&& each) {
-  using A = acc_t<T>;
-  constexpr int64_t L = lanes<A>;
+// Visits `len` contiguous values as vectors, the first argument (a constant) naming one of four accumulators.
+// The tail is the last full vector with the lanes already seen zeroed, or a short vector if len < lanes.
+template <class A> struct Tail {
+  int64_t rest;
+  Vec<A> keep;  // all bits set in the lanes that count
+  explicit Tail(int64_t len) : rest(len % lanes<A>), keep{} {
+    const Vec<A> lane = lane_index<A>();
+    keep = std::bit_cast<Vec<A>>(len < lanes<A> ? lane < A(rest) : lane >= A(lanes<A> - rest));
+  }
+  Vec<A> operator()(Vec<A> v) const {
+    typedef int32_t bits_t __attribute__((vector_size(64)));
+    return std::bit_cast<Vec<A>>(std::bit_cast<bits_t>(v) & std::bit_cast<bits_t>(keep));
+  }
+};
+
+template <int w> using Index = std::integral_constant<int, w>;
+
+template <class T, class Full, class Last>
+inline void for_vectors(const T* p, int64_t len, Full&& full, Last&& last) {
+  constexpr int64_t L = lanes<acc_t<T>>;
   int64_t q = 0;
   for (; q + 4 * L <= len; q += 4 * L) {
-    each(0, load(p + q), true, 0);
-    each(1, load(p + q + L), true, 0);
-    each(2, load(p + q + 2 * L), true, 0);
-    each(3, load(p + q + 3 * L), true, 0);
+    full(Index<0>(), p + q);
+    full(Index<1>(), p + q + L);
+    full(Index<2>(), p + q + 2 * L);
+    full(Index<3>(), p + q + 3 * L);
   }
-  for (int w = 0; q + L <= len; q += L, ++w) each(w, load(p + q), true, 0);
-  if (q < len) {
-    if (len >= L) each(3, load(p + len - L), false, L - (len - q));
-    else each(3, load_some(p, len), false, -len);
+  if (q + 2 * L <= len) {
+    full(Index<0>(), p + q);
+    full(Index<1>(), p + q + L);
+    q += 2 * L;
   }
+  if (q + L <= len) {
+    full(Index<2>(), p + q);
+    q += L;
+  }
+  if (q < len) last(len < L ? load_some(p, len) : load(p + len - L));
 }
 
-// Lanes [from, L) if from >= 0, lanes [0, -from) otherwise; other lanes zero.
-template <class A> inline Vec<A> only(Vec<A> v, int64_t from) {
-  const Vec<A> lane = lane_index<A>();
-  return from >= 0 ? (lane >= A(from) ? v : Vec<A>{}) : (lane < A(-from) ? v : Vec<A>{});
-}
-
+// `ahead`: the distance to what will be wanted next, fetched while this piece is read for the second time.
 template <class T>
-inline void spatial_moments(const T* base, int64_t row, Piece c, acc_t<T>* mean, acc_t<T>* m2) {
+inline void spatial_moments(const T* base, int64_t row, Piece c, int64_t ahead, acc_t<T>* mean, acc_t<T>* m2) {
   using A = acc_t<T>;
   const int64_t len = c.p1 - c.p0;
-  const A count = A(c.count());
+  const A inverse = A(1) / A(c.count());
+  const Tail<A> tail(len);
   Vec<A> s[4] = {}, e[4] = {}, q[4] = {};
   for (int64_t i = c.i0; i < c.i1; ++i) {
-    for_vectors(base + i * row + c.p0, len, [&](int w, Vec<A> v, bool whole, int64_t from) {
-      s[w] += whole ? v : only<A>(v, from);
-    });
+    for_vectors(base + i * row + c.p0, len, [&](auto w, const T* p) { s[w] += load(p); },
+                [&](Vec<A> v) { s[3] += tail(v); });
   }
-  const A m = sum_lanes<A>((s[0] + s[1]) + (s[2] + s[3])) / count;
+  const A m = sum_lanes<A>((s[0] + s[1]) + (s[2] + s[3])) * inverse;
   const Vec<A> vm = broadcast<A>(m);
   for (int64_t i = c.i0; i < c.i1; ++i) {
-    for_vectors(base + i * row + c.p0, len, [&](int w, Vec<A> v, bool whole, int64_t from) {
-      const Vec<A> d = whole ? v - vm : only<A>(v - vm, from);
+    const auto add = [&](auto w, Vec<A> d) {
       e[w] += d;
       q[w] += d * d;
-    });
+    };
+    for_vectors(base + i * row + c.p0, len,
+                [&](auto w, const T* p) {
+                  __builtin_prefetch(p + ahead, 0, 2);
+                  add(w, load(p) - vm);
+                },
+                [&](Vec<A> v) { add(Index<3>(), tail(v - vm)); });
   }
   const A error = sum_lanes<A>((e[0] + e[1]) + (e[2] + e[3]));
-  *mean = m + error / count;
-  *m2 = sum_lanes<A>((q[0] + q[1]) + (q[2] + q[3])) - error * error / count;
+  *mean = m + error * inverse;
+  *m2 = sum_lanes<A>((q[0] + q[1]) + (q[2] + q[3])) - error * error * inverse;
 }
 
 // G vectors of units side by side; the last may hold `width` < lanes units.
@@ -59,7 +78,7 @@ template <class T, int G>
 inline void unit_moments(const T* base, Strides st, Piece c, int64_t width, Vec<acc_t<T>>* mean, Vec<acc_t<T>>* m2) {
   using A = acc_t<T>;
   constexpr int64_t L = lanes<A>;
-  const A count = A(c.count());
+  const A inverse = A(1) / A(c.count());
   Vec<A> m[G] = {}, e[G] = {}, q[G] = {};
   const auto each_row = [&](auto&& body) {
     for (int64_t i = c.i0; i < c.i1; ++i) {
@@ -70,14 +89,14 @@ inline void unit_moments(const T* base, Strides st, Piece c, int64_t width, Vec<
     }
   };
   each_row([&](int g, Vec<A> v) { m[g] += v; });
-  for (int g = 0; g < G; ++g) m[g] /= count;
+  for (int g = 0; g < G; ++g) m[g] *= inverse;
   each_row([&](int g, Vec<A> v) {
     const Vec<A> d = v - m[g];
     e[g] += d;
     q[g] += d * d;
   });
   for (int g = 0; g < G; ++g) {
-    mean[g] = m[g] + e[g] / count;
-    m2[g] = q[g] - e[g] * e[g] / count;
+    mean[g] = m[g] + e[g] * inverse;
+    m2[g] = q[g] - e[g] * e[g] * inverse;
   }
 }

@@ -74,6 +74,20 @@ struct Shape {
     const auto s = t.sizes(), d = t.strides();
     for (int64_t i = 0; i < dim; ++i) sizes[i] = s[i], strides[i] = d[i];
   }
+
+  // Whether the elements fill one block of memory, in some order of dimensions.
+  bool dense() const {
+    int64_t filled = 1;
+    for (bool grown = true; grown;) {
+      grown = false;
+      for (int64_t i = 0; i < dim; ++i) {
+        if (sizes[i] > 1 && strides[i] == filled) filled *= sizes[i], grown = true;
+      }
+    }
+    int64_t count = 1;
+    for (int64_t i = 0; i < dim; ++i) count *= sizes[i];
+    return filled == count;
+  }
 };
 
 Strides strides_of(const Shape& s, bool per_activation) {
@@ -109,6 +123,14 @@ Tensor scalar(int32_t dtype, DType t, double value) {
   if (t == DType::f64) *(double*)out.data_ptr() = value;
   else *(float*)out.data_ptr() = float(value);
   return out;
+}
+
+// Like x, dense. (empty_like goes through a look-up by name, dearer than a small loss.)
+Tensor empty_dense(const Tensor& x, const Shape& s) {
+  if (!s.dense()) return torch::stable::empty_like(x);
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return empty(s.dim, s.sizes, s.strides, dtype);
 }
 
 // One value for each unit, and with K > 0 for each sub-batch, in the memory order of x's units.
@@ -181,7 +203,7 @@ Results run(const Request& q, bool want_dx, bool want_moments, bool want_scale) 
   j.beta_value = q.beta_value, j.beta_min = q.beta_min, j.form = q.form, j.factor = q.factor;
   const bool loss = q.form != Form::none, sum_dbeta = q.beta_grad && !j.beta_step && q.reduce;
   if (want_dx) {
-    out.dx = torch::stable::empty_like(q.x);
+    out.dx = empty_dense(q.x, shape);
     const Shape to(*out.dx);
     j.ds = strides_of(to, q.per_activation);
     j.dx = out.dx->data_ptr();
@@ -268,19 +290,11 @@ Tensor moments_dx(const Tensor& x, const Tensor& mean, const Tensor& scale, cons
   j.view = view_of(shape, n, mean.size(0), per_activation);
   j.view.N = rows;
   // dx: dense, rows of the same inner layout as x
-  std::optional<Tensor> dx;
-  if (rows == shape.sizes[0]) {
-    dx = torch::stable::empty_like(x);
-  } else {
-    shape.sizes[0] = rows;
-    shape.strides[0] = j.view.U * j.view.P;
-    int32_t dtype;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-    dx = empty(shape.dim, shape.sizes, shape.strides, dtype);
-  }
-  const Shape to(*dx);
+  if (rows != shape.sizes[0]) shape.sizes[0] = rows, shape.strides[0] = j.view.U * j.view.P;
+  const Tensor dx = empty_dense(x, shape);
+  const Shape to(dx);
   j.ds = strides_of(to, per_activation);
-  j.dx = dx->data_ptr();
+  j.dx = dx.data_ptr();
   j.mean = mean.data_ptr();
   j.scale = scale.data_ptr();
   j.shift = shift ? shift->data_ptr() : nullptr;
@@ -288,7 +302,7 @@ Tensor moments_dx(const Tensor& x, const Tensor& mean, const Tensor& scale, cons
   j.stream = rows * row * bytes(t) >= kStreamBytes && aligned_rows(j.dx, j.view, j.ds, bytes(t));
   const Kernels kernels = kernels_for(t);
   parallel(rows, row, [&](int64_t b, int64_t e) { kernels.rows(j, b, e); });
-  return *dx;
+  return dx;
 }
 
 }  // namespace
