@@ -13,15 +13,12 @@ template <class A> inline Vec<A> gradient(Vec<A> x, const Coefficients<A>& c) {
 
 // One unit's contiguous positions. With `stream`, dx and len are aligned to whole vectors.
 template <class T, bool stream>
-inline void spatial_apply(const T* x, T* dx, int64_t len, const Coefficients<acc_t<T>>& c, int64_t ahead = 0) {
+inline void spatial_apply(const T* x, T* dx, int64_t len, const Coefficients<acc_t<T>>& c) {
   using A = acc_t<T>;
   constexpr int64_t L = lanes<A>;
   if (len < L) return store_some(dx, gradient<A>(load_some(x, len), c), len);
   int64_t q = 0;
-  for (; q + L <= len; q += L) {
-    __builtin_prefetch(x + q + ahead, 0, 1);
-    store<stream>(dx + q, gradient<A>(load(x + q), c));
-  }
+  for (; q + L <= len; q += L) store<stream>(dx + q, gradient<A>(load(x + q), c));
   if (q < len) store<false>(dx + len - L, gradient<A>(load(x + len - L), c));
 }
 

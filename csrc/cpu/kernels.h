@@ -39,12 +39,19 @@ template <class T> struct Runner {
 
   // ---- moments of one piece for units [u0, u1)
 
+  // Where the piece after this one begins: of the same units, and after their last of the next block.
+  const T* next_piece(int64_t k, int64_t s, int64_t u0, int64_t u1) const {
+    if (s + 1 == pieces.size()) return k + 1 < v.K ? x((k + 1) * v.n, u0) : x(0, u1);
+    const Piece c = pieces.at(v, s + 1);
+    return x(k * v.n + c.i0, u0) + c.p0;
+  }
+
   void piece(int64_t k, int64_t s, int64_t u0, int64_t u1, Vec<A>* mean, Vec<A>* m2) const {
     const Piece c = pieces.at(v, s);
     const T* base = x(k * v.n, u0);
     const int64_t units = u1 - u0;
     if (v.spatial) {
-      const int64_t ahead = units > 1 ? j.xs.unit : pieces.rows * j.xs.row;
+      const int64_t ahead = next_piece(k, s, u0, u1) - (base + c.i0 * j.xs.row + c.p0);
       for (int64_t u = 0; u < units; ++u) {
         spatial_moments<T>(base + u * j.xs.unit, j.xs.row, c, ahead, (A*)mean + u, (A*)m2 + u);
       }
@@ -141,7 +148,7 @@ template <class T> struct Runner {
         if (v.spatial) {
           for (int64_t u = 0; u < units; ++u) {
             const Coefficients<A> c(broadcast<A>(((const A*)m)[u]), broadcast<A>(((const A*)a)[u]));
-            spatial_apply<T, stream>(x(i, u0 + u), dx(i, u0 + u), v.P, c, units * j.xs.unit);
+            spatial_apply<T, stream>(x(i, u0 + u), dx(i, u0 + u), v.P, c);
           }
         } else {
           for (int64_t p = 0; p < v.P; ++p) {

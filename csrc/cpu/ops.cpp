@@ -148,7 +148,7 @@ Tensor empty_units(const Shape& s, bool per_activation, int64_t K, int64_t U, in
 // ---- tasks
 
 constexpr int64_t kSerial = 32768;         // elements under which starting threads costs more than it gains
-constexpr int64_t kBlockBytes = 384 << 10; // of x in a block of units: it is read again from L2
+constexpr int64_t kBlockBytes = 512 << 10; // of x in a block of units: it is read again from L2
 constexpr int64_t kStreamBytes = 16 << 20; // of dx from which stores bypass the caches
 
 template <class F> void parallel(int64_t tasks, int64_t elements_per_task, const F& f) {
