@@ -1,0 +1,76 @@
+"""From partial moments to mean, variance, loss, coefficients: one small kernel, merging in a fixed order."""
+
+import triton
+import triton.language as tl
+
+from ...geometry import Geometry
+from .formulas import coefficients, merge_moments
+from .launch import Launch, cdiv, power_of_2
+
+
+@triton.jit
+def finalise(
+    partial_ptr,
+    mean_ptr,
+    var_ptr,
+    scale_ptr,
+    loss_ptr,
+    dbeta_ptr,
+    beta_ptr,
+    beta_value: "fp64",  # noqa: F821
+    beta_min: "fp64",  # noqa: F821
+    factor: "fp64",  # noqa: F821
+    K,
+    M,
+    U,
+    splits,
+    FORM: tl.constexpr,  # -1: moments only
+    BETA: tl.constexpr,
+    MEAN: tl.constexpr,
+    SCALE: tl.constexpr,
+    DBETA: tl.constexpr,
+    ACC: tl.constexpr,
+    KB: tl.constexpr,
+    UB: tl.constexpr,
+):
+    """Program: UB units, all sub-batches."""
+    units = tl.program_id(0).to(tl.int64) * UB + tl.arange(0, UB)
+    k = tl.arange(0, KB)[:, None]
+    mask = (k < K) & (units[None, :] < U)
+    at = partial_ptr + k.to(tl.int64) * U + units[None, :]
+    plane = splits.to(tl.int64) * K * U
+    count = tl.zeros([KB, UB], ACC)
+    mean = tl.zeros([KB, UB], ACC)
+    m2 = tl.zeros([KB, UB], ACC)
+    for s in range(0, splits):
+        here = at + s * K.to(tl.int64) * U
+        count, mean, m2 = merge_moments(
+            count,
+            mean,
+            m2,
+            tl.load(here, mask=mask, other=0.0),
+            tl.load(here + plane, mask=mask, other=0.0),
+            tl.load(here + 2 * plane, mask=mask, other=0.0),
+        )
+    var = m2 / (M - 1)
+    out = k.to(tl.int64) * U + units[None, :]
+    if MEAN:
+        tl.store(mean_ptr + out, mean, mask=mask)
+    if FORM == -1:
+        tl.store(var_ptr + out, var, mask=mask)
+    else:
+        loss, scale, dbeta = coefficients(
+            var, k, K, M, units, units < U, beta_ptr, beta_value, beta_min, factor, FORM, BETA, ACC, KB, UB
+        )
+        tl.store(loss_ptr + units, loss, mask=units < U)
+        if SCALE:
+            tl.store(scale_ptr + out, scale, mask=mask)
+        if DBETA:
+            tl.store(dbeta_ptr + units, dbeta, mask=units < U)
+
+
+def plan(x: Geometry) -> Launch:
+    """Decide the launch."""
+    KB = power_of_2(x.K)
+    UB = min(power_of_2(x.U), max(1, min(128, 4096 // KB)))
+    return Launch(finalise, (cdiv(x.U, UB),), {"KB": KB, "UB": UB}, 4)

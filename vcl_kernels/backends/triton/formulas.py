@@ -1,0 +1,83 @@
+"""The steps that kernels share: moments of a tile, the merge of two samples, the loss of a unit and its slopes."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def merge_moments(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
+    """Chan's merge of two samples' counts, means and sums of squared deviations; both may be empty."""
+    count = count_a + count_b
+    share = count_b / tl.maximum(count, 1)
+    delta = mean_b - mean_a
+    return count, mean_a + delta * share, m2_a + m2_b + delta * delta * (count_a * share)
+
+
+@triton.jit
+def given_beta(beta_ptr, beta_value, u, valid, BETA: tl.constexpr, ACC: tl.constexpr):
+    """Beta of units u: 0, the value; 1, one tensor element for all; 2, one for each unit."""
+    if BETA == 0:
+        return tl.full(u.shape, beta_value, ACC)
+    elif BETA == 1:
+        return tl.load(beta_ptr) + tl.zeros(u.shape, ACC)
+    else:
+        return tl.load(beta_ptr + u, mask=valid, other=1.0)
+
+
+@triton.jit
+def loss_and_slopes(var, k, K, beta, FORM: tl.constexpr, KB: tl.constexpr, UB: tl.constexpr):
+    """Loss of each unit, its derivatives by var [KB, UB] and by beta: the table of the README."""
+    if FORM == 0:  # ratio: the mean over pairs (a, b) of (1 - r)², r = v_a / (v_b + beta)
+        pairs = tl.reshape(var, [KB // 2, 2, UB])
+        is_b = tl.arange(0, 2)[None, :, None] == 1
+        va = tl.sum(tl.where(is_b, 0.0, pairs), 1)
+        vb = tl.sum(tl.where(is_b, pairs, 0.0), 1)
+        real = tl.arange(0, KB // 2)[:, None] * 2 < K
+        inverse = 1.0 / (vb + beta[None, :])
+        ratio = va * inverse
+        rest = 1.0 - ratio
+        loss = tl.sum(tl.where(real, rest * rest, 0.0), 0) / (K // 2)
+        slope = tl.where(real, 2.0 * rest * inverse / (K // 2), 0.0)
+        slope_b = tl.where(real, slope * ratio, 0.0)
+        dvar = tl.reshape(tl.where(is_b, slope_b[:, None, :], -slope[:, None, :]), [KB, UB])
+        return loss, dvar, tl.sum(slope_b, 0)
+    else:  # V = Σ (v_k - v̄)² / (K - 1), and relative_variance: V / (v̄ + beta)²
+        vbar = tl.sum(tl.where(k < K, var, 0.0), 0) / K
+        d = tl.where(k < K, var - vbar[None, :], 0.0)
+        d -= (tl.sum(d, 0) / K)[None, :]  # the rounding of the mean, where variances are nearly equal
+        d = tl.where(k < K, d, 0.0)
+        variation = tl.sum(d * d, 0) / (K - 1)
+        dvar = 2.0 * d / (K - 1)
+        if FORM == 1:
+            return variation, dvar, tl.zeros_like(vbar)
+        else:
+            inverse = 1.0 / (vbar + beta)
+            by_vbar = -2.0 * variation * inverse * inverse * inverse
+            return variation * inverse * inverse, dvar * (inverse * inverse)[None, :] + by_vbar[None, :] / K, by_vbar
+
+
+@triton.jit
+def coefficients(
+    var,
+    k,
+    K,
+    M,
+    u,
+    valid,
+    beta_ptr,
+    beta_value,
+    beta_min,
+    factor,
+    FORM: tl.constexpr,
+    BETA: tl.constexpr,
+    ACC: tl.constexpr,
+    KB: tl.constexpr,
+    UB: tl.constexpr,
+):
+    """Loss, scale [KB, UB] of dx = scale · (x - mean), and dbeta, all times factor."""
+    given = given_beta(beta_ptr, beta_value, u, valid, BETA, ACC)
+    least = tl.full([UB], beta_min, ACC)
+    loss, dvar, dbeta = loss_and_slopes(var, k, K, tl.where(given < least, least, given), FORM, KB, UB)
+    weight = tl.full([UB], factor, ACC)
+    dbeta = weight * tl.where((given >= least) | (dbeta < 0), dbeta, 0.0)  # below beta_min it may only rise
+    return loss * weight, dvar * (weight * 2.0 / (M - 1))[None, :], dbeta

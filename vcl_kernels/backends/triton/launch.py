@@ -1,0 +1,71 @@
+"""A launch as a plain value, decided without a device: tests compile any of them ahead of time."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ...geometry import Geometry
+
+
+class Launch(NamedTuple):
+    """A kernel, its grid, what it is specialised for and how many warps run it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    constants: dict[str, Any]
+    warps: int
+
+    def __call__(self, *args: Any) -> None:
+        """Run the kernel on the device of its tensors."""
+        device = next(a for a in args if isinstance(a, torch.Tensor)).device
+        with torch.cuda.device(device) if device.type == "cuda" else _nowhere():
+            self.kernel[self.grid](*args, **self.constants, num_warps=self.warps)
+
+
+class _nowhere:  # noqa: N801
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def power_of_2(value: int) -> int:
+    """Return the least power of two that is not below ``value``."""
+    return 1 << max(0, value - 1).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
+    return -(-a // b)
+
+
+def warps_for(elements: int) -> int:
+    """Return warps that leave each thread at most 64 elements of a tile, and at least 8 if they can."""
+    return min(16, max(1, power_of_2(cdiv(elements, 1024))))
+
+
+_MOST_CONSTANT_POSITIONS = 16
+_constant_positions: set[int] = set()
+
+
+def positions_constant(P: int) -> int:
+    """Return P for a kernel specialised on it (which keeps accesses 128 bits wide), or 0 for a run-time P.
+
+    The first sizes that a process meets get kernels of their own. Where sizes keep changing (detection,
+    audio), the rest share one, instead of compiling without end.
+    """
+    if P not in _constant_positions and len(_constant_positions) >= _MOST_CONSTANT_POSITIONS:
+        return 0
+    _constant_positions.add(P)
+    return P
+
+
+def units_wide(U: int, itemsize: int, most: int) -> int:
+    """Return units in a tile where units are contiguous: at least 32 bytes, at most ``most``."""
+    return min(power_of_2(U), max(most, 32 // itemsize))
+
+
+def dense_units(g: Geometry) -> bool:
+    """Whether channels follow one another without a gap, so that their distance is P."""
+    return g.unit_stride == g.P
