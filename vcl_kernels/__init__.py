@@ -1,7 +1,25 @@
 """Variance Constancy Loss for PyTorch, fused: loss and gradient in one pass over the activations."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from . import reference
+from .attach import VCLHandle, attach, param_groups
 from .backends import backends
 from .functional import sub_batch_moments, vcl_loss
+from .modules import VCL
 
-__version__ = "0.1.0"
+try:
+    __version__ = version("vcl-kernels")
+except PackageNotFoundError:  # used from the source folder
+    __version__ = "0+source"
+
+__all__ = [
+    "VCL",
+    "VCLHandle",
+    "attach",
+    "backends",
+    "param_groups",
+    "reference",
+    "sub_batch_moments",
+    "vcl_loss",
+]

@@ -23,6 +23,7 @@ def finalise(
     K,
     M,
     U,
+    plane,
     splits,
     FORM: tl.constexpr,  # -1: moments only
     BETA: tl.constexpr,
@@ -38,20 +39,19 @@ def finalise(
     k = tl.arange(0, KB)[:, None]
     mask = (k < K) & (units[None, :] < U)
     at = partial_ptr + k.to(tl.int64) * U + units[None, :]
-    plane = splits.to(tl.int64) * K * U
     count = tl.zeros([KB, UB], ACC)
     mean = tl.zeros([KB, UB], ACC)
     m2 = tl.zeros([KB, UB], ACC)
-    for s in range(0, splits):
-        here = at + s * K.to(tl.int64) * U
+    for _ in range(0, splits):
         count, mean, m2 = merge_moments(
             count,
             mean,
             m2,
-            tl.load(here, mask=mask, other=0.0),
-            tl.load(here + plane, mask=mask, other=0.0),
-            tl.load(here + 2 * plane, mask=mask, other=0.0),
+            tl.load(at, mask=mask, other=0.0),
+            tl.load(at + plane, mask=mask, other=0.0),
+            tl.load(at + 2 * plane, mask=mask, other=0.0),
         )
+        at += K * U
     var = m2 / (M - 1)
     out = k.to(tl.int64) * U + units[None, :]
     if MEAN:
@@ -67,6 +67,11 @@ def finalise(
             tl.store(scale_ptr + out, scale, mask=mask)
         if DBETA:
             tl.store(dbeta_ptr + units, dbeta, mask=units < U)
+
+
+def arguments(x: Geometry, splits: int) -> tuple[int, ...]:
+    """Return the shape arguments."""
+    return x.K, x.M, x.U, splits * x.K * x.U, splits
 
 
 def plan(x: Geometry) -> Launch:

@@ -99,7 +99,7 @@ def _finalise(
         ACC=acc,
     )  # fmt: skip
     results = mean, var, scale, per_unit, dbeta
-    launch(partial, *results, beta, beta_value, beta_min, factor, K, g.M, g.U, splits)
+    launch(partial, *results, beta, beta_value, beta_min, factor, *finalise.arguments(g, splits))
 
 
 def _accumulation(x: Tensor):

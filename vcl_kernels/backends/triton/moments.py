@@ -21,6 +21,7 @@ def moments_spatial(
     P_run_time,
     x_row,
     x_unit,
+    plane,
     splits,
     tiles_per_split,
     P_CONSTANT: tl.constexpr,
@@ -62,7 +63,6 @@ def moments_spatial(
         )
     units = first + tl.arange(0, UB)
     at = partial_ptr + (split.to(tl.int64) * K + k) * U + units
-    plane = splits.to(tl.int64) * K * U
     tl.store(at, count, mask=units < U)
     tl.store(at + plane, mean, mask=units < U)
     tl.store(at + 2 * plane, m2, mask=units < U)
@@ -78,6 +78,7 @@ def moments_unit(
     P,
     x_row,
     x_pos,
+    plane,
     splits,
     tiles_per_split,
     ACC: tl.constexpr,
@@ -108,7 +109,6 @@ def moments_unit(
         d = tl.where(mask, d - error[None, :], 0.0)
         count, mean, m2 = merge_moments(count, mean, m2, tl.zeros([UB], ACC) + here, part + error, tl.sum(d * d, 0))
     at = partial_ptr + (split.to(tl.int64) * K + k) * U + units
-    plane = splits.to(tl.int64) * K * U
     tl.store(at, count, mask=units < U)
     tl.store(at + plane, mean, mask=units < U)
     tl.store(at + 2 * plane, m2, mask=units < U)
@@ -139,4 +139,4 @@ def plan(x: Geometry, itemsize: int) -> tuple[Launch, int, int]:
 def arguments(x: Geometry, splits: int, per_split: int) -> tuple[int, ...]:
     """Return the shape arguments of either kernel."""
     step = x.unit_stride if x.spatial else x.pos_stride
-    return x.K, x.n, x.U, x.P, x.row_stride, step, splits, per_split
+    return x.K, x.n, x.U, x.P, x.row_stride, step, splits * x.K * x.U, splits, per_split

@@ -1,0 +1,302 @@
+"""VCL on an existing model: before every activation module, without touching the model's own names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .modules import VCL
+
+__all__ = ["ACTIVATIONS", "VCLHandle", "attach", "param_groups"]
+
+ACTIVATIONS = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.RReLU,
+    nn.ELU,
+    nn.SELU,
+    nn.CELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.LogSigmoid,
+    nn.Hardtanh,
+    nn.Hardsigmoid,
+    nn.Hardswish,
+    nn.Softplus,
+    nn.Softsign,
+)
+
+
+class Calls(nn.ModuleList):
+    """The VCL of each call of one activation module within a forward (a module may be used more than once)."""
+
+    def __init__(self, modules: Iterable[VCL], known: bool) -> None:
+        super().__init__(modules)
+        self.known = known  # whether the number of calls is known to be right
+        self.next = 0
+        self.inside = False  # a forward of the whole model
+
+    def begin(self) -> None:
+        """Forget the last forward: a layer that is skipped now must not add its old loss."""
+        self.next, self.inside = 0, True
+        for vcl in self:
+            vcl.loss = None
+
+    def end(self) -> None:
+        """Leave the model's forward; what calls now is a recomputation, or a part of the model used alone."""
+        self.inside = False
+
+    def take(self, module: nn.Module) -> VCL:
+        """Return the VCL of the call that is being made."""
+        call = self.next
+        if call >= len(self):
+            if self.inside and not self.known:
+                raise RuntimeError(
+                    f"{type(module).__name__} is called more than once in one forward; give attach an example_input, "
+                    "so that each call gets a beta of its own"
+                )
+            call = 0
+        self.next = call + 1
+        return self[call]  # type: ignore[return-value]
+
+
+def attach(
+    model: nn.Module,
+    example_input: Any = None,
+    *,
+    weight: float = 0.01,
+    sub_batch_size: int = 5,
+    form: str = "ratio",
+    unit: str = "channel",
+    learn_beta: bool = True,
+    beta_init: float = 1.0,
+    beta_min: float = 1e-3,
+    layers: Iterable[str | nn.Module] | Callable[[str, nn.Module], bool] | None = None,
+    inject: bool = False,
+) -> VCLHandle:
+    r"""Put a VCL before every activation module of ``model``, in place.
+
+    Each activation gets a submodule ``vcl`` that sees its input in training: parameters gain ``<name>.vcl.<call>.beta``,
+    and no name of the model's own changes. Evaluation is the plain model. Activations with ``inplace=True`` are run
+    out of place while attached, since VCL's gradient needs the values that they would overwrite.
+
+    Args:
+        model: any module; activations called as functions (``F.relu``) are not seen: see ``layers``, or use VCL.
+        example_input: a tensor, or tuple or dict of arguments, for one evaluation forward (nothing is learnt from it)
+            that finds the shape of each beta and activations called more than once. None: shapes come from the first
+            training forward, after which the optimizer is to be made.
+        weight: multiplies the sum over layers.
+        sub_batch_size, form, unit, learn_beta, beta_init, beta_min: as for :class:`vcl_kernels.VCL`.
+        layers: other places: names or modules before which VCL is put, or a predicate of (name, module).
+        inject: the loss enters the graph through each layer's output, and the training loop needs no change. Under a
+            ``torch.amp.GradScaler``, set ``handle.grad_scaler`` to it.
+
+    Returns:
+        A :class:`VCLHandle`: ``handle.loss()`` to add to the objective, unless ``inject``.
+
+    Raises:
+        ValueError: no activation module, a layer that does not exist, or a model that has VCL attached already.
+
+    >>> import torch
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ELU(), nn.Linear(8, 2))
+    >>> handle = attach(net, torch.randn(2, 4))
+    >>> objective = net(torch.randn(32, 4)).square().mean() + handle.loss()
+    >>> objective.backward()
+    """
+    if hasattr(model, "_vcl_calls"):
+        raise ValueError("model has VCL attached already; remove() it first")
+    settings = {
+        "weight": weight,
+        "sub_batch_size": sub_batch_size,
+        "form": form,
+        "unit": unit,
+        "learn_beta": learn_beta,
+        "beta_init": beta_init,
+        "beta_min": beta_min,
+        "inject": inject,
+    }
+    VCL(**settings)  # type: ignore[arg-type]  # raises for a wrong setting before the model is touched
+    chosen = _chosen(model, layers)
+    shapes = None if example_input is None else _shapes(model, [m for _, m in chosen], example_input)
+    return VCLHandle(model, chosen, shapes, settings)
+
+
+class VCLHandle:
+    """What :func:`attach` returns: the loss of the latest training forward, and the way back."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        chosen: list[tuple[str, nn.Module]],
+        shapes: dict[nn.Module, list[Tensor]] | None,
+        settings: dict[str, Any],
+    ) -> None:
+        self.model = model
+        self._names = [name for name, _ in chosen]
+        self._modules = [module for _, module in chosen]
+        self._inplace = [m for m in self._modules if getattr(m, "inplace", False)]
+        self._hooks = []
+        calls = []
+        learned = settings["learn_beta"]
+        for module in self._modules:
+            seen = None if shapes is None else shapes.get(module, [])
+            vcls = [VCL(**settings) for _ in range(1 if not seen else len(seen))]
+            for vcl, x in zip(vcls, seen or [], strict=False):
+                vcl.materialize(x.shape, x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+            module.vcl = Calls(vcls, known=bool(seen) or not learned)
+            module.vcl.train(module.training)
+            calls.append(module.vcl)
+            self._hooks.append(module.register_forward_pre_hook(_before_activation))
+        for module in self._inplace:
+            module.inplace = False  # type: ignore[assignment]
+        model._vcl_calls = calls  # type: ignore[assignment]
+        self._hooks.append(model.register_forward_pre_hook(_before_model))
+        self._hooks.append(model.register_forward_hook(_after_model, always_call=True))
+
+    def _vcls(self) -> Iterator[tuple[str, VCL]]:
+        for name, module in zip(self._names, self._modules, strict=True):
+            for call, vcl in enumerate(module.vcl):  # type: ignore[arg-type]
+                yield (name if call == 0 else f"{name}:{call}"), vcl
+
+    def loss(self) -> Tensor:
+        """Return ``weight`` times the sum over layers of the latest training forward's losses.
+
+        Raises:
+            RuntimeError: no training forward was run.
+        """
+        losses = [vcl.loss for _, vcl in self._vcls() if vcl.loss is not None]
+        if not losses:
+            raise RuntimeError("handle.loss() wants a training forward of the model first (model.train())")
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """Each layer's part of :meth:`loss`, detached, by the activation's name (``name:1`` for a second call)."""
+        return {name: vcl.loss.detach() for name, vcl in self._vcls() if vcl.loss is not None}
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the learned betas, which are among ``model.parameters()`` too."""
+        for _, vcl in self._vcls():
+            yield from vcl.parameters()
+
+    @property
+    def grad_scaler(self) -> torch.amp.GradScaler | None:
+        """The GradScaler that scales the objective, for ``inject=True``."""
+        return next((vcl.grad_scaler for _, vcl in self._vcls()), None)
+
+    @grad_scaler.setter
+    def grad_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
+        for _, vcl in self._vcls():
+            vcl.grad_scaler = scaler
+
+    def remove(self) -> None:
+        """Restore the model: no hooks, no betas, activations in place again where they were."""
+        for hook in self._hooks:
+            hook.remove()
+        for module in self._modules:
+            if hasattr(module, "vcl"):
+                del module.vcl
+        for module in self._inplace:
+            module.inplace = True  # type: ignore[assignment]
+        if hasattr(self.model, "_vcl_calls"):
+            del self.model._vcl_calls
+        self._hooks, self._modules, self._names, self._inplace = [], [], [], []
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return optimizer groups in which biases and the betas of VCL are not decayed, and all else is.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), VCL(8), nn.ELU())
+    >>> [len(group["params"]) for group in param_groups(net, 1e-4)]
+    [1, 2]
+    """
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                (free if name == "bias" or isinstance(module, VCL) else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+
+
+# Hooks are plain functions, so that a model with VCL attached can be copied and pickled.
+
+
+def _before_activation(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    calls: Calls = module.vcl  # type: ignore[assignment]
+    if not calls.training or not args:
+        return None
+    return (calls.take(module)(args[0]), *args[1:])
+
+
+def _before_model(model: nn.Module, args: tuple[Any, ...]) -> None:
+    if model.training:
+        for calls in model._vcl_calls:  # type: ignore[union-attr]
+            calls.begin()
+
+
+def _after_model(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    for calls in model._vcl_calls:  # type: ignore[union-attr]
+        calls.end()
+
+
+def _chosen(
+    model: nn.Module, layers: Iterable[str | nn.Module] | Callable[[str, nn.Module], bool] | None
+) -> list[tuple[str, nn.Module]]:
+    named = [(name, module) for name, module in model.named_modules() if name and not isinstance(module, VCL)]
+    if layers is None:
+        found = [(name, module) for name, module in named if isinstance(module, ACTIVATIONS)]
+        if not found:
+            raise ValueError(
+                f"model ({type(model).__name__}) has no activation modules; name the layers before which VCL belongs "
+                "with layers=, or put vcl_kernels.VCL into its forward"
+            )
+        return found
+    if callable(layers):
+        found = [(name, module) for name, module in named if layers(name, module)]
+    else:
+        known = dict(named)
+        by_module = {module: name for name, module in named}
+        found = []
+        for layer in layers:
+            name = layer if isinstance(layer, str) else by_module.get(layer)
+            if name not in known:
+                raise ValueError(f"layers must name modules of the model; got {layer!r}")
+            found.append((name, known[name]))
+    if not found:
+        raise ValueError("layers must choose at least one module of the model; it chose none")
+    return found
+
+
+def _shapes(model: nn.Module, modules: list[nn.Module], example: Any) -> dict[nn.Module, list[Tensor]]:
+    """The inputs (as meta-data) of each call of each module in one evaluation forward."""
+    shapes: dict[nn.Module, list[Tensor]] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+        shapes.setdefault(module, []).append(args[0])
+
+    hooks = [module.register_forward_pre_hook(record) for module in modules]
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            if isinstance(example, dict):
+                model(**example)
+            else:
+                model(*example) if isinstance(example, tuple) else model(example)
+    finally:
+        for module, mode in training:
+            module.training = mode
+        for hook in hooks:
+            hook.remove()
+    return shapes

@@ -1,0 +1,168 @@
+"""VCL as a module: it holds beta, and gives the loss of each training forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from .checks import check_choice, check_count
+from .functional import weighted_loss
+from .spec import FORMS, UNITS
+
+__all__ = ["VCL"]
+
+
+class VCL(nn.Module):
+    r"""Passes x through and keeps its variance constancy loss in :attr:`loss`; in evaluation, nothing but x.
+
+    The loss is ``weight`` times :func:`vcl_kernels.vcl_loss` of the latest training forward, with beta acting as
+    ``max(beta, beta_min)`` (its gradient below that only raises it). Put the module before an activation function.
+
+    Args:
+        units: shape of a learned beta: C for channel units, ``(C, *spatial)`` for activation units, ``()`` for one.
+            None: taken from the first training forward (create the optimizer after that, or name the shape).
+        sub_batch_size: n, samples in a sub-batch. A training batch of fewer than 2n has loss 0.
+        form: ``"ratio"``, ``"variance"`` (which has no beta) or ``"relative_variance"``.
+        unit: ``"channel"`` or ``"activation"``.
+        num_sub_batches: K; default 2 for ``"ratio"``, all for the others.
+        weight: multiplies the loss.
+        learn_beta: whether beta is a parameter, or stays at ``beta_init``.
+        beta_init: first value of beta.
+        beta_min: least value that acts.
+        inject: the loss enters the graph through the output, so that ``backward`` of whatever is made from it adds
+            the loss's gradient; :attr:`loss` is then detached. Set :attr:`grad_scaler` where one scales the loss.
+        backend: as for :func:`vcl_kernels.vcl_loss`.
+
+    Shape: any ``(N, C, *spatial)``; the output is x.
+
+    Raises:
+        TypeError, ValueError: an unknown form or unit, sub_batch_size or num_sub_batches too small.
+
+    >>> import torch
+    >>> _ = torch.manual_seed(0)
+    >>> vcl = VCL(16, weight=0.01)
+    >>> y = vcl(torch.randn(32, 16, 8, 8))
+    >>> vcl.loss.shape
+    torch.Size([])
+    """
+
+    loss: Tensor | None  # of the latest training forward
+
+    def __init__(
+        self,
+        units: int | tuple[int, ...] | None = None,
+        *,
+        sub_batch_size: int = 5,
+        form: str = "ratio",
+        unit: str = "channel",
+        num_sub_batches: int | None = None,
+        weight: float = 1.0,
+        learn_beta: bool = True,
+        beta_init: float = 1.0,
+        beta_min: float = 1e-3,
+        inject: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("form", form, FORMS)
+        check_choice("unit", unit, UNITS)
+        check_count("sub_batch_size", sub_batch_size, 1)
+        if num_sub_batches is not None:
+            check_count("num_sub_batches", num_sub_batches, 2)
+        self.sub_batch_size, self.form, self.unit, self.num_sub_batches = sub_batch_size, form, unit, num_sub_batches
+        self.weight, self.beta_init, self.beta_min = weight, beta_init, beta_min
+        self.inject, self.backend = inject, backend
+        self.grad_scaler: torch.amp.GradScaler | None = None
+        self.loss = None
+        self.beta: nn.Parameter | None
+        if not learn_beta or form == "variance":
+            self.register_parameter("beta", None)
+        elif units is None:
+            self.beta = nn.UninitializedParameter()
+        else:
+            self.beta = nn.Parameter(torch.full((units,) if isinstance(units, int) else units, float(beta_init)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x; in training, keep its loss."""
+        if not self.training:
+            return x
+        if x.shape[0] < 2 * self.sub_batch_size:
+            self.loss = x.new_zeros((), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+            return x
+        loss = weighted_loss(
+            x,
+            self._beta(x),
+            sub_batch_size=self.sub_batch_size,
+            form=self.form,
+            unit=self.unit,
+            num_sub_batches=self._present(x),
+            reduction="mean",
+            backend=self.backend,
+            weight=self.weight,
+            beta_min=self.beta_min,
+        )
+        if not self.inject:
+            self.loss = loss
+            return x
+        self.loss = loss.detach()
+        return InjectLoss.apply(x, loss, self.grad_scaler) if loss.requires_grad else x
+
+    def _present(self, x: Tensor) -> int | None:
+        """The sub-batches asked for, as far as a short last batch has them."""
+        return None if self.num_sub_batches is None else min(self.num_sub_batches, x.shape[0] // self.sub_batch_size)
+
+    def _beta(self, x: Tensor) -> Tensor | float | None:
+        if self.form == "variance":
+            return None
+        if self.beta is None:
+            return max(self.beta_init, self.beta_min)
+        if is_lazy(self.beta):
+            self.materialize(x.shape, x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        return self.beta
+
+    def materialize(self, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> None:
+        """Give a beta without a shape the one that x of ``shape`` has it."""
+        if self.beta is not None and is_lazy(self.beta):
+            self._make(shape[1:2] if self.unit == "channel" else shape[1:], device, dtype)
+
+    def _make(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
+        beta = self.beta
+        assert isinstance(beta, nn.UninitializedParameter)
+        beta.materialize(shape, device=device, dtype=dtype)
+        with torch.no_grad():
+            beta.fill_(self.beta_init)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        given = state_dict.get(prefix + "beta")
+        if given is not None and self.beta is not None and is_lazy(self.beta):
+            self._make(tuple(given.shape), self.beta.device, given.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to one step, so that a copy or a pickle can be made at any time."""
+        return {**self.__dict__, "loss": None, "grad_scaler": None}
+
+    def extra_repr(self) -> str:
+        """Return the settings that differ from the paper's."""
+        beta = self.beta
+        shape = "none" if beta is None else "from the first batch" if is_lazy(beta) else str(tuple(beta.shape))
+        return f"form={self.form}, n={self.sub_batch_size}, unit={self.unit}, weight={self.weight:g}, beta={shape}"
+
+
+class InjectLoss(torch.autograd.Function):
+    """The identity on y, through which ``loss`` gets an upstream gradient of 1 (times a GradScaler's scale)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, loss: Tensor, scaler: torch.amp.GradScaler | None) -> Tensor:
+        """Return y."""
+        ctx.scaler, ctx.dtype = scaler, loss.dtype
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Pass dy on, and start the loss's own backward."""
+        one = torch.ones((), dtype=ctx.dtype, device=dy.device)
+        return dy, one if ctx.scaler is None else ctx.scaler.scale(one), None
