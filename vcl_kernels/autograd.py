@@ -76,7 +76,8 @@ class DeferredLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         """Save the rows that take part and the (K, U) coefficients."""
         ctx.set_materialize_grads(False)
-        rows = x[: spec.K * spec.n].clone() if keep_rows else None
+        count = spec.K * spec.n
+        rows = empty_rows(x, count).copy_(x[:count]) if keep_rows else None
         kept = x if rows is None else rows
         loss, mean, scale, dbeta = backend.loss_coefficients(kept, kernel_beta, *spec, ctx.needs_input_grad[1])
         ctx.save_for_backward(kept, beta, mean, scale, dbeta)

@@ -44,25 +44,16 @@ class Geometry(NamedTuple):
 
 
 def _position_stride(x: Tensor) -> int:
-    return next((d for s, d in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True) if s > 1), 1)
+    """Distance of neighbouring positions, whatever the order of the spatial dimensions."""
+    return min((d for s, d in zip(x.shape[2:], x.stride()[2:], strict=True) if s > 1), default=1)
 
 
-def _collapses(shape: torch.Size, strides: tuple[int, ...], step: int) -> bool:
-    """Whether the dimensions are one dimension of stride ``step``."""
-    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if size > 1 and stride != step:
+def _fills(shape: torch.Size, strides: tuple[int, ...], step: int) -> bool:
+    """Whether the dimensions, in some order, are one dimension of stride ``step``."""
+    for stride, size in sorted((d, s) for d, s in zip(strides, shape, strict=True) if s > 1):
+        if stride != step:
             return False
         step *= size
-    return True
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether the elements fill one block of memory, in some order of dimensions."""
-    expected = 1
-    for stride, size in sorted((d, s) for d, s in zip(x.stride(), x.shape, strict=True) if s > 1):
-        if stride != expected:
-            return False
-        expected *= size
     return True
 
 
@@ -71,10 +62,10 @@ def in_layout(x: Tensor, per_activation: bool) -> Tensor:
     if x.is_contiguous():
         return x
     if per_activation:
-        return x if _is_dense(x[0]) else x.contiguous()
+        return x if _fills(x.shape[1:], x.stride()[1:], 1) else x.contiguous()
     step = _position_stride(x)
     spatial = step == 1 and math.prod(x.shape[2:]) > 1
-    if (spatial or x.stride(1) == 1 or x.shape[1] == 1) and _collapses(x.shape[2:], x.stride()[2:], step):
+    if (spatial or x.stride(1) == 1 or x.shape[1] == 1) and _fills(x.shape[2:], x.stride()[2:], step):
         return x
     return x.contiguous()
 
@@ -102,9 +93,10 @@ def in_unit_order(t: Tensor, x: Tensor, per_activation: bool) -> Tensor:
 
 
 def empty_rows(x: Tensor, rows: int) -> Tensor:
-    """Return an empty tensor like ``x``, but with ``rows`` samples."""
+    """Return an empty tensor of ``rows`` samples, one after another, each laid out as x's are."""
     if rows == x.shape[0]:
         return torch.empty_like(x)
-    return torch.empty_strided(
-        (rows, *x.shape[1:]), (math.prod(x.shape[1:]), *x.stride()[1:]), dtype=x.dtype, device=x.device
-    )
+    inner = x.stride()[1:]
+    if not _fills(x.shape[1:], inner, 1):
+        return x.new_empty((rows, *x.shape[1:]))
+    return torch.empty_strided((rows, *x.shape[1:]), (math.prod(x.shape[1:]), *inner), dtype=x.dtype, device=x.device)

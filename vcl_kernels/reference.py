@@ -53,6 +53,8 @@ def moments(x: Tensor, n: int, K: int, per_activation: bool) -> tuple[Tensor, Te
     if samples.dtype in (torch.float16, torch.bfloat16):
         samples = samples.float()
     over = [1] if per_activation else [1, *range(3, samples.dim())]
+    if samples.numel() == 0:
+        return samples.sum(over), samples.sum(over)
     var, mean = torch.var_mean(samples, over, correction=1)
     return mean, var
 

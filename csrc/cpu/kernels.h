@@ -69,13 +69,13 @@ template <class T> struct Runner {
   // Chan's merge over the pieces of one sub-batch, in order, from differences to the first piece's mean.
   // `var` becomes the unbiased variance. Pieces lie `step` vectors apart.
   void merge(const Vec<A>* pm, const Vec<A>* pq, int64_t step, int64_t slots, Vec<A>* mean, Vec<A>* var) const {
-    const A M = A(v.n * v.P), freedom = A(1) / (M - A(1));
+    const A M = A(v.n * v.P), freedom = M - A(1);
     const int64_t S = pieces.size();
     for (int64_t g = 0; g < slots; ++g) {
       const Vec<A> first = pm[g];
       if (S == 1) {
         mean[g] = first;
-        var[g] = pq[g] * freedom;
+        var[g] = pq[g] / freedom;
         continue;
       }
       Vec<A> offset = {}, m2 = {};
@@ -86,7 +86,7 @@ template <class T> struct Runner {
         const Vec<A> d = (pm[s * step + g] - first) - offset;
         m2 += pq[s * step + g] + A(pieces.at(v, s).count()) * d * d;
       }
-      var[g] = m2 * freedom;
+      var[g] = m2 / freedom;
     }
   }
 

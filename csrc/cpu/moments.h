@@ -68,9 +68,9 @@ inline void spatial_moments(const T* base, int64_t row, Piece c, int64_t ahead, 
                 },
                 [&](Vec<A> v) { add(Index<3>(), tail(v - vm)); });
   }
-  const A error = sum_lanes<A>((e[0] + e[1]) + (e[2] + e[3]));
-  *mean = m + error * inverse;
-  *m2 = sum_lanes<A>((q[0] + q[1]) + (q[2] + q[3])) - error * error * inverse;
+  const double error = sum_lanes_wide<A>((e[0] + e[1]) + (e[2] + e[3])), count = double(c.count());
+  *mean = A(m + error / count);
+  *m2 = A(sum_lanes_wide<A>((q[0] + q[1]) + (q[2] + q[3])) - error * error / count);
 }
 
 // G vectors of units side by side; the last may hold `width` < lanes units.
@@ -79,7 +79,7 @@ inline void unit_moments(const T* base, Strides st, Piece c, int64_t width, Vec<
   using A = acc_t<T>;
   constexpr int64_t L = lanes<A>;
   const A inverse = A(1) / A(c.count());
-  Vec<A> m[G] = {}, e[G] = {}, q[G] = {};
+  Vec<A> m[G] = {}, e[G] = {}, q[G] = {}, lost[G] = {};
   const auto each_row = [&](auto&& body) {
     for (int64_t i = c.i0; i < c.i1; ++i) {
       for (int64_t p = c.p0; p < c.p1; ++p) {
@@ -91,12 +91,13 @@ inline void unit_moments(const T* base, Strides st, Piece c, int64_t width, Vec<
   each_row([&](int g, Vec<A> v) { m[g] += v; });
   for (int g = 0; g < G; ++g) m[g] *= inverse;
   each_row([&](int g, Vec<A> v) {
-    const Vec<A> d = v - m[g];
+    const Vec<A> d = v - m[g], before = q[g];
     e[g] += d;
-    q[g] += d * d;
+    q[g] = d * d + before;
+    lost[g] += d * d - (q[g] - before);  // what the sum rounded off
   });
   for (int g = 0; g < G; ++g) {
     mean[g] = m[g] + e[g] * inverse;
-    m2[g] = q[g] - e[g] * e[g] * inverse;
+    m2[g] = q[g] + (lost[g] - e[g] * e[g] * inverse);
   }
 }

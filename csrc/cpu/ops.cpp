@@ -91,10 +91,11 @@ struct Shape {
 };
 
 Strides strides_of(const Shape& s, bool per_activation) {
-  int64_t pos = 1;
+  int64_t pos = 0;
   for (int64_t i = 2; i < s.dim; ++i) {
-    if (s.sizes[i] > 1) pos = s.strides[i];
+    if (s.sizes[i] > 1 && (pos == 0 || s.strides[i] < pos)) pos = s.strides[i];
   }
+  if (pos == 0) pos = 1;
   return per_activation ? Strides{s.strides[0], 1, 1} : Strides{s.strides[0], s.strides[1], pos};
 }
 

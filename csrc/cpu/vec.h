@@ -184,6 +184,14 @@ template <class A> inline A sum_lanes(Vec<A> v) {  // pairwise, always in the sa
   else return (q0[0] + q0[2]) + (q0[1] + q0[3]);
 }
 
+template <class A> inline double sum_lanes_wide(Vec<A> v) {
+  if constexpr (sizeof(A) == 8) return sum_lanes<A>(v);
+  typedef float half_t __attribute__((vector_size(32)));
+  half_t half[2];
+  std::memcpy(half, &v, sizeof v);
+  return sum_lanes<double>(__builtin_convertvector(half[0], Vec<double>) + __builtin_convertvector(half[1], Vec<double>));
+}
+
 template <class A> inline Vec<A> lane_index() {
   Vec<A> v;
   for (int64_t i = 0; i < lanes<A>; ++i) v[i] = A(i);

@@ -1,0 +1,49 @@
+"""Helpers of the tests: layouts of a tensor, and errors measured against a float64 oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vcl_kernels import reference
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous(),
+    "transposed": lambda x: x.transpose(1, -1).contiguous().transpose(1, -1),
+    "channel_slice": lambda x: torch.cat([x, x, x], 1)[:, x.shape[1] : 2 * x.shape[1]],
+    "channels_last_slice": lambda x: LAYOUTS["channels_last"](torch.cat([x, x], 1))[:, x.shape[1] :],
+    "row_stride": lambda x: torch.stack([x, x], 1).flatten(0, 1)[::2],
+    "every_second_column": lambda x: torch.stack([x, x], -1).flatten(-2)[..., ::2],
+    "misaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    "samples_inside": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+}
+
+
+def gradients(loss: Tensor, inputs: list[Tensor], g: Tensor | None = None) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, inputs, g)
+
+
+def oracle(x: Tensor, beta: Tensor | float | None, g: Tensor | None = None, dtype=torch.float64, **options):
+    """Loss, dx and dbeta from the reference on the CPU in ``dtype``."""
+    x = x.detach().cpu().to(dtype).requires_grad_()
+    inputs = [x]
+    if isinstance(beta, Tensor):
+        beta = beta.detach().cpu().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        inputs.append(beta)
+    loss = reference.vcl_loss(x, beta, **options)
+    return [loss.detach(), *gradients(loss, inputs, None if g is None else g.cpu().to(loss.dtype))]
+
+
+def assert_within_budget(actual: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """At most twice the error of eager PyTorch in the same precision, plus one rounding of the result."""
+    assert actual.shape == exact.shape
+    exact = exact.double()
+    error = (actual.cpu().double() - exact).abs().max()
+    of_eager = (eager.cpu().double() - exact).abs().max()
+    if actual.dtype == torch.float64:  # eager is the oracle itself; variances' differences lose a few digits
+        of_eager = 1e-13 * exact.abs().max()
+    rounding = torch.finfo(actual.dtype).eps * exact.abs().max() + torch.finfo(actual.dtype).tiny
+    assert error <= 2 * of_eager + rounding, f"error {error:.3g}, eager {of_eager:.3g}, rounding {rounding:.3g}"

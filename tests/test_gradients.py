@@ -1,0 +1,83 @@
+"""Numerical derivatives, first and second, of every form, unit, layout and backend, in float64."""
+
+import pytest
+import torch
+from common import LAYOUTS
+from conftest import FORMS, UNITS, device_of
+
+import vcl_kernels as vk
+
+SMALL = {"contiguous": (7, 2, 3), "2d": (7, 3), "channels_last": (6, 2, 2, 2)}
+
+
+def case(backend, form, unit, layout, n=3):
+    torch.manual_seed(0)
+    shape = SMALL[layout]
+    x = torch.randn(shape, dtype=torch.float64)
+    x = LAYOUTS.get(layout, LAYOUTS["contiguous"])(x).to(device_of(backend)).requires_grad_()
+    if form == "variance":
+        return (x,)
+    units = shape[1:2] if unit == "channel" else shape[1:]
+    return x, (torch.rand(units, dtype=torch.float64, device=x.device) + 0.5).requires_grad_()
+
+
+@pytest.mark.parametrize("layout", SMALL)
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("form", FORMS)
+def test_loss(backend, form, unit, layout):
+    inputs = case(backend, form, unit, layout)
+
+    def loss(x, beta=None):
+        return vk.vcl_loss(x, beta, sub_batch_size=3, form=form, unit=unit, reduction="none", backend=backend)
+
+    assert torch.autograd.gradcheck(loss, inputs)
+    assert torch.autograd.gradgradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_loss_of_few_rows_of_many(backend, form):
+    """Two sub-batches of a batch four times as large: only their rows are kept."""
+    torch.manual_seed(1)
+    x = torch.randn(12, 2, 2, dtype=torch.float64, device=device_of(backend), requires_grad=True)
+
+    def loss(x):
+        return vk.vcl_loss(x, sub_batch_size=3, form=form, num_sub_batches=2, backend=backend)
+
+    assert torch.autograd.gradcheck(loss, (x,))
+    assert torch.autograd.gradgradcheck(loss, (x,))
+
+
+@pytest.mark.parametrize("layout", SMALL)
+@pytest.mark.parametrize("unit", UNITS)
+def test_sub_batch_moments(backend, unit, layout):
+    (x,) = case(backend, "variance", unit, layout)
+
+    def moments(x):
+        return vk.sub_batch_moments(x, 3, unit=unit, backend=backend)
+
+    assert torch.autograd.gradcheck(moments, (x,))
+    assert torch.autograd.gradgradcheck(moments, (x,))
+    for chosen in (0, 1):
+        assert torch.autograd.gradcheck(lambda x, c=chosen: moments(x)[c], (x,))
+
+
+def test_beta_alone(kernel_backend):
+    x, beta = case(kernel_backend, "ratio", "channel", "contiguous")
+    x = x.detach()
+    assert torch.autograd.gradcheck(lambda b: vk.vcl_loss(x, b, sub_batch_size=3, backend=kernel_backend), (beta,))
+
+
+def test_gradient_penalty_reaches_the_weights(kernel_backend):
+    """The second derivative as users take it: through a layer, with the loss in the middle of the graph."""
+    for options in ({"sub_batch_size": 3}, {"sub_batch_size": 3, "form": "relative_variance"}):
+        torch.manual_seed(2)
+        device = device_of(kernel_backend)
+        w = torch.randn(4, 4, dtype=torch.float64, device=device, requires_grad=True)
+        data = torch.randn(14, 4, dtype=torch.float64, device=device)
+
+        def penalty(backend, w=w, data=data, options=options):
+            x = data @ w
+            (dx,) = torch.autograd.grad(vk.vcl_loss(x, backend=backend, **options), x, create_graph=True)
+            return torch.autograd.grad(dx.square().sum(), w)[0]
+
+        torch.testing.assert_close(penalty(kernel_backend), penalty("reference"))
