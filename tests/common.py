@@ -26,6 +26,16 @@ def gradients(loss: Tensor, inputs: list[Tensor], g: Tensor | None = None) -> tu
     return torch.autograd.grad(loss, inputs, g)
 
 
+def written_out(x: Tensor, n: int, K: int, per_activation: bool) -> tuple[Tensor, Tensor]:
+    """Moments in the arithmetic of x's own accumulation dtype; torch.var on the CPU sums float32 in float64."""
+    samples = x[: K * n].unflatten(0, (K, n))
+    samples = samples.float() if samples.dtype in (torch.float16, torch.bfloat16) else samples
+    over = [1] if per_activation else [1, *range(3, samples.dim())]
+    mean = samples.mean(over, keepdim=True)
+    count = samples[0, :, 0].numel() if not per_activation else n
+    return mean.squeeze(over), (samples - mean).square().sum(over) / (count - 1)
+
+
 def oracle(x: Tensor, beta: Tensor | float | None, g: Tensor | None = None, dtype=torch.float64, **options):
     """Loss, dx and dbeta from the reference on the CPU in ``dtype``."""
     x = x.detach().cpu().to(dtype).requires_grad_()

@@ -67,7 +67,7 @@ struct Job {
   const void* shift;
   double *loss_sum, *dbeta_sum;  // one for each block of units
 
-  void *piece_mean, *piece_m2;  // split runs: [K, pieces, U]
+  void *piece_mean, *piece_m2;  // split runs, in float64: [K, pieces, U]
   int64_t block;                // units in a block, a multiple of 16 unless one block holds all
   bool stream;                  // dx by non-temporal stores
 };

@@ -26,6 +26,7 @@ template <class A> inline Vec<A>* scratch(int64_t vectors) {
 template <class T> struct Runner {
   using A = acc_t<T>;
   static constexpr int64_t L = lanes<A>;
+  static constexpr int H = parts<A>;  // float64 vectors to a vector of units
 
   const Job& j;
   const View& v;
@@ -46,95 +47,105 @@ template <class T> struct Runner {
     return x(k * v.n + c.i0, u0) + c.p0;
   }
 
-  void piece(int64_t k, int64_t s, int64_t u0, int64_t u1, Vec<A>* mean, Vec<A>* m2) const {
+  void piece(int64_t k, int64_t s, int64_t u0, int64_t u1, Vec<double>* mean, Vec<double>* m2) const {
     const Piece c = pieces.at(v, s);
     const T* base = x(k * v.n, u0);
     const int64_t units = u1 - u0;
     if (v.spatial) {
       const int64_t ahead = next_piece(k, s, u0, u1) - (base + c.i0 * j.xs.row + c.p0);
       for (int64_t u = 0; u < units; ++u) {
-        spatial_moments<T>(base + u * j.xs.unit, j.xs.row, c, ahead, (A*)mean + u, (A*)m2 + u);
+        spatial_moments<T>(base + u * j.xs.unit, j.xs.row, c, ahead, (double*)mean + u, (double*)m2 + u);
       }
       return;
     }
     int64_t g = 0;
     for (; (g + kUnitGroup) * L <= units; g += kUnitGroup) {
-      unit_moments<T, kUnitGroup>(base + g * L, j.xs, c, L, mean + g, m2 + g);
+      unit_moments<T, kUnitGroup>(base + g * L, j.xs, c, L, mean + g * H, m2 + g * H);
     }
     for (; g * L < units; ++g) {
-      unit_moments<T, 1>(base + g * L, j.xs, c, clip(units - g * L), mean + g, m2 + g);
+      unit_moments<T, 1>(base + g * L, j.xs, c, clip(units - g * L), mean + g * H, m2 + g * H);
     }
   }
 
   // Chan's merge over the pieces of one sub-batch, in order, from differences to the first piece's mean.
   // `var` becomes the unbiased variance. Pieces lie `step` vectors apart.
-  void merge(const Vec<A>* pm, const Vec<A>* pq, int64_t step, int64_t slots, Vec<A>* mean, Vec<A>* var) const {
-    const A M = A(v.n * v.P), freedom = M - A(1);
+  void merge(const Vec<double>* pm, const Vec<double>* pq, int64_t step, int64_t slots, Vec<A>* mean,
+             Vec<double>* var) const {
+    const double M = double(v.n * v.P), freedom = 1 / (M - 1);
     const int64_t S = pieces.size();
     for (int64_t g = 0; g < slots; ++g) {
-      const Vec<A> first = pm[g];
-      if (S == 1) {
-        mean[g] = first;
-        var[g] = pq[g] / freedom;
-        continue;
+      Vec<double> all[H];
+      for (int h = 0; h < H; ++h) {
+        const Vec<double>*m = pm + g * H + h, *q = pq + g * H + h;
+        Vec<double> offset = {}, m2 = {};
+        for (int64_t s = 1; s < S; ++s) offset += double(pieces.at(v, s).count()) * (m[s * step] - m[0]);
+        offset /= M;
+        for (int64_t s = 0; s < S && S > 1; ++s) {
+          const Vec<double> d = (m[s * step] - m[0]) - offset;
+          m2 += q[s * step] + double(pieces.at(v, s).count()) * d * d;
+        }
+        all[h] = m[0] + offset;
+        var[g * H + h] = (S > 1 ? m2 : q[0]) * freedom;
       }
-      Vec<A> offset = {}, m2 = {};
-      for (int64_t s = 1; s < S; ++s) offset += A(pieces.at(v, s).count()) * (pm[s * step + g] - first);
-      offset /= M;
-      mean[g] = first + offset;
-      for (int64_t s = 0; s < S; ++s) {
-        const Vec<A> d = (pm[s * step + g] - first) - offset;
-        m2 += pq[s * step + g] + A(pieces.at(v, s).count()) * d * d;
-      }
-      var[g] = m2 / freedom;
+      mean[g] = joined<A>(all);
     }
   }
 
-  // ---- loss and coefficients of units [u0, u1), from mean[k], var[k]; var becomes scale
+  // ---- loss and coefficients of units [u0, u1), from mean[k] and var[k], in float64: they are few
 
-  void save(void* to, int64_t k, int64_t u0, int64_t u1, const Vec<A>* from) const {
-    if (!to) return;
-    A* row = (A*)to + k * v.U + u0;
-    std::memcpy(row, from, (u1 - u0) * sizeof(A));
+  static constexpr int64_t L8 = lanes<double>;
+
+  void save(void* to, int64_t k, int64_t u, int64_t width, const Vec<A>& from) const {
+    if (to) std::memcpy((A*)to + k * v.U + u, &from, width * sizeof(A));
   }
 
-  Vec<A> beta_of(int64_t u, int64_t width) const {
-    if (!j.beta) return broadcast<A>(A(j.beta_value));
+  Vec<double> beta_of(int64_t u, int64_t width) const {
+    if (!j.beta) return broadcast<double>(j.beta_value);
     const A* b = (const A*)j.beta;
-    if (!j.beta_step) return broadcast<A>(*b);
-    return width == L ? load(b + u) : load_some(b + u, width);
+    if (!j.beta_step) return broadcast<double>(double(*b));
+    Vec<double> wide = {};
+    for (int64_t i = 0; i < L8 && i < width; ++i) wide[i] = double(b[u + i]);
+    return wide;
   }
 
-  double sum_valid(Vec<A> a, int64_t width) const {
+  static double sum_valid(Vec<double> a, int64_t width) {
     double sum = 0;
-    for (int64_t i = 0; i < width; ++i) sum += double(a[i]);
+    for (int64_t i = 0; i < L8 && i < width; ++i) sum += a[i];
     return sum;
   }
 
-  void coefficients(int64_t block, int64_t u0, int64_t u1, Vec<A>* mean, Vec<A>* var, int64_t slots) const {
-    for (int64_t k = 0; k < v.K; ++k) {
-      save(j.mean, k, u0, u1, mean + k * slots);
-      save(j.var, k, u0, u1, var + k * slots);
-    }
-    if (j.form == Form::none) return;
-    const A factor = A(j.factor), spread = factor * A(2) / A(v.n * v.P - 1);
+  void coefficients(int64_t block, int64_t u0, int64_t u1, const Vec<A>* mean, Vec<double>* var, int64_t slots,
+                    Vec<A>* scale) const {
+    const double spread = j.factor * 2 / double(v.n * v.P - 1);
+    const Vec<double> least = broadcast<double>(j.beta_min);
     double loss_sum = 0, dbeta_sum = 0;
     for (int64_t g = 0; g < slots; ++g) {
       const int64_t u = u0 + g * L, width = clip(u1 - u);
-      const Vec<A> given = beta_of(u, width), least = broadcast<A>(A(j.beta_min));
-      Vec<A> dbeta;
-      Vec<A> loss = form_and_derivatives<A>(j.form, var + g, slots, v.K, given < least ? least : given, &dbeta);
-      loss *= factor;
-      dbeta = bounded_gradient<A>(dbeta * factor, given, A(j.beta_min));
-      for (int64_t k = 0; k < v.K; ++k) var[k * slots + g] *= spread;
-      save(j.loss, 0, u, u + width, &loss);
-      save(j.dbeta, 0, u, u + width, &dbeta);
-      loss_sum += sum_valid(loss, width);
-      dbeta_sum += sum_valid(dbeta, width);
+      for (int64_t k = 0; k < v.K; ++k) {
+        save(j.mean, k, u, width, mean[k * slots + g]);
+        if (j.var) save(j.var, k, u, width, joined<A>(var + (k * slots + g) * H));
+      }
+      if (j.form == Form::none) continue;
+      Vec<double> loss[H], dbeta[H];
+      for (int h = 0; h < H; ++h) {
+        const Vec<double> beta = beta_of(u + h * L8, width - h * L8);
+        loss[h] = j.factor * form_and_derivatives<double>(j.form, var + g * H + h, slots * H, v.K,
+                                                          beta < least ? least : beta, &dbeta[h]);
+        dbeta[h] = bounded_gradient<double>(dbeta[h] * j.factor, beta, j.beta_min);
+        loss_sum += sum_valid(loss[h], width - h * L8);
+        dbeta_sum += sum_valid(dbeta[h], width - h * L8);
+      }
+      save(j.loss, 0, u, width, joined<A>(loss));
+      save(j.dbeta, 0, u, width, joined<A>(dbeta));
+      for (int64_t k = 0; k < v.K; ++k) {
+        Vec<double>* slope = var + (k * slots + g) * H;
+        for (int h = 0; h < H; ++h) slope[h] *= spread;
+        scale[k * slots + g] = joined<A>(slope);
+        save(j.scale, k, u, width, scale[k * slots + g]);
+      }
     }
     if (j.loss_sum) j.loss_sum[block] = loss_sum;
     if (j.dbeta_sum) j.dbeta_sum[block] = dbeta_sum;
-    for (int64_t k = 0; k < v.K; ++k) save(j.scale, k, u0, u1, var + k * slots);
   }
 
   // ---- gradient of units [u0, u1)
@@ -176,27 +187,30 @@ template <class T> struct Runner {
     const Runner r(j);
     const View& v = j.view;
     const int64_t S = r.pieces.size(), most = vectors(j.block);
-    Vec<A>* mean = scratch<A>(2 * (v.K + S) * most);
-    Vec<A>*var = mean + v.K * most, *pm = var + v.K * most, *pq = pm + S * most;
+    Vec<A>* mean = scratch<A>((2 * v.K + v.K * H + 2 * S * H) * most);
+    Vec<A>* scale = mean + v.K * most;
+    Vec<double>* var = (Vec<double>*)(scale + v.K * most);
+    Vec<double>* pm = var + v.K * H * most;
+    Vec<double>* pq = pm + S * H * most;
     for (int64_t b = begin; b < end; ++b) {
       const int64_t u0 = b * j.block, u1 = u0 + j.block < v.U ? u0 + j.block : v.U, slots = vectors(u1 - u0);
       for (int64_t k = 0; k < v.K; ++k) {
-        for (int64_t s = 0; s < S; ++s) r.piece(k, s, u0, u1, pm + s * slots, pq + s * slots);
-        r.merge(pm, pq, slots, slots, mean + k * slots, var + k * slots);
+        for (int64_t s = 0; s < S; ++s) r.piece(k, s, u0, u1, pm + s * slots * H, pq + s * slots * H);
+        r.merge(pm, pq, slots * H, slots, mean + k * slots, var + k * slots * H);
       }
-      r.coefficients(b, u0, u1, mean, var, slots);
+      r.coefficients(b, u0, u1, mean, var, slots, scale);
       if (!j.dx) continue;
-      if (j.stream) r.template apply<true>(u0, u1, mean, var, slots);
-      else r.template apply<false>(u0, u1, mean, var, slots);
+      if (j.stream) r.template apply<true>(u0, u1, mean, scale, slots);
+      else r.template apply<false>(u0, u1, mean, scale, slots);
     }
     if (j.dx && j.stream) stream_fence();
   }
 
   static void each_piece(const Job& j, int64_t begin, int64_t end) {
     const Runner r(j);
-    const int64_t slots = vectors(j.view.U), S = r.pieces.size();
+    const int64_t slots = H * vectors(j.view.U), S = r.pieces.size();
     for (int64_t t = begin; t < end; ++t) {
-      r.piece(t / S, t % S, 0, j.view.U, (Vec<A>*)j.piece_mean + t * slots, (Vec<A>*)j.piece_m2 + t * slots);
+      r.piece(t / S, t % S, 0, j.view.U, (Vec<double>*)j.piece_mean + t * slots, (Vec<double>*)j.piece_m2 + t * slots);
     }
   }
 
@@ -204,16 +218,17 @@ template <class T> struct Runner {
     const Runner r(j);
     const View& v = j.view;
     const int64_t S = r.pieces.size(), all = vectors(v.U), most = vectors(j.block);
-    Vec<A>* mean = scratch<A>(2 * v.K * most);
-    Vec<A>* var = mean + v.K * most;
+    Vec<A>* mean = scratch<A>((2 + H) * v.K * most);
+    Vec<A>* scale = mean + v.K * most;
+    Vec<double>* var = (Vec<double>*)(scale + v.K * most);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t u0 = b * j.block, u1 = u0 + j.block < v.U ? u0 + j.block : v.U, slots = vectors(u1 - u0);
       for (int64_t k = 0; k < v.K; ++k) {
-        const int64_t at = k * S * all + u0 / L;
-        r.merge((const Vec<A>*)j.piece_mean + at, (const Vec<A>*)j.piece_m2 + at, all, slots, mean + k * slots,
-                var + k * slots);
+        const int64_t at = H * (k * S * all + u0 / L);
+        r.merge((const Vec<double>*)j.piece_mean + at, (const Vec<double>*)j.piece_m2 + at, H * all, slots,
+                mean + k * slots, var + k * slots * H);
       }
-      r.coefficients(b, u0, u1, mean, var, slots);
+      r.coefficients(b, u0, u1, mean, var, slots, scale);
     }
   }
 

@@ -1,5 +1,6 @@
 // Mean and sum of squared deviations of one piece of a sub-batch: twice over data that the first pass left in
-// cache. The second pass corrects the rounding of the first mean, so that |mean| >> std costs no digits.
+// cache. The second pass corrects the rounding of the first mean, so that |mean| >> std costs no digits. Where a
+// unit's values go to many lanes these sum in the accumulation type, and in float64 from there on.
 // Included inside the namespace of one instruction set.
 #pragma once
 
@@ -44,7 +45,7 @@ inline void for_vectors(const T* p, int64_t len, Full&& full, Last&& last) {
 
 // `ahead`: the distance to what will be wanted next, fetched while this piece is read for the second time.
 template <class T>
-inline void spatial_moments(const T* base, int64_t row, Piece c, int64_t ahead, acc_t<T>* mean, acc_t<T>* m2) {
+inline void spatial_moments(const T* base, int64_t row, Piece c, int64_t ahead, double* mean, double* m2) {
   using A = acc_t<T>;
   const int64_t len = c.p1 - c.p0;
   const A inverse = A(1) / A(c.count());
@@ -69,17 +70,20 @@ inline void spatial_moments(const T* base, int64_t row, Piece c, int64_t ahead, 
                 [&](Vec<A> v) { add(Index<3>(), tail(v - vm)); });
   }
   const double error = sum_lanes_wide<A>((e[0] + e[1]) + (e[2] + e[3])), count = double(c.count());
-  *mean = A(m + error / count);
-  *m2 = A(sum_lanes_wide<A>((q[0] + q[1]) + (q[2] + q[3])) - error * error / count);
+  *mean = m + error / count;
+  *m2 = sum_lanes_wide<A>((q[0] + q[1]) + (q[2] + q[3])) - error * error / count;
 }
 
-// G vectors of units side by side; the last may hold `width` < lanes units.
+// G vectors of units side by side; the last may hold `width` < lanes units. Few values may go to one lane, so
+// that no errors average out: deviations are summed in float64.
 template <class T, int G>
-inline void unit_moments(const T* base, Strides st, Piece c, int64_t width, Vec<acc_t<T>>* mean, Vec<acc_t<T>>* m2) {
+inline void unit_moments(const T* base, Strides st, Piece c, int64_t width, Vec<double>* mean, Vec<double>* m2) {
   using A = acc_t<T>;
   constexpr int64_t L = lanes<A>;
-  const A inverse = A(1) / A(c.count());
-  Vec<A> m[G] = {}, e[G] = {}, q[G] = {}, lost[G] = {};
+  constexpr int H = parts<A>;
+  const double inverse = 1 / double(c.count());
+  Vec<A> s[G] = {};
+  Vec<double> m[G * H], e[G * H] = {}, q[G * H] = {};
   const auto each_row = [&](auto&& body) {
     for (int64_t i = c.i0; i < c.i1; ++i) {
       for (int64_t p = c.p0; p < c.p1; ++p) {
@@ -88,16 +92,17 @@ inline void unit_moments(const T* base, Strides st, Piece c, int64_t width, Vec<
       }
     }
   };
-  each_row([&](int g, Vec<A> v) { m[g] += v; });
-  for (int g = 0; g < G; ++g) m[g] *= inverse;
+  each_row([&](int g, Vec<A> v) { s[g] += v; });
+  for (int h = 0; h < G * H; ++h) m[h] = part<A>(s[h / H], h % H) * inverse;
   each_row([&](int g, Vec<A> v) {
-    const Vec<A> d = v - m[g], before = q[g];
-    e[g] += d;
-    q[g] = d * d + before;
-    lost[g] += d * d - (q[g] - before);  // what the sum rounded off
+    for (int h = g * H; h < (g + 1) * H; ++h) {
+      const Vec<double> d = part<A>(v, h - g * H) - m[h];
+      e[h] += d;
+      q[h] += d * d;
+    }
   });
-  for (int g = 0; g < G; ++g) {
-    mean[g] = m[g] + e[g] * inverse;
-    m2[g] = q[g] + (lost[g] - e[g] * e[g] * inverse);
+  for (int h = 0; h < G * H; ++h) {
+    mean[h] = m[h] + e[h] * inverse;
+    m2[h] = q[h] - e[h] * e[h] * inverse;
   }
 }

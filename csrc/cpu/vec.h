@@ -184,12 +184,37 @@ template <class A> inline A sum_lanes(Vec<A> v) {  // pairwise, always in the sa
   else return (q0[0] + q0[2]) + (q0[1] + q0[3]);
 }
 
+// ---- float64 parts of a vector: statistics are merged in float64, whatever the accumulation type
+
+template <class A> constexpr int parts = sizeof(double) / sizeof(A);
+
+template <class A> inline Vec<double> part(Vec<A> v, int i) {
+  if constexpr (sizeof(A) == 8) {
+    return v;
+  } else {
+    typedef float half_t __attribute__((vector_size(32)));
+    half_t half;
+    std::memcpy(&half, (const char*)&v + 32 * i, 32);
+    return __builtin_convertvector(half, Vec<double>);
+  }
+}
+
+template <class A> inline Vec<A> joined(const Vec<double>* from) {
+  if constexpr (sizeof(A) == 8) {
+    return *from;
+  } else {
+    typedef float half_t __attribute__((vector_size(32)));
+    const half_t half[2] = {__builtin_convertvector(from[0], half_t), __builtin_convertvector(from[1], half_t)};
+    Vec<A> v;
+    std::memcpy(&v, half, sizeof v);
+    return v;
+  }
+}
+
 template <class A> inline double sum_lanes_wide(Vec<A> v) {
-  if constexpr (sizeof(A) == 8) return sum_lanes<A>(v);
-  typedef float half_t __attribute__((vector_size(32)));
-  half_t half[2];
-  std::memcpy(half, &v, sizeof v);
-  return sum_lanes<double>(__builtin_convertvector(half[0], Vec<double>) + __builtin_convertvector(half[1], Vec<double>));
+  Vec<double> sum = part<A>(v, 0);
+  for (int i = 1; i < parts<A>; ++i) sum += part<A>(v, i);
+  return sum_lanes<double>(sum);
 }
 
 template <class A> inline Vec<A> lane_index() {

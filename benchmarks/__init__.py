@@ -1,0 +1,1 @@
+"""Measurements and demonstrations; run as ``python -m benchmarks.<name>`` from the repository root."""

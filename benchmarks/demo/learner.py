@@ -1,0 +1,89 @@
+"""The network with one of three methods, its optimizer, and one training step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import vcl_kernels as vk
+
+METHODS = {"none": "no normalisation", "bn": "batch norm", "vcl": "VCL"}
+
+
+class Block(nn.Sequential):
+    """Convolution 3x3, batch norm if wanted, ELU: VCL, like batch norm, sees what enters the ELU."""
+
+    def __init__(self, inputs: int, outputs: int, batch_norm: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=not batch_norm)  # batch norm has its own bias
+        if batch_norm:
+            self.norm = nn.BatchNorm2d(outputs)
+        self.elu = nn.ELU()
+
+
+def network(channels: int, classes: int, batch_norm: bool) -> nn.Sequential:
+    """Five ELU layers; any image of 8x8 or more."""
+    return nn.Sequential(
+        Block(channels, 16, batch_norm),
+        nn.MaxPool2d(2),
+        Block(16, 32, batch_norm),
+        Block(32, 32, batch_norm),
+        nn.MaxPool2d(2),
+        Block(32, 64, batch_norm),
+        Block(64, 64, batch_norm),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, classes),
+    )
+
+
+class Learner:
+    """A network under one method. For one seed, all methods start from the same weights."""
+
+    def __init__(
+        self,
+        method: str,
+        example: Tensor,
+        classes: int,
+        *,
+        seed: int,
+        steps: int,
+        learning_rate: float,
+        weight_decay: float,
+        weight: float,
+        sub_batch_size: int,
+        form: str,
+    ) -> None:
+        self.model = network(example.shape[1], classes, method == "bn").to(example.device)
+        torch.manual_seed(seed)
+        for module in self.model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self.handle = None
+        if method == "vcl":
+            self.handle = vk.attach(self.model, example, weight=weight, sub_batch_size=sub_batch_size, form=form)
+        groups = vk.param_groups(self.model, weight_decay)
+        self.optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=0.9, nesterov=True)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
+
+    def objective(self, x: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy, and the VCL where it is the method."""
+        loss = F.cross_entropy(self.model(x), y)
+        return loss if self.handle is None else loss + self.handle.loss()
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        """Learn from one batch; return the objective."""
+        self.optimizer.zero_grad()
+        objective = self.objective(x, y)
+        objective.backward()
+        self.optimizer.step()
+        return objective.detach()
+
+    def middle(self) -> nn.Module:
+        """The ELU whose pre-activations are shown: the third of five."""
+        block = self.model[3]
+        assert isinstance(block, Block)
+        return block.elu

@@ -1,0 +1,81 @@
+"""What a method costs, and what it does to the pre-activations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .learner import Learner
+
+
+def step_times(learners: dict[str, Learner], x: Tensor, y: Tensor, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each training step. The methods take turns, so that a busy machine slows all alike."""
+    names = list(learners)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for learner in learners.values():
+        learner.model.train()
+        for _ in range(3):
+            learner.step(x, y)
+    for turn in range(rounds):
+        for i in range(len(names)):
+            name = names[(turn + i) % len(names)]  # nobody always follows the same other
+            wait(x.device)
+            start = time.perf_counter()
+            learners[name].step(x, y)
+            wait(x.device)
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def saved_bytes(model: nn.Module, objective: Callable[[], Tensor]) -> int:
+    """Bytes that one training forward keeps for backward: each storage once, parameters not counted."""
+    model.train()
+    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    found: dict[int, Tensor] = {}  # the tensors are held, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in known:
+            found.setdefault(address, tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        objective()
+    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+
+
+@torch.no_grad()
+def pre_activations(model: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
+    """Return what enters ``activation`` in evaluation, as (C, values of that channel)."""
+    seen: list[Tensor] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+
+    hook = activation.register_forward_pre_hook(record)
+    model.eval()
+    model(x)
+    hook.remove()
+    return seen[0].transpose(0, 1).flatten(1).cpu()
+
+
+def kurtosis(values: Tensor) -> Tensor:
+    """Return each row's E[(v - mean)⁴] / variance²: 3 for a Gaussian, 1 for two points of equal weight."""
+    centred = values.double() - values.double().mean(1, keepdim=True)
+    return centred.pow(4).mean(1) / centred.square().mean(1).square()
+
+
+def histogram(values: Tensor, bins: int = 80, reach: float = 4.0) -> dict[str, Any]:
+    """Return the density of all channels together, each standardised, and the median channel's kurtosis."""
+    standard = (values - values.mean(1, keepdim=True)) / values.std(1, keepdim=True).clamp_min(1e-12)
+    density, edges = torch.histogram(standard.flatten(), bins, range=(-reach, reach), density=True)
+    return {"edges": edges.tolist(), "density": density.tolist(), "kurtosis": float(kurtosis(values).median())}
