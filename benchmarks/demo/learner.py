@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import vcl_kernels as vk
 
 METHODS = {"none": "no normalisation", "bn": "batch norm", "vcl": "VCL"}
+CLIP = 1.0  # gradient norm; without it the plain network diverges at learning rates that suit the others
 
 
 class Block(nn.Sequential):
@@ -79,6 +80,7 @@ class Learner:
         self.optimizer.zero_grad()
         objective = self.objective(x, y)
         objective.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         return objective.detach()
 

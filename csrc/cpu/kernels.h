@@ -77,15 +77,20 @@ template <class T> struct Runner {
       Vec<double> all[H];
       for (int h = 0; h < H; ++h) {
         const Vec<double>*m = pm + g * H + h, *q = pq + g * H + h;
+        if (S == 1) {
+          all[h] = m[0];
+          var[g * H + h] = q[0] * freedom;
+          continue;
+        }
         Vec<double> offset = {}, m2 = {};
         for (int64_t s = 1; s < S; ++s) offset += double(pieces.at(v, s).count()) * (m[s * step] - m[0]);
         offset /= M;
-        for (int64_t s = 0; s < S && S > 1; ++s) {
+        for (int64_t s = 0; s < S; ++s) {
           const Vec<double> d = (m[s * step] - m[0]) - offset;
           m2 += q[s * step] + double(pieces.at(v, s).count()) * d * d;
         }
         all[h] = m[0] + offset;
-        var[g * H + h] = (S > 1 ? m2 : q[0]) * freedom;
+        var[g * H + h] = m2 * freedom;
       }
       mean[g] = joined<A>(all);
     }

@@ -88,6 +88,7 @@ inline void unit_moments(const T* base, Strides st, Piece c, int64_t width, Vec<
     for (int64_t i = c.i0; i < c.i1; ++i) {
       for (int64_t p = c.p0; p < c.p1; ++p) {
         const T* at = base + i * st.row + p * st.pos;
+#pragma GCC unroll 8
         for (int g = 0; g < G; ++g) body(g, width == L || g + 1 < G ? load(at + g * L) : load_some(at + g * L, width));
       }
     }
@@ -95,6 +96,7 @@ inline void unit_moments(const T* base, Strides st, Piece c, int64_t width, Vec<
   each_row([&](int g, Vec<A> v) { s[g] += v; });
   for (int h = 0; h < G * H; ++h) m[h] = part<A>(s[h / H], h % H) * inverse;
   each_row([&](int g, Vec<A> v) {
+#pragma GCC unroll 8
     for (int h = g * H; h < (g + 1) * H; ++h) {
       const Vec<double> d = part<A>(v, h - g * H) - m[h];
       e[h] += d;
