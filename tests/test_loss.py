@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import LAYOUTS, assert_within_budget, gradients, oracle
+from common import LAYOUTS, assert_within_budget, eager, gradients, oracle
 from conftest import FORMS, UNITS, device_of
 
 import vcl_kernels as vk
@@ -35,11 +35,17 @@ def beta_for(x, form, unit, kind):
     return torch.rand(shape, dtype=wide, device=x.device) + 0.1
 
 
+def per_unit(x, unit):
+    """Upstream gradients for reduction="none": the errors of many units, where one sum's would be a matter of luck."""
+    shape = x.shape[1:2] if unit == "channel" else x.shape[1:]
+    return {"g": torch.rand(shape, device=x.device, dtype=torch.float32).add(0.5).to(
+        torch.float64 if x.dtype == torch.float64 else torch.float32), "reduction": "none"}  # fmt: skip
+
+
 def check(x, backend, g=None, beta=None, **options):
     actual = loss_of(x, beta, backend, g, **options)
     exact = oracle(x, beta, g, **options)
-    eager = oracle(x, beta, g, dtype=x.dtype, **options)
-    for a, e, o in zip(actual, eager, exact, strict=True):
+    for a, e, o in zip(actual, eager(x, beta, g, backend, **options), exact, strict=True):
         assert_within_budget(a, e, o)
     assert actual[1].dtype == x.dtype
     return actual
@@ -64,7 +70,8 @@ def test_dtypes(kernel_backend, dtype, form):
     x = (torch.randn(24, 6, 7, 9, device=device_of(kernel_backend)) + 0.5).to(dtype)
     for unit in UNITS:
         beta = beta_for(x, form, unit, "units")
-        loss, *_ = check(x, kernel_backend, beta=beta, form=form, unit=unit, sub_batch_size=6, reduction="sum")
+        options = {"form": form, "unit": unit, "sub_batch_size": 6}
+        loss, *_ = check(x, kernel_backend, beta=beta, **options, **per_unit(x, unit))
         assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
@@ -75,7 +82,8 @@ def test_layouts(kernel_backend, layout, unit, form, n):
     torch.manual_seed(2)
     x = LAYOUTS[layout](torch.randn(14, 18, 6, 5)).to(device_of(kernel_backend))
     beta = beta_for(x, form, unit, "units")
-    _, dx, _ = check(x, kernel_backend, None, beta, form=form, unit=unit, sub_batch_size=n, reduction="sum")
+    options = {"form": form, "unit": unit, "sub_batch_size": n}
+    _, dx, _ = check(x, kernel_backend, beta=beta, **options, **per_unit(x, unit))
     if layout in ("contiguous", "channels_last", "transposed"):
         assert dx.stride() == x.stride()
 

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ...geometry import Geometry
 from .formulas import coefficients, merge_moments
-from .launch import Launch, cdiv, power_of_2
+from .launch import Launch, cdiv, power_of_2, warps_for
 
 
 @triton.jit
@@ -39,28 +39,28 @@ def finalise(
     k = tl.arange(0, KB)[:, None]
     mask = (k < K) & (units[None, :] < U)
     at = partial_ptr + k.to(tl.int64) * U + units[None, :]
-    count = tl.zeros([KB, UB], ACC)
-    mean = tl.zeros([KB, UB], ACC)
-    m2 = tl.zeros([KB, UB], ACC)
+    count = tl.zeros([KB, UB], tl.float64)
+    mean = tl.zeros([KB, UB], tl.float64)
+    m2 = tl.zeros([KB, UB], tl.float64)
+    pilot = tl.load(at + 3 * plane, mask=mask, other=0.0).to(tl.float64)
     for _ in range(0, splits):
         count, mean, m2 = merge_moments(
             count,
             mean,
             m2,
-            tl.load(at, mask=mask, other=0.0),
-            tl.load(at + plane, mask=mask, other=0.0),
-            tl.load(at + 2 * plane, mask=mask, other=0.0),
+            tl.load(at, mask=mask, other=0.0).to(tl.float64),
+            tl.load(at + plane, mask=mask, other=0.0).to(tl.float64),
+            tl.load(at + 2 * plane, mask=mask, other=0.0).to(tl.float64),
         )
         at += K * U
-    var = m2 / (M - 1)
     out = k.to(tl.int64) * U + units[None, :]
     if MEAN:
-        tl.store(mean_ptr + out, mean, mask=mask)
+        tl.store(mean_ptr + out, (pilot + mean).to(ACC), mask=mask)
     if FORM == -1:
-        tl.store(var_ptr + out, var, mask=mask)
+        tl.store(var_ptr + out, (m2 / (M - 1)).to(ACC), mask=mask)
     else:
         loss, scale, dbeta = coefficients(
-            var, k, K, M, units, units < U, beta_ptr, beta_value, beta_min, factor, FORM, BETA, ACC, KB, UB
+            m2, k, K, M, units, units < U, beta_ptr, beta_value, beta_min, factor, FORM, BETA, ACC, KB, UB
         )
         tl.store(loss_ptr + units, loss, mask=units < U)
         if SCALE:
@@ -77,5 +77,5 @@ def arguments(x: Geometry, splits: int) -> tuple[int, ...]:
 def plan(x: Geometry) -> Launch:
     """Decide the launch."""
     KB = power_of_2(x.K)
-    UB = min(power_of_2(x.U), max(1, min(128, 4096 // KB)))
-    return Launch(finalise, (cdiv(x.U, UB),), {"KB": KB, "UB": UB}, 4)
+    UB = min(power_of_2(x.U), max(1, min(128, 512 // KB)))  # few: float64 takes many registers
+    return Launch(finalise, (cdiv(x.U, UB),), {"KB": KB, "UB": UB}, warps_for(8 * KB * UB))

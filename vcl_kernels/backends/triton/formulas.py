@@ -33,11 +33,11 @@ def loss_and_slopes(var, k, K, beta, FORM: tl.constexpr, KB: tl.constexpr, UB: t
         va = tl.sum(tl.where(is_b, 0.0, pairs), 1)
         vb = tl.sum(tl.where(is_b, pairs, 0.0), 1)
         real = tl.arange(0, KB // 2)[:, None] * 2 < K
-        inverse = 1.0 / (vb + beta[None, :])
-        ratio = va * inverse
-        rest = 1.0 - ratio
+        guarded = vb + beta[None, :]
+        ratio = va / guarded
+        rest = (guarded - va) / guarded
         loss = tl.sum(tl.where(real, rest * rest, 0.0), 0) / (K // 2)
-        slope = tl.where(real, 2.0 * rest * inverse / (K // 2), 0.0)
+        slope = tl.where(real, 2.0 * rest / (guarded * (K // 2)), 0.0)
         slope_b = tl.where(real, slope * ratio, 0.0)
         dvar = tl.reshape(tl.where(is_b, slope_b[:, None, :], -slope[:, None, :]), [KB, UB])
         return loss, dvar, tl.sum(slope_b, 0)
@@ -51,14 +51,15 @@ def loss_and_slopes(var, k, K, beta, FORM: tl.constexpr, KB: tl.constexpr, UB: t
         if FORM == 1:
             return variation, dvar, tl.zeros_like(vbar)
         else:
-            inverse = 1.0 / (vbar + beta)
-            by_vbar = -2.0 * variation * inverse * inverse * inverse
-            return variation * inverse * inverse, dvar * (inverse * inverse)[None, :] + by_vbar[None, :] / K, by_vbar
+            guarded = vbar + beta
+            loss = variation / (guarded * guarded)
+            by_vbar = -2.0 * loss / guarded
+            return loss, dvar / (guarded * guarded)[None, :] + by_vbar[None, :] / K, by_vbar
 
 
 @triton.jit
 def coefficients(
-    var,
+    m2,
     k,
     K,
     M,
@@ -74,10 +75,15 @@ def coefficients(
     KB: tl.constexpr,
     UB: tl.constexpr,
 ):
-    """Loss, scale [KB, UB] of dx = scale · (x - mean), and dbeta, all times factor."""
-    given = given_beta(beta_ptr, beta_value, u, valid, BETA, ACC)
-    least = tl.full([UB], beta_min, ACC)
+    """Loss, scale [KB, UB] of dx = scale · (x - mean), and dbeta, all times factor.
+
+    From m2 = Σ (x - mean)², in float64: they are few, and differences of variances lose digits.
+    """
+    given = given_beta(beta_ptr, beta_value, u, valid, BETA, ACC).to(tl.float64)
+    least = tl.full([UB], beta_min, tl.float64)
+    var = m2.to(tl.float64) / (M - 1)
     loss, dvar, dbeta = loss_and_slopes(var, k, K, tl.where(given < least, least, given), FORM, KB, UB)
-    weight = tl.full([UB], factor, ACC)
+    weight = tl.full([UB], factor, tl.float64)
     dbeta = weight * tl.where((given >= least) | (dbeta < 0), dbeta, 0.0)  # below beta_min it may only rise
-    return loss * weight, dvar * (weight * 2.0 / (M - 1))[None, :], dbeta
+    scale = dvar * (weight * 2.0 / (M - 1))[None, :]
+    return (loss * weight).to(ACC), scale.to(ACC), dbeta.to(ACC)

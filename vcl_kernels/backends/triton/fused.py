@@ -59,11 +59,11 @@ def one_pass_spatial(
     d = tl.where(mask, x - mean[:, None, :, None], 0.0)
     error = tl.sum(tl.sum(d, 3), 1) / M  # the rounding of the mean
     d = tl.where(mask, d - error[:, None, :, None], 0.0)
-    var = tl.sum(tl.sum(d * d, 3), 1) / (M - 1)
+    m2 = tl.sum(tl.sum(d * d, 3), 1)
 
     units = first + tl.arange(0, UB)
     loss, scale, dbeta = coefficients(
-        var, tl.arange(0, KB)[:, None], K, M, units, units < U, beta_ptr, beta_value, beta_min, factor,
+        m2, tl.arange(0, KB)[:, None], K, M, units, units < U, beta_ptr, beta_value, beta_min, factor,
         FORM, BETA, ACC, KB, UB,
     )  # fmt: skip
     tl.store(loss_ptr + units, loss, mask=units < U)
@@ -121,10 +121,10 @@ def one_pass_unit(
     d = tl.where(mask, x - mean[:, None, :], 0.0)
     error = tl.sum(d, 1) / M  # the rounding of the mean
     d = tl.where(mask, d - error[:, None, :], 0.0)
-    var = tl.sum(d * d, 1) / (M - 1)
+    m2 = tl.sum(d * d, 1)
 
     loss, scale, dbeta = coefficients(
-        var, tl.arange(0, KB)[:, None], K, M, units, units < U, beta_ptr, beta_value, beta_min, factor,
+        m2, tl.arange(0, KB)[:, None], K, M, units, units < U, beta_ptr, beta_value, beta_min, factor,
         FORM, BETA, ACC, KB, UB,
     )  # fmt: skip
     tl.store(loss_ptr + units, loss, mask=units < U)

@@ -90,7 +90,7 @@ def _finalise(
 ):  # fmt: skip
     g, acc = Geometry.of(x, n, K, per_activation), _accumulation(x)
     launch, splits, per_split = partial_moments.plan(g, x.element_size())
-    partial = torch.empty((3, splits, K, g.U), dtype=_dtype(x), device=x.device)
+    partial = torch.empty((4, splits, K, g.U), dtype=_dtype(x), device=x.device)
     launch.constants.update(ACC=acc)
     launch(x, partial, *partial_moments.arguments(g, splits, per_split))
     launch = finalise.plan(g)
@@ -123,10 +123,10 @@ def _units(x: Tensor, per_activation: bool, K: int | None = None) -> Tensor:
 
 
 def _reduced(per_unit: Tensor, reduce: bool) -> Tensor:
-    return per_unit.sum() if reduce else per_unit
+    return per_unit.sum(dtype=torch.float64).to(per_unit.dtype) if reduce else per_unit
 
 
 def _reduced_dbeta(x: Tensor, beta: Tensor | None, dbeta: Tensor | None, reduce: bool) -> Tensor:
     if dbeta is None:
         return torch.empty(0, dtype=_dtype(x), device=x.device)
-    return dbeta.sum() if reduce and beta is not None and beta.dim() == 0 else dbeta
+    return _reduced(dbeta, reduce and beta is not None and beta.dim() == 0)

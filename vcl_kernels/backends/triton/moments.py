@@ -31,7 +31,7 @@ def moments_spatial(
     UB: tl.constexpr,
     PB: tl.constexpr,
 ):
-    """Program (units, sub-batch, split) merges its tiles [sample, channel, position] into count, mean, m2."""
+    """Program (units, sub-batch, split) merges its tiles [sample, channel, position] into count, mean - pilot, m2, pilot."""
     P = P_CONSTANT if P_CONSTANT else P_run_time
     x_step = P if X_DENSE else x_unit
     pid = tl.program_id(0)
@@ -45,6 +45,9 @@ def moments_spatial(
     count = tl.zeros([UB], ACC)
     mean = tl.zeros([UB], ACC)
     m2 = tl.zeros([UB], ACC)
+    units = first + tl.arange(0, UB)
+    pilot_at = x_ptr + (k * n).to(tl.int64) * x_row + first * x_step + tl.arange(0, UB) * x_step
+    pilot = tl.load(pilot_at, mask=units < U, other=0.0).to(ACC)  # one value of each sample: |mean| >> std costs nothing
     last = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(n, NB) * by_pos)
     for t in range(split * tiles_per_split, last):
         sample = t // by_pos * NB + i
@@ -52,6 +55,7 @@ def moments_spatial(
         mask = (sample < n) & (first + u < U) & (position < P)
         row = (k * n + sample).to(tl.int64)
         x = tl.load(x_ptr + first * x_step + row * x_row + (u * x_step + position), mask=mask, other=0.0).to(ACC)
+        x = tl.where(mask, x - pilot[None, :, None], 0.0)
         rows_here = tl.minimum(n - t // by_pos * NB, NB)
         here = (rows_here * tl.minimum(P - t % by_pos * PB, PB)).to(ACC)
         part = tl.sum(tl.sum(x, 2), 0) / here
@@ -61,11 +65,11 @@ def moments_spatial(
         count, mean, m2 = merge_moments(
             count, mean, m2, tl.zeros([UB], ACC) + here, part + error, tl.sum(tl.sum(d * d, 2), 0)
         )
-    units = first + tl.arange(0, UB)
     at = partial_ptr + (split.to(tl.int64) * K + k) * U + units
     tl.store(at, count, mask=units < U)
     tl.store(at + plane, mean, mask=units < U)
     tl.store(at + 2 * plane, m2, mask=units < U)
+    tl.store(at + 3 * plane, pilot, mask=units < U)
 
 
 @triton.jit
@@ -85,7 +89,7 @@ def moments_unit(
     MB: tl.constexpr,
     UB: tl.constexpr,
 ):
-    """Program (units, sub-batch, split) merges its tiles [value, unit] into count, mean, m2."""
+    """Program (units, sub-batch, split) merges its tiles [value, unit] into count, mean - pilot, m2, pilot."""
     pid = tl.program_id(0)
     split = pid % splits
     k = pid // splits % K
@@ -96,22 +100,28 @@ def moments_unit(
     count = tl.zeros([UB], ACC)
     mean = tl.zeros([UB], ACC)
     m2 = tl.zeros([UB], ACC)
+    pilot_at = x_ptr + (k * n).to(tl.int64) * x_row + units
+    pilot = tl.load(pilot_at, mask=units < U, other=0.0).to(ACC)  # one value of each sample: |mean| >> std costs nothing
     last = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(M, MB))
     for t in range(split * tiles_per_split, last):
         value = t * MB + m
         mask = (value < M) & (u < U)
         row = (k * n + value // P).to(tl.int64)
         x = tl.load(x_ptr + row * x_row + (value % P).to(tl.int64) * x_pos + u, mask=mask, other=0.0).to(ACC)
+        x = tl.where(mask, x - pilot[None, :], 0.0)
         here = tl.minimum(M - t * MB, MB).to(ACC)
         part = tl.sum(x, 0) / here
         d = tl.where(mask, x - part[None, :], 0.0)
         error = tl.sum(d, 0) / here
         d = tl.where(mask, d - error[None, :], 0.0)
-        count, mean, m2 = merge_moments(count, mean, m2, tl.zeros([UB], ACC) + here, part + error, tl.sum(d * d, 0))
+        wide = d.to(tl.float64)  # few values may go to one unit, so that no errors average out
+        spread = tl.sum(wide * wide, 0).to(ACC)
+        count, mean, m2 = merge_moments(count, mean, m2, tl.zeros([UB], ACC) + here, part + error, spread)
     at = partial_ptr + (split.to(tl.int64) * K + k) * U + units
     tl.store(at, count, mask=units < U)
     tl.store(at + plane, mean, mask=units < U)
     tl.store(at + 2 * plane, m2, mask=units < U)
+    tl.store(at + 3 * plane, pilot, mask=units < U)
 
 
 def plan(x: Geometry, itemsize: int) -> tuple[Launch, int, int]:
@@ -125,7 +135,7 @@ def plan(x: Geometry, itemsize: int) -> tuple[Launch, int, int]:
         constants = {"P_CONSTANT": positions_constant(x.P), "X_DENSE": dense_units(x), "NB": NB, "UB": UB, "PB": PB}
     else:
         UB = min(power_of_2(x.U), 256 // itemsize)
-        MB = min(power_of_2(x.M), TILE // UB)
+        MB = min(power_of_2(x.M), TILE // 2 // UB)
         tile, tiles = MB * UB, cdiv(x.M, MB)
         kernel = moments_unit
         constants = {"MB": MB, "UB": UB}
@@ -133,7 +143,7 @@ def plan(x: Geometry, itemsize: int) -> tuple[Launch, int, int]:
     splits = min(tiles, max(1, PROGRAMS // programs))
     per_split = cdiv(tiles, splits)
     splits = cdiv(tiles, per_split)
-    return Launch(kernel, (programs * splits,), constants, warps_for(tile)), splits, per_split
+    return Launch(kernel, (programs * splits,), constants, warps_for(tile if x.spatial else 2 * tile)), splits, per_split
 
 
 def arguments(x: Geometry, splits: int, per_split: int) -> tuple[int, ...]:
