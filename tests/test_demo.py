@@ -77,7 +77,7 @@ def test_idx_files_give_their_pixels_and_labels(tmp_path):
 def test_fashion_mnist_is_standardised_by_the_training_set(tmp_path):
     write_fashion(tmp_path)
     found = load("fashion-mnist", tmp_path)
-    assert len(found.train_x), len(found.test_x) == (6, 4)
+    assert (len(found.train_x), len(found.test_x)) == (6, 4)
     assert abs(found.train_x.mean()) < 1e-5
     assert abs(found.train_x.std(correction=0) - 1) < 1e-5
 
@@ -97,6 +97,14 @@ def test_a_malformed_idx_file_is_named(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"train-images-idx3-ubyte.gz.*{message}"):
         idx.read_idx(path, 3)
+
+
+def test_idx_labels_must_be_classes_and_as_many_as_images(tmp_path):
+    write_fashion(tmp_path)
+    for labels, message in ((np.arange(5), "5 labels"), (np.arange(5, 11), "below 10, got 10")):
+        write_idx(tmp_path / "train-labels-idx1-ubyte.gz", labels.astype("u1"))
+        with pytest.raises(DataError, match=message):
+            idx.read_split(tmp_path, "train")
 
 
 @pytest.mark.parametrize("classes", [10, 100])
@@ -134,8 +142,7 @@ class Malicious:
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     trace = tmp_path / "trace"
-    with (tmp_path / "test_batch").open("wb") as file:
-        pickle.dump({b"data": Malicious(trace), b"labels": []}, file, protocol=2)
+    write_python2(tmp_path / "test_batch", {b"data": Malicious(trace), b"labels": []})
     with pytest.raises(DataError, match=r"test_batch.*refers to \w+\.open"):
         cifar.read_batch(tmp_path / "test_batch", 10)
     assert not trace.exists()

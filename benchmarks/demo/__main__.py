@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     title = f"{options.dataset}: {len(data.train_x):,} training images, {len(data.test_x):,} {scored_on} images"
     picture.draw(results, title, scored_on, files[0])
     record = {
-        "settings": {name: str(value) if "dir" in name or name == "out" else value for name, value in asdict(options).items()},
+        "settings": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(options).items()},
         "versions": report.versions(),
         "machine": report.machine(device),
         "data": {"train": len(data.train_x), scored_on: len(data.test_x), "image": list(data.train_x.shape[1:])},

@@ -51,12 +51,17 @@ def read_batch(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
     label_key = LABELS[classes]
     if not isinstance(batch, dict) or not {b"data", label_key} <= batch.keys():
         raise DataError(f"{path} is no CIFAR-{classes} batch: it wants the entries 'data' and '{label_key.decode()}'")
-    data, labels = batch[b"data"], np.asarray(batch[label_key])
+    data, given = batch[b"data"], batch[label_key]
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * 32 * 32:
         raise DataError(f"{path}: 'data' must be unsigned bytes of shape (N, 3072)")
-    if labels.shape != data.shape[:1] or labels.dtype.kind != "i" or not ((labels >= 0) & (labels < classes)).all():
+    expected = range(classes)
+    if (
+        not isinstance(given, list)
+        or len(given) != len(data)
+        or any(type(y) is not int or y not in expected for y in given)
+    ):
         raise DataError(f"{path}: '{label_key.decode()}' must be {len(data)} integers from 0 to {classes - 1}")
-    return data.reshape(-1, 3, 32, 32), labels.astype(np.int64)
+    return data.reshape(-1, 3, 32, 32), np.array(given, np.int64)
 
 
 def read_split(folder: Path, split: str, classes: int) -> tuple[np.ndarray, np.ndarray]:

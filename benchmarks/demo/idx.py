@@ -12,6 +12,7 @@ from .errors import DataError
 
 DEFAULT_DIR = Path("/usr/share/datasets/fashion-mnist")
 SOURCE = "install the Debian package dataset-fashion-mnist"
+CLASSES = 10
 UNSIGNED_BYTE = 8
 
 
@@ -38,4 +39,6 @@ def read_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     labels = read_idx(folder / f"{split}-labels-idx1-ubyte.gz", 1)
     if len(images) != len(labels) or not images.size:
         raise DataError(f"{folder}: {len(images)} {split} images, but {len(labels)} labels")
+    if labels.max() >= CLASSES:
+        raise DataError(f"{folder}: {split} labels must be below {CLASSES}, got {labels.max()}")
     return images[:, None], labels.astype(np.int64)

@@ -13,7 +13,7 @@ from .learner import METHODS
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.ticker import MaxNLocator, ScalarFormatter  # noqa: E402
+from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter  # noqa: E402
 
 COLOURS = {"none": "#555555", "bn": "#0072B2", "vcl": "#D55E00"}  # Okabe and Ito: told apart by the colour-blind
 LINES = {"none": ":", "bn": "--", "vcl": "-"}
@@ -31,7 +31,7 @@ def draw(results: dict[str, dict[str, Any]], title: str, scored_on: str, path: P
             axes = figure.add_subplot(grid[row, 1], sharex=top, sharey=top)
             top = top or axes
             histogram(axes, method, results[method]["pre_activations"], last=row == len(results) - 1)
-        top.set_title("Pre-activations of the third ELU, each channel standardised", loc="left", fontsize=11)
+        top.set_title("What enters the third ELU", loc="left", fontsize=11)
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         figure.savefig(path, dpi=150)
         plt.close(figure)
@@ -51,6 +51,7 @@ def curves(axes: Axes, results: dict[str, dict[str, Any]], scored_on: str) -> No
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.legend()
 

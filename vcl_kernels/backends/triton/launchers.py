@@ -90,7 +90,7 @@ def _finalise(
 ):  # fmt: skip
     g, acc = Geometry.of(x, n, K, per_activation), _accumulation(x)
     launch, splits, per_split = partial_moments.plan(g, x.element_size())
-    partial = torch.empty((4, splits, K, g.U), dtype=_dtype(x), device=x.device)
+    partial = torch.empty((4, splits, K, g.U), dtype=torch.float64, device=x.device)
     launch.constants.update(ACC=acc)
     launch(x, partial, *partial_moments.arguments(g, splits, per_split))
     launch = finalise.plan(g)

@@ -44,7 +44,7 @@ def moments_spatial(
     by_pos = tl.cdiv(P, PB)
     count = tl.zeros([UB], ACC)
     mean = tl.zeros([UB], ACC)
-    m2 = tl.zeros([UB], ACC)
+    m2 = tl.zeros([UB], tl.float64)
     units = first + tl.arange(0, UB)
     pilot_at = x_ptr + (k * n).to(tl.int64) * x_row + first * x_step + tl.arange(0, UB) * x_step
     pilot = tl.load(pilot_at, mask=units < U, other=0.0).to(ACC)  # one value of each sample: |mean| >> std costs nothing
@@ -99,7 +99,7 @@ def moments_unit(
     M = n * P
     count = tl.zeros([UB], ACC)
     mean = tl.zeros([UB], ACC)
-    m2 = tl.zeros([UB], ACC)
+    m2 = tl.zeros([UB], tl.float64)
     pilot_at = x_ptr + (k * n).to(tl.int64) * x_row + units
     pilot = tl.load(pilot_at, mask=units < U, other=0.0).to(ACC)  # one value of each sample: |mean| >> std costs nothing
     last = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(M, MB))
@@ -115,7 +115,7 @@ def moments_unit(
         error = tl.sum(d, 0) / here
         d = tl.where(mask, d - error[None, :], 0.0)
         wide = d.to(tl.float64)  # few values may go to one unit, so that no errors average out
-        spread = tl.sum(wide * wide, 0).to(ACC)
+        spread = tl.sum(wide * wide, 0)
         count, mean, m2 = merge_moments(count, mean, m2, tl.zeros([UB], ACC) + here, part + error, spread)
     at = partial_ptr + (split.to(tl.int64) * K + k) * U + units
     tl.store(at, count, mask=units < U)
