@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,18 +54,26 @@ def compile_launch(launch: Launch, args: tuple[Any, ...], target: str) -> Compil
     source = ASTSource(launch.kernel, signature, constants, attributes)
     built = triton.compile(source, target=TARGETS[target], options={"num_warps": launch.warps})
     if target.startswith("sm"):
-        return Compiled(built.asm["ptx"], _cuda_spills(built.asm["cubin"]))
+        return Compiled(built.asm["ptx"], _cuda_spills(built.asm["ptx"]))
     asm = built.asm["amdgcn"]
-    return Compiled(asm, sum(int(n) for n in re.findall(r"(?:\.vgpr_spill_count|; ScratchSize):\s+(\d+)", asm)))
+    spilled = re.findall(r"(?:\.vgpr_spill_count|; ScratchSize):\s+(\d+)", asm)
+    assert spilled
+    return Compiled(asm, sum(int(n) for n in spilled))
 
 
-def _cuda_spills(cubin: bytes) -> int:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    path = Path(triton.knobs.cache.dir or ".") / "kernel.cubin"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(cubin)
-    out = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    return sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", out))
+def _cuda_spills(ptx: str) -> int:
+    """Bytes that ptxas says it spills (a stack frame alone may be a division's call)."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    arch = re.search(r"\.target (sm_\w+)", ptx)[1]
+    ptxas = tools / ("ptxas-blackwell" if arch.startswith("sm_10") else "ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [ptxas, f"-arch={arch}", "-v", path, "-o", Path(folder) / "kernel.cubin"]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    assert spilled, log
+    return sum(int(n) for n in spilled)
 
 
 def access_widths(compiled: Compiled) -> dict[str, set[int]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,21 +36,25 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def saved_bytes(model: nn.Module, objective: Callable[[], Tensor]) -> int:
+def summary(times: list[float]) -> dict[str, Any]:
+    return {"step_ms": times, "median_step_ms": statistics.median(times)}
+
+
+def saved_bytes(learner: Learner, x: Tensor, y: Tensor) -> int:
     """Bytes that one training forward keeps for backward: each storage once, parameters not counted."""
-    model.train()
-    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    found: dict[int, Tensor] = {}  # the tensors are held, so that no address is used twice
+    learner.model.train()
+    known = {parameter.untyped_storage().data_ptr() for parameter in learner.model.parameters()}
+    found: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
 
     def pack(tensor: Tensor) -> Tensor:
-        address = tensor.untyped_storage().data_ptr()
-        if address not in known:
-            found.setdefault(address, tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        objective()
-    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+        learner.objective(x, y)
+    return sum(storage.nbytes() for storage in found.values())
 
 
 @torch.no_grad()

@@ -7,13 +7,11 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # not pyplot: no window system, and Agg for a PNG
+from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
 
 from .learner import METHODS
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter  # noqa: E402
 
 COLOURS = {"none": "#555555", "bn": "#0072B2", "vcl": "#D55E00"}  # Okabe and Ito: told apart by the colour-blind
 LINES = {"none": ":", "bn": "--", "vcl": "-"}
@@ -22,19 +20,17 @@ STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, 
 
 def draw(results: dict[str, dict[str, Any]], title: str, scored_on: str, path: Path) -> None:
     """Write the picture of ``results``, as the JSON file has them."""
-    with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(10, 4.5), layout="constrained")
-        grid = figure.add_gridspec(len(results), 2, width_ratios=(1.25, 1))
-        curves(figure.add_subplot(grid[:, 0]), results, scored_on)
-        top: Axes | None = None
-        for row, method in enumerate(results):
-            axes = figure.add_subplot(grid[row, 1], sharex=top, sharey=top)
-            top = top or axes
-            histogram(axes, method, results[method]["pre_activations"], last=row == len(results) - 1)
-        top.set_title("What enters the third ELU", loc="left", fontsize=11)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 4.5), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+        left, right = figure.subfigures(1, 2, width_ratios=(1.25, 1))
+        curves(left.subplots(), results, scored_on)
+        rows = right.subplots(len(results), sharex=True, sharey=True, squeeze=False)[:, 0]
+        rows[0].set_title("What enters the third ELU: density", loc="left", fontsize=11)
+        rows[-1].set_xlabel("standard deviations from the channel's mean")
+        for axes, (method, result) in zip(rows, results.items(), strict=True):
+            histogram(axes, method, result["pre_activations"])
         figure.savefig(path, dpi=150)
-        plt.close(figure)
 
 
 def curves(axes: Axes, results: dict[str, dict[str, Any]], scored_on: str) -> None:
@@ -56,13 +52,10 @@ def curves(axes: Axes, results: dict[str, dict[str, Any]], scored_on: str) -> No
     axes.legend()
 
 
-def histogram(axes: Axes, method: str, found: dict[str, Any], *, last: bool) -> None:
+def histogram(axes: Axes, method: str, found: dict[str, Any]) -> None:
     axes.stairs(found["density"], found["edges"], fill=True, color=COLOURS[method], alpha=0.8)
     axes.text(0.01, 0.95, METHODS[method], transform=axes.transAxes, va="top", color=COLOURS[method])
     text = f"kurtosis {found['kurtosis']:.2f}"
     axes.text(0.99, 0.95, text, transform=axes.transAxes, va="top", ha="right", color=COLOURS[method])
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    axes.tick_params(labelbottom=last)
-    if last:
-        axes.set_xlabel("standard deviations from the channel's mean")

@@ -22,7 +22,9 @@ class Run:
     test_accuracy: list[float] = field(default_factory=list)
 
 
-def train(learner: Learner, data: Data, *, epochs: int, batch_size: int, seed: int, after: Callable[[], None]) -> Run:
+def train(
+    learner: Learner, data: Data, *, epochs: int, batch_size: int, seed: int, after: Callable[[Run], None]
+) -> Run:
     """Train in batches of equal size (what is left over waits for another epoch's order); call ``after`` each epoch."""
     order = torch.Generator().manual_seed(seed)
     run = Run()
@@ -35,7 +37,7 @@ def train(learner: Learner, data: Data, *, epochs: int, batch_size: int, seed: i
             learner.schedule.step()
         run.train_loss.append(float(torch.stack(losses).mean()))
         run.test_accuracy.append(accuracy(learner.model, data.test_x, data.test_y))
-        after()
+        after(run)
     return run
 
 
