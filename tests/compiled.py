@@ -82,3 +82,80 @@ def access_widths(compiled: Compiled) -> dict[str, set[int]]:
     for kind, vector, bits in re.findall(r"\b(ld|st)\.global(?:\.[a-z0-9:_]+?)*?(?:\.v([248]))?\.b(\d+)", compiled.asm):
         widths[kind].add(int(vector or 1) * int(bits))
     return widths
+
+
+CASES = [  # shape, channels_last, n, K, dtype, per activation, whether P or C allow 128-bit accesses
+    ((64, 64, 56, 56), False, 5, 2, torch.bfloat16, False, True),
+    ((64, 64, 7, 7), False, 8, 8, torch.float32, False, False),
+    ((64, 512, 14, 14), False, 8, 8, torch.float32, False, True),
+    ((64, 256, 16, 16), False, 8, 8, torch.bfloat16, False, True),
+    ((64, 256, 16, 16), False, 8, 8, torch.float16, False, True),
+    ((256, 8192), False, 8, 32, torch.float32, False, True),
+    ((256, 8192), False, 8, 32, torch.bfloat16, False, True),
+    ((64, 64, 32, 32), True, 8, 8, torch.float32, False, True),
+    ((250, 64, 8, 8), False, 5, 2, torch.float32, True, True),
+    ((64, 64, 32, 32), False, 5, 2, torch.float32, False, True),
+    ((64, 64, 7, 7), False, 8, 8, torch.float64, False, False),
+    ((4096, 64), False, 4, 1024, torch.float32, False, True),
+]
+
+
+def launches(shape, channels_last, n, K, dtype, per_activation):
+    """Yield every launch of a shape with its arguments."""
+    import triton.language as tl
+
+    from vcl_kernels.backends.triton import apply, finalise, fused, moments, multiply
+    from vcl_kernels.geometry import Geometry
+
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    g = Geometry.of(x, n, K, per_activation)
+    acc = tl.float64 if dtype == torch.float64 else tl.float32
+    a = torch.empty(8, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device="meta")
+    wide = torch.empty(8, dtype=torch.float64, device="meta")
+    for form in (0, 2):
+        common = {"FORM": form, "BETA": 2, "DBETA": True, "ACC": acc}
+        if fused.fits(g, x.element_size()):
+            launch = fused.plan(g, g, x.element_size())
+            launch.constants.update(common)
+            yield launch, (x, x, a, a, a, 1.0, 0.0, 1.0, *fused.arguments(g, g))
+        launch = finalise.plan(g)
+        launch.constants.update(common, MEAN=True, SCALE=True)
+        yield launch, (wide, a, None, a, a, a, a, 1.0, 0.0, 1.0, *finalise.arguments(g, 4))
+    launch, splits, per_split = moments.plan(g, x.element_size())
+    launch.constants.update(ACC=acc)
+    yield launch, (x, wide, *moments.arguments(g, splits, per_split))
+    launch = apply.plan(g, g, x.element_size())
+    launch.constants.update(SHIFT=False, ACC=acc)
+    yield launch, (x, x, a, a, None, *apply.arguments(g, g))
+    launch = multiply.plan(x.numel())
+    launch.constants.update(ACC=acc)
+    yield launch, (x, a, x.numel())
+
+
+def main() -> None:
+    """Print a record of each kernel of each case for each target, as JSON."""
+    import json
+
+    records = []
+    for *case, wide in CASES:
+        for launch, args in launches(*case):
+            for target in TARGETS:
+                built = compile_launch(launch, args, target)
+                widths = access_widths(built)
+                records.append(
+                    {
+                        "kernel": launch.kernel.__name__,
+                        "case": str(case),
+                        "target": target,
+                        "spills": built.spills,
+                        "wide": wide,
+                        "loads": sorted(widths["ld"]),
+                        "stores": sorted(widths["st"]),
+                    }
+                )
+    print(json.dumps(records))
+
+
+if __name__ == "__main__":
+    main()

@@ -14,13 +14,12 @@ if not GPU:
 import vcl_kernels as vk  # noqa: E402
 
 
-
 def pairwise_sums() -> None:
     """Let the interpreter add pairwise, as a GPU's threads and shuffles do; numpy adds rows one after another."""
     import numpy as np
     from triton.runtime.interpreter import ReduceOps
 
-    def total(self, input):  # noqa: A002
+    def total(self, input):
         data = np.moveaxis(input.handle.data, self.axis, 0) if self.axis is not None else input.handle.data.ravel()
         while len(data) > 1:  # tiles are powers of two
             data = data[: len(data) // 2] + data[len(data) // 2 :]

@@ -22,7 +22,7 @@ SIZES = {"train": 6, "t10k": 4}
 class Python2Pickler(pickle._Pickler):
     """Protocol 2 with bytes as the str of Python 2, and numpy by its old name, as in the published files."""
 
-    dispatch = pickle._Pickler.dispatch.copy()  # noqa: RUF012
+    dispatch = pickle._Pickler.dispatch.copy()
 
     def save_bytes(self, obj):
         if len(obj) < 256:

@@ -82,15 +82,11 @@ def check_loss(
     factor = weight / units if reduction == "mean" and units else weight
     if reduction == "mean" and not units:
         factor = math.nan  # the mean of nothing, as torch.mean has it
-    spec = LossSpec(
-        value, beta_min, sub_batch_size, K, FORMS.index(form), per_activation, factor, reduction != "none"
-    )
+    spec = LossSpec(value, beta_min, sub_batch_size, K, FORMS.index(form), per_activation, factor, reduction != "none")
     return tensor, spec
 
 
-def check_beta(
-    x: Tensor, beta: float | Tensor | None, form: str, per_activation: bool
-) -> tuple[Tensor | None, float]:
+def check_beta(x: Tensor, beta: float | Tensor | None, form: str, per_activation: bool) -> tuple[Tensor | None, float]:
     """Return (beta as a tensor of the accumulation dtype or None, its value if it is not a tensor)."""
     if beta is None:
         return None, DEFAULT_BETA[form]

@@ -45,7 +45,8 @@ class Geometry(NamedTuple):
 
 def _position_stride(x: Tensor) -> int:
     """Distance of neighbouring positions, whatever the order of the spatial dimensions."""
-    return min((d for s, d in zip(x.shape[2:], x.stride()[2:], strict=True) if s > 1), default=1)
+    steps = [d for s, d in zip(x.shape[2:], x.stride()[2:], strict=True) if s > 1]
+    return min(steps) if steps else 1
 
 
 def _fills(shape: torch.Size, strides: tuple[int, ...], step: int) -> bool:
@@ -82,7 +83,7 @@ def unit_strides(x: Tensor, per_activation: bool) -> tuple[int, ...]:
 
 def in_unit_order(t: Tensor, x: Tensor, per_activation: bool) -> Tensor:
     """Return ``t``, one value or one for each unit (and each sub-batch before it), in x's order of units."""
-    if t.dim() == 0 or not per_activation and t.is_contiguous():
+    if t.dim() == 0 or (not per_activation and t.is_contiguous()):
         return t
     strides = unit_strides(x, per_activation)
     if t.dim() > len(strides):

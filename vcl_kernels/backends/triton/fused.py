@@ -168,9 +168,10 @@ def plan(x: Geometry, dx: Geometry, itemsize: int) -> Launch:
             "PB": power_of_2(x.P),
         }
         return Launch(one_pass_spatial, (cdiv(x.U, UB),), constants, warps_for(sample * UB))
-    UB = min(power_of_2(x.U), max(32 // itemsize, min(128, 8192 // sample)))
-    constants = {"KB": power_of_2(x.K), "MB": power_of_2(x.M), "UB": UB}
-    return Launch(one_pass_unit, (cdiv(x.U, UB),), constants, warps_for(sample * UB))
+    KB = power_of_2(x.K)  # coefficients are float64, [KB, UB] of them
+    UB = min(power_of_2(x.U), max(32 // itemsize, min(128, 8192 // sample, 256 // KB)))
+    constants = {"KB": KB, "MB": power_of_2(x.M), "UB": UB}
+    return Launch(one_pass_unit, (cdiv(x.U, UB),), constants, max(4, warps_for(sample * UB)))
 
 
 def arguments(x: Geometry, dx: Geometry) -> tuple[int, ...]:

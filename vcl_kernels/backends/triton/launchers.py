@@ -78,9 +78,7 @@ def _deferred(
     scale = _units(x, per_activation, K) if want_coefficients else None
     per_unit = _units(x, per_activation)
     dbeta = _units(x, per_activation) if beta_grad else None
-    _finalise(
-        x, n, K, per_activation, mean, None, scale, per_unit, dbeta, beta, beta_value, beta_min, factor, form
-    )
+    _finalise(x, n, K, per_activation, mean, None, scale, per_unit, dbeta, beta, beta_value, beta_min, factor, form)
     return _reduced(per_unit, reduce), mean, scale, _reduced_dbeta(x, beta, dbeta, reduce)
 
 

@@ -47,7 +47,9 @@ def moments_spatial(
     m2 = tl.zeros([UB], tl.float64)
     units = first + tl.arange(0, UB)
     pilot_at = x_ptr + (k * n).to(tl.int64) * x_row + first * x_step + tl.arange(0, UB) * x_step
-    pilot = tl.load(pilot_at, mask=units < U, other=0.0).to(ACC)  # one value of each sample: |mean| >> std costs nothing
+    pilot = tl.load(pilot_at, mask=units < U, other=0.0).to(
+        ACC
+    )  # one value of each sample: |mean| >> std costs nothing
     last = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(n, NB) * by_pos)
     for t in range(split * tiles_per_split, last):
         sample = t // by_pos * NB + i
@@ -101,7 +103,9 @@ def moments_unit(
     mean = tl.zeros([UB], ACC)
     m2 = tl.zeros([UB], tl.float64)
     pilot_at = x_ptr + (k * n).to(tl.int64) * x_row + units
-    pilot = tl.load(pilot_at, mask=units < U, other=0.0).to(ACC)  # one value of each sample: |mean| >> std costs nothing
+    pilot = tl.load(pilot_at, mask=units < U, other=0.0).to(
+        ACC
+    )  # one value of each sample: |mean| >> std costs nothing
     last = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(M, MB))
     for t in range(split * tiles_per_split, last):
         value = t * MB + m
@@ -143,7 +147,11 @@ def plan(x: Geometry, itemsize: int) -> tuple[Launch, int, int]:
     splits = min(tiles, max(1, PROGRAMS // programs))
     per_split = cdiv(tiles, splits)
     splits = cdiv(tiles, per_split)
-    return Launch(kernel, (programs * splits,), constants, warps_for(tile if x.spatial else 2 * tile)), splits, per_split
+    return (
+        Launch(kernel, (programs * splits,), constants, warps_for(tile if x.spatial else 2 * tile)),
+        splits,
+        per_split,
+    )
 
 
 def arguments(x: Geometry, splits: int, per_split: int) -> tuple[int, ...]:

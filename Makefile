@@ -1,0 +1,32 @@
+# make demo, make test: each makes its own environment first. PYTHON chooses the interpreter for it.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench build clean
+
+.venv/ready: pyproject.toml setup.py $(wildcard csrc/cpu/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q torch==2.13.0
+	$(BIN)/pip install -q "setuptools>=77" ninja
+	$(BIN)/pip install -q --no-build-isolation -e ".[demo,test]"
+	touch $@
+
+build: .venv/ready
+
+demo: build
+	MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 $(BIN)/python -m benchmarks.demo $(ARGS)
+
+test: build check
+	$(BIN)/python -m vcl_kernels
+	$(BIN)/python -m pytest $(ARGS)
+
+check: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: build
+	MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 $(BIN)/python -m benchmarks.cpu $(ARGS)
+
+clean:
+	rm -rf .venv build *.egg-info vcl_kernels/_C*.so out

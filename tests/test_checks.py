@@ -1,0 +1,59 @@
+"""Every error a caller can make names the argument, what came and what is wanted."""
+
+import pytest
+import torch
+
+import vcl_kernels as vk
+from vcl_kernels.backends import cpu
+
+X = torch.randn(20, 6, 4)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "match"),
+    [
+        ((X.long(),), {}, TypeError, "x must be float.*int64"),
+        (([1.0],), {}, TypeError, "x must be a Tensor; got list"),
+        ((X[:, 0, 0],), {}, ValueError, r"x must have 2 to 8 dimensions.*\(20,\)"),
+        ((X[:9],), {}, ValueError, "x has 9 samples.*at least 10"),
+        ((X,), {"num_sub_batches": 5}, ValueError, "x has 20 samples.*num_sub_batches=5.*25"),
+        ((X,), {"num_sub_batches": 1}, ValueError, "num_sub_batches must be at least 2; got 1"),
+        ((X,), {"sub_batch_size": 0}, ValueError, "sub_batch_size must be at least 1; got 0"),
+        ((X,), {"sub_batch_size": 2.0}, TypeError, "sub_batch_size must be an int"),
+        ((X,), {"sub_batch_size": 1, "unit": "activation"}, ValueError, "sub_batch_size=1 gives 1 value"),
+        ((X[..., 0],), {"sub_batch_size": 1}, ValueError, "sub_batch_size=1 gives 1 value"),
+        ((X, torch.ones(5)), {}, ValueError, r"beta must have shape \(\) or \(6,\).*\(5,\)"),
+        ((X, torch.ones(6)), {"unit": "activation"}, ValueError, r"\(6, 4\)"),
+        ((X, torch.ones(6, device="meta")), {}, ValueError, "beta must be on x's device, cpu; got meta"),
+        ((X, torch.ones(6, dtype=torch.float64)), {}, TypeError, "beta must be torch.float32.*float64"),
+        ((X, "1"), {}, TypeError, "beta must be a float or a Tensor; got str"),
+        ((X, 1.0), {"form": "variance"}, ValueError, "takes no beta; got 1.0"),
+        ((X,), {"form": "var"}, ValueError, "form must be one of 'ratio'.*got 'var'"),
+        ((X,), {"unit": "neuron"}, ValueError, "unit must be one of.*'neuron'"),
+        ((X,), {"reduction": "max"}, ValueError, "reduction must be one of.*'max'"),
+        ((X,), {"backend": "cuda"}, ValueError, "backend must be None or one of.*'cuda'"),
+    ],
+)
+def test_errors(args, options, error, match):
+    with pytest.raises(error, match=match):
+        vk.vcl_loss(*args, **options)
+
+
+def test_backends_say_what_is_missing(monkeypatch):
+    assert vk.backends() == {"cpu": "available", "triton": "available", "reference": "available"}
+    monkeypatch.setattr(cpu, "_loaded", False)
+    assert "was not built; install a C++20 compiler" in vk.backends()["cpu"]
+    with pytest.raises(RuntimeError, match="backend='cpu' cannot run: .*not built"):
+        vk.vcl_loss(X, backend="cpu")
+    assert torch.equal(vk.vcl_loss(X), vk.reference.vcl_loss(X))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="no CUDA or ROCm device"):
+            vk.vcl_loss(X, backend="triton")
+
+
+def test_command_line(capsys):
+    from vcl_kernels.__main__ import main
+
+    main()
+    assert "cpu:       available" in capsys.readouterr().out

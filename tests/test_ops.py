@@ -1,0 +1,106 @@
+"""The registered ops under torch.library.opcheck, torch.compile, checkpointing and threads."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import FORMS, UNITS
+from torch.utils.checkpoint import checkpoint
+
+import vcl_kernels as vk
+from vcl_kernels import ops
+from vcl_kernels.checks import check_loss
+
+
+def inputs():
+    yield torch.randn(16, 5, 3, 4)
+    yield torch.randn(16, 5, 3, 4).to(memory_format=torch.channels_last)
+    yield torch.randn(16, 7).bfloat16()
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("form", FORMS)
+def test_opcheck(form, unit):
+    for x in inputs():
+        beta, spec = check_loss(x, None if form == "variance" else 0.5, 4, form, unit, None, "mean")
+        for s in (spec, spec._replace(reduce=False)):
+            torch.library.opcheck(ops.loss, (x, beta, *s))
+            torch.library.opcheck(ops.loss_dx, (x, beta, *s, False))
+            torch.library.opcheck(ops.loss_coefficients, (x, beta, *s, False))
+            if form != "variance":
+                torch.library.opcheck(ops.loss_dx, (x, torch.tensor(0.5), *s, True))
+        per_activation = unit == "activation"
+        torch.library.opcheck(ops.moments, (x, 4, 3, per_activation))
+        mean, var = ops.moments(x, 4, 3, per_activation)
+        torch.library.opcheck(ops.moments_dx, (x, mean, var, None, 4, 20, per_activation))
+        torch.library.opcheck(ops.moments_dx, (x, mean, var, mean, 4, 16, per_activation))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("options", [{}, {"form": "relative_variance", "unit": "activation"}, {"form": "variance"}])
+def test_compile(options, dynamic):
+    torch._dynamo.reset()
+
+    def step(x, w):
+        return (vk.vcl_loss(x * w, sub_batch_size=4, **options) * 0.3 + x.mean()) * 2
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows in (12, 20, 33):
+        x, w = torch.randn(rows, 6, 5, requires_grad=True), torch.randn(5, requires_grad=True)
+        for got, expected in zip(
+            torch.autograd.grad(compiled(x, w), (x, w)), torch.autograd.grad(step(x, w), (x, w)), strict=True
+        ):
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint_counts_the_loss_once(use_reentrant):
+    x = torch.randn(20, 6, 4, requires_grad=True)
+    loss = checkpoint(lambda x: vk.vcl_loss(x * 2, form="variance"), x, use_reentrant=use_reentrant)
+    (got,) = torch.autograd.grad(loss, x) if not use_reentrant else (loss.backward(), x.grad)[1:]
+    (expected,) = torch.autograd.grad(vk.vcl_loss(x * 2, form="variance"), x)
+    torch.testing.assert_close(got, expected)
+
+
+def run_in_process(code, **env):
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+CODE = """
+import hashlib, torch, vcl_kernels as vk
+torch.manual_seed(0)
+digest = hashlib.sha256()
+for shape in ((64, 32, 14, 14), (64, 3, 100, 40), (256, 200), (40, 9, 7, 7)):
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            x = torch.randn(shape).to(dtype)
+            x = x.to(memory_format=layout) if x.dim() == 4 else x
+            x.requires_grad_()
+            for form in ("ratio", "relative_variance"):
+                loss = vk.vcl_loss(x, form=form)
+                (dx,) = torch.autograd.grad(loss, x)
+                digest.update(dx.double().numpy().tobytes() + loss.double().detach().numpy().tobytes())
+                if PRINT: print(float(loss), float(dx.double().norm()))
+if not PRINT: print(digest.hexdigest())
+"""
+
+
+def test_bitwise_repeatable_whatever_the_threads():
+    results = {run_in_process("PRINT = False" + CODE, OMP_NUM_THREADS=n) for n in ("1", "2", "2")}
+    assert len(results) == 1
+
+
+def test_every_instruction_set_agrees():
+    rows = [
+        [float(v) for v in run_in_process("PRINT = True" + CODE, VCL_KERNELS_CPU=isa).split()]
+        for isa in ("baseline", "avx2", "avx512")
+    ]
+    for row in rows[1:]:
+        torch.testing.assert_close(torch.tensor(row), torch.tensor(rows[0]), rtol=2e-4, atol=0)
