@@ -37,7 +37,7 @@ def gradients(loss: Tensor, inputs: list[Tensor], g: Tensor | None = None) -> tu
 
 
 def written_out(x: Tensor, n: int, K: int, per_activation: bool) -> tuple[Tensor, Tensor]:
-    """Moments in the arithmetic of x's own accumulation dtype; torch.var on the CPU sums float32 in float64, on a GPU not."""
+    """Moments in the arithmetic of x's own accumulation dtype; torch.var sums in float64 on the CPU."""
     samples = x[: K * n].unflatten(0, (K, n))
     samples = samples.float() if samples.dtype in (torch.float16, torch.bfloat16) else samples
     over = [1] if per_activation else [1, *range(3, samples.dim())]

@@ -48,7 +48,7 @@ class Calls(nn.ModuleList):
         """Forget the last forward: a layer that is skipped now must not add its old loss."""
         self.next, self.inside = 0, True
         for vcl in self:
-            vcl.loss = None
+            vcl.loss = None  # type: ignore[assignment]
 
     def end(self) -> None:
         """Leave the model's forward; what calls now is a recomputation, or a part of the model used alone."""
@@ -84,8 +84,8 @@ def attach(
 ) -> VCLHandle:
     r"""Put a VCL before every activation module of ``model``, in place.
 
-    Each activation gets a submodule ``vcl`` that sees its input in training: parameters gain ``<name>.vcl.<call>.beta``,
-    and no name of the model's own changes. Evaluation is the plain model. Activations with ``inplace=True`` are run
+    Each activation gets a submodule ``vcl`` that sees its input in training: parameters gain
+    ``<name>.vcl.<call>.beta``, and no name of the model's own changes. Evaluation is the plain model. Activations with ``inplace=True`` are run
     out of place while attached, since VCL's gradient needs the values that they would overwrite.
 
     Args:
@@ -253,7 +253,10 @@ def _after_model(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 def _chosen(
     model: nn.Module, layers: Iterable[str | nn.Module] | Callable[[str, nn.Module], bool] | None
 ) -> list[tuple[str, nn.Module]]:
-    named = [(name, module) for name, module in model.named_modules() if name and not isinstance(module, VCL)]
+    named: list[tuple[str, nn.Module]] = [
+        (name, module) for name, module in model.named_modules() if name and not isinstance(module, VCL)
+    ]
+    found: list[tuple[str, nn.Module]]
     if layers is None:
         found = [(name, module) for name, module in named if isinstance(module, ACTIVATIONS)]
         if not found:

@@ -51,11 +51,12 @@ def _position_stride(x: Tensor) -> int:
 
 def _fills(shape: torch.Size, strides: tuple[int, ...], step: int) -> bool:
     """Whether the dimensions, in some order, are one dimension of stride ``step``."""
-    for stride, size in sorted((d, s) for d, s in zip(strides, shape, strict=True) if s > 1):
-        if stride != step:
-            return False
-        step *= size
-    return True
+    wanted = step * math.prod(shape)
+    for _ in shape:
+        for size, stride in zip(shape, strides, strict=True):
+            if size > 1 and stride == step:
+                step = step * size
+    return step == wanted
 
 
 def in_layout(x: Tensor, per_activation: bool) -> Tensor:

@@ -81,7 +81,7 @@ class VCL(nn.Module):
         if not learn_beta or form == "variance":
             self.register_parameter("beta", None)
         elif units is None:
-            self.beta = nn.UninitializedParameter()
+            self.register_parameter("beta", nn.UninitializedParameter())  # type: ignore[arg-type]
         else:
             self.beta = nn.Parameter(torch.full((units,) if isinstance(units, int) else units, float(beta_init)))
 

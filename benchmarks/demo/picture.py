@@ -23,7 +23,7 @@ def draw(results: dict[str, dict[str, Any]], title: str, scored_on: str, path: P
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 4.5), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-        left, right = figure.subfigures(1, 2, width_ratios=(1.25, 1))
+        left, right = figure.subfigures(1, 2, width_ratios=(1.25, 1))  # type: ignore[misc]
         curves(left.subplots(), results, scored_on)
         rows = right.subplots(len(results), sharex=True, sharey=True, squeeze=False)[:, 0]
         rows[0].set_title("What enters the third ELU: density", loc="left", fontsize=11)

@@ -171,7 +171,7 @@ def plan(x: Geometry, dx: Geometry, itemsize: int) -> Launch:
     KB = power_of_2(x.K)  # coefficients are float64, [KB, UB] of them
     UB = min(power_of_2(x.U), max(32 // itemsize, min(128, 8192 // sample, 256 // KB)))
     constants = {"KB": KB, "MB": power_of_2(x.M), "UB": UB}
-    return Launch(one_pass_unit, (cdiv(x.U, UB),), constants, max(4, warps_for(sample * UB)))
+    return Launch(one_pass_unit, (cdiv(x.U, UB),), constants, max(4, min(8, KB * UB // 64), warps_for(sample * UB)))
 
 
 def arguments(x: Geometry, dx: Geometry) -> tuple[int, ...]:
