@@ -85,8 +85,8 @@ def attach(
     r"""Put a VCL before every activation module of ``model``, in place.
 
     Each activation gets a submodule ``vcl`` that sees its input in training: parameters gain
-    ``<name>.vcl.<call>.beta``, and no name of the model's own changes. Evaluation is the plain model. Activations with ``inplace=True`` are run
-    out of place while attached, since VCL's gradient needs the values that they would overwrite.
+    ``<name>.vcl.<call>.beta``, and no name of the model's own changes. Evaluation is the plain model. Activations
+    with ``inplace=True`` are run out of place while attached: VCL's gradient needs what they would overwrite.
 
     Args:
         model: any module; activations called as functions (``F.relu``) are not seen: see ``layers``, or use VCL.

@@ -18,10 +18,7 @@ from .spec import LossSpec
 
 def loss(x: Tensor, beta: Tensor | None, spec: LossSpec, backend: Any) -> Tensor:
     """Differentiable loss of ``x``, which lies in a supported layout."""
-    if beta is not None:
-        kernel_beta = in_unit_order(beta.detach(), x, spec.per_activation)
-    else:
-        kernel_beta = None
+    kernel_beta = None if beta is None else in_unit_order(beta.detach(), x, spec.per_activation)
     if not (torch.is_grad_enabled() and (x.requires_grad or (beta is not None and beta.requires_grad))):
         return backend.loss(x, kernel_beta, *spec)
     if 2 * spec.K * spec.n <= x.shape[0]:

@@ -78,4 +78,4 @@ def plan(x: Geometry) -> Launch:
     """Decide the launch."""
     KB = power_of_2(x.K)
     UB = min(power_of_2(x.U), max(1, min(16, 128 // KB)))  # few: float64 takes many registers
-    return Launch(finalise, (cdiv(x.U, UB),), {"KB": KB, "UB": UB}, warps_for(8 * KB * UB))
+    return Launch(finalise, (cdiv(x.U, UB),), {"KB": KB, "UB": UB}, warps_for(16 * KB * UB))
