@@ -31,7 +31,7 @@ def moments_spatial(
     UB: tl.constexpr,
     PB: tl.constexpr,
 ):
-    """Program (units, sub-batch, split) merges its tiles [sample, channel, position] into count, mean - pilot, m2, pilot."""
+    """Program (units, sub-batch, split) merges its tiles into count, mean - pilot, m2, pilot."""
     P = P_CONSTANT if P_CONSTANT else P_run_time
     x_step = P if X_DENSE else x_unit
     pid = tl.program_id(0)
@@ -91,7 +91,7 @@ def moments_unit(
     MB: tl.constexpr,
     UB: tl.constexpr,
 ):
-    """Program (units, sub-batch, split) merges its tiles [value, unit] into count, mean - pilot, m2, pilot."""
+    """Program (units, sub-batch, split) merges its tiles [value, unit] likewise."""
     pid = tl.program_id(0)
     split = pid % splits
     k = pid // splits % K
