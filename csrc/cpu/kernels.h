@@ -44,15 +44,15 @@ template <class T> struct Runner {
   const T* next_piece(int64_t k, int64_t s, int64_t u0, int64_t u1) const {
     if (s + 1 == pieces.size()) return k + 1 < v.K ? x((k + 1) * v.n, u0) : x(0, u1);
     const Piece c = pieces.at(v, s + 1);
-    return x(k * v.n + c.i0, u0) + c.p0;
+    return x(k * v.n + c.i0, u0) + c.p0 * (v.spatial ? 1 : j.xs.pos);
   }
 
   void piece(int64_t k, int64_t s, int64_t u0, int64_t u1, Vec<double>* mean, Vec<double>* m2) const {
     const Piece c = pieces.at(v, s);
     const T* base = x(k * v.n, u0);
     const int64_t units = u1 - u0;
+    const int64_t ahead = next_piece(k, s, u0, u1) - (base + c.i0 * j.xs.row + c.p0 * (v.spatial ? 1 : j.xs.pos));
     if (v.spatial) {
-      const int64_t ahead = next_piece(k, s, u0, u1) - (base + c.i0 * j.xs.row + c.p0);
       for (int64_t u = 0; u < units; ++u) {
         spatial_moments<T>(base + u * j.xs.unit, j.xs.row, c, ahead, (double*)mean + u, (double*)m2 + u);
       }
@@ -60,10 +60,10 @@ template <class T> struct Runner {
     }
     int64_t g = 0;
     for (; (g + kUnitGroup) * L <= units; g += kUnitGroup) {
-      unit_moments<T, kUnitGroup>(base + g * L, j.xs, c, L, mean + g * H, m2 + g * H);
+      unit_moments<T, kUnitGroup>(base + g * L, j.xs, c, L, ahead, mean + g * H, m2 + g * H);
     }
     for (; g * L < units; ++g) {
-      unit_moments<T, 1>(base + g * L, j.xs, c, clip(units - g * L), mean + g * H, m2 + g * H);
+      unit_moments<T, 1>(base + g * L, j.xs, c, clip(units - g * L), ahead, mean + g * H, m2 + g * H);
     }
   }
 

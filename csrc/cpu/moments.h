@@ -77,7 +77,8 @@ inline void spatial_moments(const T* base, int64_t row, Piece c, int64_t ahead, 
 // G vectors of units side by side; the last may hold `width` < lanes units. Few values may go to one lane, so
 // that no errors average out: deviations are summed in float64.
 template <class T, int G>
-inline void unit_moments(const T* base, Strides st, Piece c, int64_t width, Vec<double>* mean, Vec<double>* m2) {
+inline void unit_moments(const T* base, Strides st, Piece c, int64_t width, int64_t ahead, Vec<double>* mean,
+                         Vec<double>* m2) {
   using A = acc_t<T>;
   constexpr int64_t L = lanes<A>;
   constexpr int H = parts<A>;
@@ -89,13 +90,14 @@ inline void unit_moments(const T* base, Strides st, Piece c, int64_t width, Vec<
       for (int64_t p = c.p0; p < c.p1; ++p) {
         const T* at = base + i * st.row + p * st.pos;
 #pragma GCC unroll 8
-        for (int g = 0; g < G; ++g) body(g, width == L || g + 1 < G ? load(at + g * L) : load_some(at + g * L, width));
+        for (int g = 0; g < G; ++g) body(g, at + g * L, width == L || g + 1 < G ? load(at + g * L) : load_some(at + g * L, width));
       }
     }
   };
-  each_row([&](int g, Vec<A> v) { s[g] += v; });
+  each_row([&](int g, const T*, Vec<A> v) { s[g] += v; });
   for (int h = 0; h < G * H; ++h) m[h] = part<A>(s[h / H], h % H) * inverse;
-  each_row([&](int g, Vec<A> v) {
+  each_row([&](int g, const T* at, Vec<A> v) {
+    __builtin_prefetch(at + ahead, 0, 2);
 #pragma GCC unroll 8
     for (int h = g * H; h < (g + 1) * H; ++h) {
       const Vec<double> d = part<A>(v, h - g * H) - m[h];
