@@ -17,7 +17,7 @@ FILES = {
     10: {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]},
     100: {"train": ["train"], "test": ["test"]},
 }
-RECONSTRUCT = np.empty(0).__reduce__()[0]  # numpy 1 and 2 have it in different modules
+RECONSTRUCT = np.empty(0).__reduce__()[0]
 
 
 class ArraysOnly(pickle.Unpickler):

@@ -34,19 +34,19 @@ def compare(options: Options, data: Data, console: Console) -> dict[str, dict[st
             form=options.form,
         )
 
-    results: dict[str, dict[str, Any]] = {method: {"train_loss": [], "accuracy": []} for method in options.methods}
+    results: dict[str, dict[str, Any]] = {method: {"train_loss": [], "test_accuracy": []} for method in options.methods}
     with progress(console, len(options.methods) * options.seeds * options.epochs) as advance:
 
         def learn(method: str, seed: int) -> None:
             def after(run: Run) -> None:
                 name = f"{METHODS[method]}, seed {seed}"
-                finished = len(run.accuracy) == options.epochs
-                advance(name, f"{name}: accuracy {100 * run.accuracy[-1]:.2f} %" if finished else "")
+                finished = len(run.test_accuracy) == options.epochs
+                advance(name, f"{name}: accuracy {100 * run.test_accuracy[-1]:.2f} %" if finished else "")
 
             learnt, result = learner(method, seed), results[method]
             run = train(learnt, data, epochs=options.epochs, batch_size=size, seed=seed, after=after)
             result["train_loss"].append(run.train_loss)
-            result["accuracy"].append(run.accuracy)
+            result["test_accuracy"].append(run.test_accuracy)
             if seed == 0:
                 seen = measure.pre_activations(learnt.model, learnt.middle(), data.test_x[:SHOWN])
                 result["pre_activations"] = measure.histogram(seen)

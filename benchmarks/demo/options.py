@@ -39,16 +39,14 @@ class Options:
 
 def parse(argv: Sequence[str] | None = None) -> Options:
     """Read the command line; a wrong one exits with code 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.demo",
-        description="Train a small ELU network with no normalisation, batch norm and VCL, and compare.",
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__)
+    parser.description = "Train a small ELU network with no normalisation, batch norm and VCL, and compare."
     add = parser.add_argument
     add("--dataset", choices=DATASETS, default="mnist5k")
     add("--data-dir", type=Path, help="folder of fashion-mnist (IDX files) or cifar10, cifar100 (python version)")
     add("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     add("--seeds", type=_count, help="runs of each method (3)")
-    add("--epochs", type=_count, help="of each run (12)")
+    add("--epochs", type=_count, help="(12)")
     add("--batch-size", type=_count, default=100)
     add("--learning-rate", type=_positive, default=0.05)
     add("--weight-decay", type=float, default=5e-4)

@@ -35,12 +35,12 @@ def draw(results: dict[str, dict[str, Any]], title: str, scored_on: str, path: P
 
 def curves(axes: Axes, results: dict[str, dict[str, Any]], scored_on: str) -> None:
     for method, result in results.items():
-        error = 100 * (1 - np.array(result["accuracy"]))
+        error = 100 * (1 - np.array(result["test_accuracy"]))
         epochs = np.arange(1, error.shape[1] + 1)
         axes.plot(epochs, error.mean(0), LINES[method], color=COLOURS[method], linewidth=2, label=METHODS[method])
         if len(error) > 1:
             axes.fill_between(epochs, error.min(0), error.max(0), color=COLOURS[method], alpha=0.15, linewidth=0)
-    seeds = len(next(iter(results.values()))["accuracy"])
+    seeds = len(next(iter(results.values()))["test_accuracy"])
     among = f"; mean, least and greatest of {seeds} seeds" if seeds > 1 else ""
     axes.set_title(f"{scored_on.capitalize()} error, %{among}", loc="left", fontsize=11)
     axes.set_xlabel("epoch")

@@ -49,7 +49,7 @@ def table(results: dict[str, dict[str, Any]], title: str, scored_on: str) -> Tab
     for heading in (f"{scored_on} accuracy, %", "step, ms", "saved for backward, MB"):
         found.add_column(heading, justify="right")
     for method, result in results.items():
-        final = [100 * curve[-1] for curve in result["accuracy"]]
+        final = [100 * curve[-1] for curve in result["test_accuracy"]]
         spread = f" ± {statistics.stdev(final):.2f}" if len(final) > 1 else ""
         found.add_row(
             METHODS[method],

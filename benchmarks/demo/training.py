@@ -19,7 +19,7 @@ class Run:
     """What one run leaves, epoch by epoch."""
 
     train_loss: list[float] = field(default_factory=list)  # mean objective
-    accuracy: list[float] = field(default_factory=list)
+    test_accuracy: list[float] = field(default_factory=list)
 
 
 def train(
@@ -36,7 +36,7 @@ def train(
             losses.append(learner.step(data.train_x[chosen], data.train_y[chosen]))
             learner.schedule.step()
         run.train_loss.append(float(torch.stack(losses).mean()))
-        run.accuracy.append(accuracy(learner.model, data.test_x, data.test_y))
+        run.test_accuracy.append(accuracy(learner.model, data.test_x, data.test_y))
         after(run)
     return run
 
