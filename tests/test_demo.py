@@ -91,6 +91,7 @@ def test_fashion_mnist_is_standardised_by_the_training_set(tmp_path):
         (gzip.compress(bytes((0, 0, 8, 3, 0))), "no IDX file"),
         (gzip.compress(bytes((0, 0, 8, 3)) + struct.pack(">3I", 2, 28, 28) + bytes(5)), r"5 values.*\(2, 28, 28\)"),
     ],
+    ids=["not gzip", "cut off", "no magic number", "cut off in the header", "too few values"],  # gzip holds the time
 )
 def test_a_malformed_idx_file_is_named(tmp_path, content, message):
     path = tmp_path / "train-images-idx3-ubyte.gz"
