@@ -1,5 +1,6 @@
 """Builds the native backend (csrc/) where a compiler allows it; installation succeeds either way."""
 
+import ctypes
 import glob
 import os
 import sys
@@ -29,14 +30,26 @@ class OptionalBuild(BuildExtension):
             print("vcl_kernels: installed without it; see `python -m vcl_kernels`", file=sys.stderr)
 
 
+def vector_math():
+    """Whether glibc has the vector functions that activations use (2.35 and later, x86-64)."""
+    try:
+        return hasattr(ctypes.CDLL("libmvec.so.1"), "_ZGVeN16v_expm1f")
+    except OSError:
+        return False
+
+
 def native():
     flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-ignored-attributes"]
+    flags += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC 12 on its own AVX-512 headers
     flags += [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", f"-DPy_LIMITED_API={PYTHON_ABI}"]
+    mvec = vector_math()
     return CppExtension(
         "vcl_kernels._C",
         sorted(glob.glob("csrc/cpu/*.cpp")),
         depends=sorted(glob.glob("csrc/cpu/*.h")),
+        define_macros=[("VCL_MVEC", None)] if mvec else [],
         extra_compile_args={"cxx": flags},
+        libraries=["mvec"] if mvec else [],
         py_limited_api=True,
     )
 

@@ -9,6 +9,8 @@ namespace vcl {
 enum class DType : int { f32, f64, bf16, f16 };
 enum class Form : int64_t { none = -1, ratio = 0, variance = 1, relative_variance = 2 };
 
+enum class Activation : int64_t { identity, relu, leaky_relu, elu, gelu, gelu_tanh, silu, tanh };
+
 // x seen as [row, unit, position]. K sub-batches of n consecutive rows; a unit's sample is the n * P values
 // of one sub-batch. `spatial`: positions are contiguous (NCHW); otherwise units are (2-D, channels_last,
 // and unit="activation", where P = 1).
@@ -21,7 +23,7 @@ struct Strides {
   int64_t row, unit, pos;
 };
 
-// A sub-batch is summarised in pieces small enough to be read twice from cache: rows [i0, i1) x positions
+// A sub-batch is summarised in pieces small enough for an activation to find them in cache: rows [i0, i1) x positions
 // [p0, p1). Pieces are a function of the view alone and are merged in order, so that results do not depend
 // on how the work is shared between threads.
 struct Piece {
@@ -29,8 +31,14 @@ struct Piece {
   int64_t count() const { return (i1 - i0) * (p1 - p0); }
 };
 
-// Values in a piece: 16 KiB of fp32 for contiguous positions; for contiguous units, whose neighbours share the
-// cache with them, 64 rows and a few more where one sub-batch is hardly larger.
+// Values that lie one after another: a whole row where nothing is left out of it, else a unit or a position.
+inline int64_t run_length(const View& v, const Strides& s) {
+  if (v.spatial) return s.unit == v.P ? v.U * v.P : v.P;
+  return s.pos == v.U || v.P == 1 ? v.U * v.P : v.U;
+}
+
+// Values of one unit in a piece: 16 KiB of fp32 for contiguous positions; 128 for contiguous units, whose neighbours
+// share the cache with them, or all of a sub-batch that is hardly larger.
 inline int64_t piece_values(const View& v) { return v.spatial ? 4096 : v.n * v.P <= 256 ? 256 : 128; }
 
 struct Pieces {
@@ -52,9 +60,9 @@ struct Pieces {
 
 struct Job {
   View view;
-  Strides xs, ds;
-  const void* x;
-  void* dx;  // null: no gradient wanted
+  Strides xs, ds;  // of x; of dx, y and dy
+  const void* x;   // in backward: what was saved, x or y
+  void* dx;        // null: no gradient wanted
 
   const void* beta;  // null: `beta_value` for every unit
   int64_t beta_step;  // 0: one beta, 1: one for each unit
@@ -67,8 +75,17 @@ struct Job {
   const void* shift;
   double *loss_sum, *dbeta_sum;  // one for each block of units
 
+  // The activation beside the loss. In backward each is null where its term is missing.
+  Activation activation;
+  double parameter;
+  bool from_output;  // saved is y
+  void* y;           // null: loss alone
+  void* rows;        // dense copy of the rows that take part: written by forward, read by backward
+  const void *dy, *g;  // upstream gradients of y and of the loss (one value)
+
   void *piece_mean, *piece_m2;  // split runs, in float64: [K, pieces, U]
   int64_t block;                // units in a block, a multiple of 16 unless one block holds all
+  bool joined;                  // spatial: the units of a block lie one after another and are written as one run
   bool stream;                  // dx by non-temporal stores
 };
 
@@ -80,8 +97,9 @@ struct Kernels {
   void (*pieces)(const Job&, int64_t begin, int64_t end);
   // Task: a block of units, from piece_mean and piece_m2.
   void (*finish)(const Job&, int64_t begin, int64_t end);
-  // Task: a row. dx = scale * (x - mean) + shift from given coefficients; zero past K * n.
-  void (*rows)(const Job&, int64_t begin, int64_t end);
+  // Task: a row; see rows.h.
+  void (*activations)(const Job&, int64_t begin, int64_t end);
+  void (*gradients)(const Job&, int64_t begin, int64_t end);
 };
 
 namespace baseline { Kernels kernels(DType); }

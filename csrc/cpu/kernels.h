@@ -1,13 +1,17 @@
 // The tasks of job.h, for every dtype. Included by one file for each instruction set, which defines VCL_ISA
-// as the namespace and has switched the compiler to that set.
+// as the namespace and VCL_LEVEL (0 portable, 1 AVX2, 2 AVX-512), and has switched the compiler to that set. (GCC 12
+// reads a whole C++ file before its target pragmas: the compiler's own macros do not tell the set.)
 #pragma once
 
 namespace vcl::VCL_ISA {
 
 #include "vec.h"
+#include "vmath.h"
 #include "forms.h"
 #include "moments.h"
 #include "apply.h"
+#include "activations.h"
+#include "rows.h"
 
 constexpr int64_t kUnitGroup = 4;  // vectors of units that share a pass over a piece: 256 bytes of fp32
 
@@ -65,6 +69,35 @@ template <class T> struct Runner {
     for (; g * L < units; ++g) {
       unit_moments<T, 1>(base + g * L, j.xs, c, clip(units - g * L), ahead, mean + g * H, m2 + g * H);
     }
+  }
+
+  // ---- the activation of a piece that the moments left in cache
+
+  template <bool stream> void activate_run_of(int64_t i, const T* from, int64_t at, int64_t len) const {
+    activate_run<T, stream>(j.activation, j.parameter, from, (T*)j.y + i * j.ds.row + at, len);
+    if (j.rows) std::memcpy((T*)j.rows + i * v.U * v.P + at, from, len * sizeof(T));
+  }
+
+  template <bool stream> void activate_piece(int64_t k, int64_t s, int64_t u0, int64_t u1) const {
+    const Piece c = pieces.at(v, s);
+    for (int64_t i = k * v.n + c.i0; i < k * v.n + c.i1; ++i) {
+      if (!v.spatial) {
+        for (int64_t p = c.p0; p < c.p1; ++p) {
+          activate_run_of<stream>(i, x(i, u0) + p * j.xs.pos, p * v.U + u0, u1 - u0);
+        }
+      } else if (j.joined) {
+        activate_run_of<stream>(i, x(i, u0), u0 * v.P, (u1 - u0) * v.P);
+      } else {
+        for (int64_t u = u0; u < u1; ++u) activate_run_of<stream>(i, x(i, u) + c.p0, u * v.P + c.p0, c.p1 - c.p0);
+      }
+    }
+  }
+
+  void piece_and_activation(int64_t k, int64_t s, int64_t u0, int64_t u1, Vec<double>* mean, Vec<double>* m2) const {
+    piece(k, s, u0, u1, mean, m2);
+    if (!j.y) return;
+    if (j.stream) activate_piece<true>(k, s, u0, u1);
+    else activate_piece<false>(k, s, u0, u1);
   }
 
   // Chan's merge over the pieces of one sub-batch, in order, from differences to the first piece's mean.
@@ -153,32 +186,54 @@ template <class T> struct Runner {
     if (j.dbeta_sum) j.dbeta_sum[block] = dbeta_sum;
   }
 
-  // ---- gradient of units [u0, u1)
+  // ---- gradient of units [u0, u1), while the next block comes into the cache
 
+  // A run of values with a coefficient for each.
   template <bool stream>
-  void apply(int64_t u0, int64_t u1, const Vec<A>* mean, const Vec<A>* scale, int64_t slots) const {
-    const int64_t units = u1 - u0, end = v.K * v.n;
+  static void apply_run(const T* from, T* to, int64_t width, int64_t ahead, const Vec<A>* mean, const Vec<A>* scale) {
+    for (int64_t g = 0; g * L < width; ++g) {
+      unit_apply<T, stream>(from + g * L, to + g * L, clip(width - g * L), ahead, Coefficients<A>{mean[g], scale[g]});
+    }
+  }
+
+  // Each unit's value P times over; writes up to a vector past the end.
+  static void repeat(const A* from, int64_t units, int64_t P, A* to) {
+    for (int64_t u = 0; u < units; ++u) {
+      const Vec<A> value = broadcast<A>(from[u]);
+      for (int64_t p = 0; p < P; p += L) store<false>(to + u * P + p, value);
+    }
+  }
+
+  // `repeated`: scratch for joined runs.
+  template <bool stream>
+  void apply(int64_t u0, int64_t u1, const Vec<A>* mean, const Vec<A>* scale, int64_t slots, Vec<A>* repeated) const {
+    const int64_t units = u1 - u0, ahead = u1 < v.U ? units * j.xs.unit : 0, run = units * v.P;
+    Vec<A>* repeated_scale = repeated + vectors(run) + 1;
     for (int64_t k = 0; k < v.K; ++k) {
       const Vec<A>*m = mean + k * slots, *a = scale + k * slots;
+      if (j.joined) {
+        repeat((const A*)m, units, v.P, (A*)repeated);
+        repeat((const A*)a, units, v.P, (A*)repeated_scale);
+      }
       for (int64_t i = k * v.n; i < (k + 1) * v.n; ++i) {
-        if (v.spatial) {
+        if (j.joined) {
+          apply_run<stream>(x(i, u0), dx(i, u0), run, ahead, repeated, repeated_scale);
+        } else if (v.spatial) {
           for (int64_t u = 0; u < units; ++u) {
-            const Coefficients<A> c(broadcast<A>(((const A*)m)[u]), broadcast<A>(((const A*)a)[u]));
-            spatial_apply<T, stream>(x(i, u0 + u), dx(i, u0 + u), v.P, c);
+            const Coefficients<A> c{broadcast<A>(((const A*)m)[u]), broadcast<A>(((const A*)a)[u])};
+            spatial_apply<T, stream>(x(i, u0 + u), dx(i, u0 + u), v.P, ahead, c);
           }
         } else {
           for (int64_t p = 0; p < v.P; ++p) {
-            const T* from = x(i, u0) + p * j.xs.pos;
-            T* to = dx(i, u0) + p * j.ds.pos;
-            for (int64_t g = 0; g < slots; ++g) {
-              unit_apply<T, stream>(from + g * L, to + g * L, clip(units - g * L), Coefficients<A>(m[g], a[g]));
-            }
+            apply_run<stream>(x(i, u0) + p * j.xs.pos, dx(i, u0) + p * j.ds.pos, units, ahead, m, a);
           }
         }
       }
     }
-    for (int64_t i = end; i < v.N; ++i) {
-      if (v.spatial) {
+    for (int64_t i = v.K * v.n; i < v.N; ++i) {
+      if (j.joined) {
+        zero<T, stream>(dx(i, u0), run);
+      } else if (v.spatial) {
         for (int64_t u = u0; u < u1; ++u) zero<T, stream>(dx(i, u), v.P);
       } else {
         for (int64_t p = 0; p < v.P; ++p) zero<T, stream>(dx(i, u0) + p * j.ds.pos, units);
@@ -192,7 +247,8 @@ template <class T> struct Runner {
     const Runner r(j);
     const View& v = j.view;
     const int64_t S = r.pieces.size(), most = vectors(j.block);
-    Vec<A>* mean = scratch<A>((2 * v.K + v.K * H + 2 * S * H) * most);
+    const int64_t repeated = j.joined ? 2 * vectors(j.block * v.P) + 2 : 0;
+    Vec<A>* mean = scratch<A>((2 * v.K + v.K * H + 2 * S * H) * most + repeated);
     Vec<A>* scale = mean + v.K * most;
     Vec<double>* var = (Vec<double>*)(scale + v.K * most);
     Vec<double>* pm = var + v.K * H * most;
@@ -200,23 +256,25 @@ template <class T> struct Runner {
     for (int64_t b = begin; b < end; ++b) {
       const int64_t u0 = b * j.block, u1 = u0 + j.block < v.U ? u0 + j.block : v.U, slots = vectors(u1 - u0);
       for (int64_t k = 0; k < v.K; ++k) {
-        for (int64_t s = 0; s < S; ++s) r.piece(k, s, u0, u1, pm + s * slots * H, pq + s * slots * H);
+        for (int64_t s = 0; s < S; ++s) r.piece_and_activation(k, s, u0, u1, pm + s * slots * H, pq + s * slots * H);
         r.merge(pm, pq, slots * H, slots, mean + k * slots, var + k * slots * H);
       }
       r.coefficients(b, u0, u1, mean, var, slots, scale);
       if (!j.dx) continue;
-      if (j.stream) r.template apply<true>(u0, u1, mean, scale, slots);
-      else r.template apply<false>(u0, u1, mean, scale, slots);
+      if (j.stream) r.template apply<true>(u0, u1, mean, scale, slots, (Vec<A>*)(pq + S * H * most));
+      else r.template apply<false>(u0, u1, mean, scale, slots, (Vec<A>*)(pq + S * H * most));
     }
-    if (j.dx && j.stream) stream_fence();
+    if (j.stream) stream_fence();
   }
 
   static void each_piece(const Job& j, int64_t begin, int64_t end) {
     const Runner r(j);
     const int64_t slots = H * vectors(j.view.U), S = r.pieces.size();
     for (int64_t t = begin; t < end; ++t) {
-      r.piece(t / S, t % S, 0, j.view.U, (Vec<double>*)j.piece_mean + t * slots, (Vec<double>*)j.piece_m2 + t * slots);
+      r.piece_and_activation(t / S, t % S, 0, j.view.U, (Vec<double>*)j.piece_mean + t * slots,
+                             (Vec<double>*)j.piece_m2 + t * slots);
     }
+    if (j.stream) stream_fence();
   }
 
   static void finish(const Job& j, int64_t begin, int64_t end) {
@@ -237,39 +295,7 @@ template <class T> struct Runner {
     }
   }
 
-  template <bool stream> void row(int64_t i) const {
-    if (i >= v.K * v.n) return zero<T, stream>(dx(i, 0), v.U * v.P);  // a row of dx is dense
-    const A* m = (const A*)j.mean + i / v.n * v.U;
-    const A* a = (const A*)j.scale + i / v.n * v.U;
-    const A* b = j.shift ? (const A*)j.shift + i / v.n * v.U : nullptr;
-    if (v.spatial) {
-      for (int64_t u = 0; u < v.U; ++u) {
-        const Coefficients<A> c(broadcast<A>(m[u]), broadcast<A>(a[u]), broadcast<A>(b ? b[u] : A(0)));
-        spatial_apply<T, stream>(x(i, u), dx(i, u), v.P, c);
-      }
-      return;
-    }
-    for (int64_t p = 0; p < v.P; ++p) {
-      const T* from = x(i, 0) + p * j.xs.pos;
-      T* to = dx(i, 0) + p * j.ds.pos;
-      for (int64_t u = 0; u < v.U; u += L) {
-        const int64_t width = clip(v.U - u);
-        const auto get = [&](const A* c) { return width == L ? load(c + u) : load_some(c + u, width); };
-        unit_apply<T, stream>(from + u, to + u, width, Coefficients<A>(get(m), get(a), b ? get(b) : Vec<A>{}));
-      }
-    }
-  }
-
-  static void rows(const Job& j, int64_t begin, int64_t end) {
-    const Runner r(j);
-    for (int64_t i = begin; i < end; ++i) {
-      if (j.stream) r.template row<true>(i);
-      else r.template row<false>(i);
-    }
-    if (j.stream) stream_fence();
-  }
-
-  static Kernels table() { return {&blocks, &each_piece, &finish, &rows}; }
+  static Kernels table() { return {&blocks, &each_piece, &finish, &Rows<T>::activations, &Rows<T>::gradients}; }
 };
 
 Kernels kernels(DType t) {

@@ -75,18 +75,24 @@ struct Shape {
     for (int64_t i = 0; i < dim; ++i) sizes[i] = s[i], strides[i] = d[i];
   }
 
-  // Whether the elements fill one block of memory, in some order of dimensions.
-  bool dense() const {
-    int64_t filled = 1;
+  // Whether the elements of a sample fill one block of memory, in some order of dimensions.
+  bool dense_samples() const {
+    int64_t filled = 1, count = 1;
     for (bool grown = true; grown;) {
       grown = false;
-      for (int64_t i = 0; i < dim; ++i) {
+      for (int64_t i = 1; i < dim; ++i) {
         if (sizes[i] > 1 && strides[i] == filled) filled *= sizes[i], grown = true;
       }
     }
-    int64_t count = 1;
-    for (int64_t i = 0; i < dim; ++i) count *= sizes[i];
+    for (int64_t i = 1; i < dim; ++i) count *= sizes[i];
     return filled == count;
+  }
+
+  bool lies_as(const Shape& other) const {
+    for (int64_t i = 0; i < dim; ++i) {
+      if (sizes[i] > 1 && strides[i] != other.strides[i]) return false;
+    }
+    return true;
   }
 };
 
@@ -126,12 +132,22 @@ Tensor scalar(int32_t dtype, DType t, double value) {
   return out;
 }
 
-// Like x, dense. (empty_like goes through a look-up by name, dearer than a small loss.)
-Tensor empty_dense(const Tensor& x, const Shape& s) {
-  if (!s.dense()) return torch::stable::empty_like(x);
+int32_t dtype_code(const Tensor& x) {
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  return empty(s.dim, s.sizes, s.strides, dtype);
+  return dtype;
+}
+
+// N samples one after another, each laid out as x's are (geometry.empty_rows). (empty_like goes through a look-up by
+// name, dearer than a small loss.)
+Tensor empty_rows(const Tensor& x, Shape s, int64_t N) {
+  if (!s.dense_samples()) {
+    Tensor first = x;
+    s = Shape(torch::stable::empty_like(torch::stable::narrow(first, 0, 0, 1)));
+  }
+  s.sizes[0] = N, s.strides[0] = 1;
+  for (int64_t i = 1; i < s.dim; ++i) s.strides[0] *= s.sizes[i];
+  return empty(s.dim, s.sizes, s.strides, dtype_code(x));
 }
 
 // One value for each unit, and with K > 0 for each sub-batch, in the memory order of x's units.
@@ -150,7 +166,12 @@ Tensor empty_units(const Shape& s, bool per_activation, int64_t K, int64_t U, in
 
 constexpr int64_t kSerial = 32768;         // elements under which starting threads costs more than it gains
 constexpr int64_t kBlockBytes = 512 << 10; // of x in a block of units: it is read again from L2
-constexpr int64_t kStreamBytes = 16 << 20; // of dx from which stores bypass the caches
+constexpr int64_t kUnitBlockBytes = 256 << 10;  // where units are contiguous: rows far apart share few cache sets
+// From these sizes on, stores bypass the caches: a gradient made in forward is long cold when it is wanted; what the
+// next layer reads at once may still lie in L3.
+constexpr int64_t kStreamLater = 4 << 20;
+constexpr int64_t kStreamNext = 16 << 20;
+constexpr int64_t kJoinedRun = 8192;       // values in a run of units, with their coefficients in cache
 
 template <class F> void parallel(int64_t tasks, int64_t elements_per_task, const F& f) {
   if (tasks * elements_per_task < kSerial) return f(0, tasks);
@@ -159,16 +180,28 @@ template <class F> void parallel(int64_t tasks, int64_t elements_per_task, const
 
 int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
-// Units in a block: as many as stay in L2; contiguous units at least 256 bytes wide.
+// Units in a block: as many as stay in L2; contiguous units at least 256 bytes wide. Spatial units that do not end
+// on a vector are taken in sixteens where the results are streamed, so that every block begins on one.
 int64_t block_units(const View& v, int64_t size) {
-  const int64_t fit = kBlockBytes / std::max<int64_t>(1, v.K * v.n * v.P * size);
-  if (v.spatial) return std::clamp<int64_t>(fit, 1, std::max<int64_t>(1, v.U / 16));
-  return std::clamp<int64_t>(fit / 64 * 64, 64, 1024);
+  const int64_t sample = std::max<int64_t>(1, v.K * v.n * v.P * size);
+  if (!v.spatial) return std::clamp<int64_t>(kUnitBlockBytes / sample / 64 * 64, 64, 1024);
+  const int64_t fit = std::clamp<int64_t>(kBlockBytes / sample, 1, std::max<int64_t>(1, v.U / 16));
+  const bool sixteens = v.P % 16 && v.P * 16 <= kJoinedRun && v.N * v.U * v.P * size >= kStreamLater;
+  return sixteens ? round_up(fit, 16) : fit;
 }
 
-bool aligned_rows(const void* base, const View& v, const Strides& s, int64_t size) {
-  const int64_t inner = (v.spatial ? s.unit | v.P : s.pos | v.U) * size;
-  return (reinterpret_cast<uintptr_t>(base) | s.row * size | inner) % 64 == 0;
+// Whether the result is large, and begins on a whole vector wherever a row does, and a run of values in it.
+bool streams(const Job& j, const void* result, int64_t run, int64_t size, int64_t least) {
+  const View& v = j.view;
+  return v.N * v.U * v.P * size >= least &&
+         (reinterpret_cast<uintptr_t>(result) | j.ds.row * size | run * size) % 64 == 0;
+}
+
+// The run that a block of units writes at a time.
+int64_t block_run(const Job& j) {
+  if (j.joined) return j.block * j.view.P;
+  if (j.view.P == 1) return j.view.U;
+  return j.view.spatial ? j.ds.unit | j.view.P : j.ds.pos | j.view.U;
 }
 
 struct Request {
@@ -180,14 +213,21 @@ struct Request {
   bool per_activation;
   double factor;
   bool reduce, beta_grad;
+  Activation activation = Activation::identity;
+  double parameter = 0;
+  bool keep_rows = false;
 };
 
 struct Results {
-  std::optional<Tensor> loss, dbeta, dx, mean, var, scale;
+  std::optional<Tensor> loss, dbeta, dx, mean, var, scale, y, rows;
 };
 
-// Moments, and with a form the loss, coefficients (`want_scale`) or gradient (`want_dx`).
-Results run(const Request& q, bool want_dx, bool want_moments, bool want_scale) {
+enum class Want { loss, dx, moments, coefficients, activation };
+
+// Moments, or with a form the loss, and what else is wanted.
+Results run(const Request& q, Want want) {
+  const bool want_dx = want == Want::dx, want_y = want == Want::activation;
+  const bool want_scale = want_y || want == Want::coefficients, want_mean = want_scale || want == Want::moments;
   const DType t = dtype_of(q.x);
   const Shape shape(q.x);
   const int32_t acc = accumulation(t);
@@ -204,22 +244,33 @@ Results run(const Request& q, bool want_dx, bool want_moments, bool want_scale) 
   j.beta_value = q.beta_value, j.beta_min = q.beta_min, j.form = q.form, j.factor = q.factor;
   const bool loss = q.form != Form::none, sum_dbeta = q.beta_grad && !j.beta_step && q.reduce;
   if (want_dx) {
-    out.dx = empty_dense(q.x, shape);
+    out.dx = empty_rows(q.x, shape, v.N);
     const Shape to(*out.dx);
     j.ds = strides_of(to, q.per_activation);
     j.dx = out.dx->data_ptr();
-    j.stream = v.N * v.U * v.P * bytes(t) >= kStreamBytes && aligned_rows(j.dx, v, j.ds, bytes(t));
   }
+  if (want_y) {
+    out.y = empty_rows(q.x, shape, v.N);
+    out.rows = q.keep_rows ? empty_rows(q.x, shape, v.K * v.n) : empty_vector(0, dtype_code(q.x));
+    j.ds = strides_of(Shape(*out.y), q.per_activation);
+    j.y = out.y->data_ptr();
+    j.rows = q.keep_rows ? out.rows->data_ptr() : nullptr;
+    j.activation = q.activation, j.parameter = q.parameter;
+  }
+  j.block = block_units(v, bytes(t));
+  j.joined = (want_dx || want_y) && v.spatial && v.P % 16 && j.xs.unit == v.P && j.ds.unit == v.P &&
+             v.P <= piece_values(v) && j.block * v.P <= kJoinedRun;
+  j.stream = (want_dx && streams(j, j.dx, block_run(j), bytes(t), kStreamLater)) ||
+             (want_y && streams(j, j.y, block_run(j), bytes(t), kStreamNext));
   const auto per_unit = [&](int64_t K) { return empty_units(shape, q.per_activation, K, v.U, acc); };
   if (loss && !q.reduce) j.loss = (out.loss = per_unit(0))->data_ptr();
   if (q.beta_grad && !sum_dbeta) j.dbeta = (out.dbeta = per_unit(0))->data_ptr();
-  if (want_moments) j.mean = (out.mean = per_unit(v.K))->data_ptr();
-  if (want_moments && !loss) j.var = (out.var = per_unit(v.K))->data_ptr();
+  if (want_mean) j.mean = (out.mean = per_unit(v.K))->data_ptr();
+  if (want == Want::moments) j.var = (out.var = per_unit(v.K))->data_ptr();
   if (want_scale) j.scale = (out.scale = per_unit(v.K))->data_ptr();
 
   const Kernels kernels = kernels_for(t);
   const int64_t sample = v.K * v.n * v.P;
-  j.block = block_units(v, bytes(t));
   int64_t blocks = (v.U + j.block - 1) / j.block;
   // Too few blocks to share, or contiguous units whose samples are long: pieces in memory order instead.
   const bool split = !want_dx && v.U * sample >= kSerial &&
@@ -238,6 +289,10 @@ Results run(const Request& q, bool want_dx, bool want_moments, bool want_scale) 
   } else {
     parallel(blocks, j.block * sample, [&](int64_t b, int64_t e) { kernels.blocks(j, b, e); });
   }
+  if (want_y) {
+    const int64_t first = v.K * v.n;
+    parallel(v.N - first, v.U * v.P, [&](int64_t b, int64_t e) { kernels.activations(j, first + b, first + e); });
+  }
   const auto total = [&](const double* part) {
     double sum = 0;
     for (int64_t b = 0; b < blocks; ++b) sum += part[b];
@@ -253,16 +308,16 @@ Results run(const Request& q, bool want_dx, bool want_moments, bool want_scale) 
 
 Tensor loss(const Tensor& x, const std::optional<Tensor>& beta, double beta_value, double beta_min, int64_t n,
             int64_t K, int64_t form, bool per_activation, double factor, bool reduce) {
-  return *run({x, beta, beta_value, beta_min, n, K, Form(form), per_activation, factor, reduce, false}, false, false,
-              false)
+  return *run({x, beta, beta_value, beta_min, n, K, Form(form), per_activation, factor, reduce, false},
+              Want::loss)
               .loss;
 }
 
 std::tuple<Tensor, Tensor, Tensor> loss_dx(const Tensor& x, const std::optional<Tensor>& beta, double beta_value,
                                            double beta_min, int64_t n, int64_t K, int64_t form, bool per_activation,
                                            double factor, bool reduce, bool beta_grad) {
-  Results r = run({x, beta, beta_value, beta_min, n, K, Form(form), per_activation, factor, reduce, beta_grad}, true,
-                  false, false);
+  Results r = run({x, beta, beta_value, beta_min, n, K, Form(form), per_activation, factor, reduce, beta_grad},
+                  Want::dx);
   return {*r.loss, *r.dx, *r.dbeta};
 }
 
@@ -270,40 +325,74 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_coefficients(const Tensor& x, co
                                                              double beta_value, double beta_min, int64_t n, int64_t K,
                                                              int64_t form, bool per_activation, double factor,
                                                              bool reduce, bool beta_grad) {
-  Results r = run({x, beta, beta_value, beta_min, n, K, Form(form), per_activation, factor, reduce, beta_grad}, false,
-                  true, true);
+  Results r = run({x, beta, beta_value, beta_min, n, K, Form(form), per_activation, factor, reduce, beta_grad},
+                  Want::coefficients);
   return {*r.loss, *r.mean, *r.scale, *r.dbeta};
 }
 
 std::tuple<Tensor, Tensor> moments(const Tensor& x, int64_t n, int64_t K, bool per_activation) {
   const std::optional<Tensor> none;
-  Results r = run({x, none, 0, 0, n, K, Form::none, per_activation, 1, false, false}, false, true, false);
+  Results r = run({x, none, 0, 0, n, K, Form::none, per_activation, 1, false, false}, Want::moments);
   return {*r.mean, *r.var};
 }
 
-Tensor moments_dx(const Tensor& x, const Tensor& mean, const Tensor& scale, const std::optional<Tensor>& shift,
-                  int64_t n, int64_t rows, bool per_activation) {
-  const DType t = dtype_of(x);
-  Shape shape(x);
-  Job j{};
-  j.xs = strides_of(shape, per_activation);
-  j.x = x.data_ptr();
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activation(
+    const Tensor& x, const std::optional<Tensor>& beta, double beta_value, double beta_min, int64_t n, int64_t K,
+    int64_t form, bool per_activation, double factor, bool reduce, bool beta_grad, int64_t activation, double parameter,
+    bool keep_rows) {
+  Results r = run({x, beta, beta_value, beta_min, n, K, Form(form), per_activation, factor, reduce, beta_grad,
+                   Activation(activation), parameter, keep_rows},
+                  Want::activation);
+  return {*r.y, *r.loss, *r.mean, *r.scale, *r.dbeta, *r.rows};
+}
+
+void* data_of(const std::optional<Tensor>& t) { return t ? t->data_ptr() : nullptr; }
+
+// dx of N rows, laid out as `like`; the caller has set what else it is made of.
+Tensor gradients(Job& j, const Tensor& like, std::optional<Tensor> dy, const Tensor& mean, int64_t n, int64_t N,
+                 bool per_activation) {
+  const DType t = dtype_of(like);
+  const Shape shape(like);
   j.view = view_of(shape, n, mean.size(0), per_activation);
-  j.view.N = rows;
-  // dx: dense, rows of the same inner layout as x
-  if (rows != shape.sizes[0]) shape.sizes[0] = rows, shape.strides[0] = j.view.U * j.view.P;
-  const Tensor dx = empty_dense(x, shape);
-  const Shape to(dx);
-  j.ds = strides_of(to, per_activation);
+  j.view.N = N;
+  j.xs = strides_of(shape, per_activation);
+  const Tensor dx = empty_rows(like, shape, N);
+  if (dy && !Shape(*dy).lies_as(Shape(dx))) {  // expanded, or in another memory format
+    Tensor laid_out = empty_rows(like, shape, N);
+    torch::stable::copy_(laid_out, *dy);
+    dy = laid_out;
+  }
+  j.dy = data_of(dy);
+  j.ds = strides_of(Shape(dx), per_activation);
   j.dx = dx.data_ptr();
   j.mean = mean.data_ptr();
-  j.scale = scale.data_ptr();
-  j.shift = shift ? shift->data_ptr() : nullptr;
-  const int64_t row = j.view.U * j.view.P;
-  j.stream = rows * row * bytes(t) >= kStreamBytes && aligned_rows(j.dx, j.view, j.ds, bytes(t));
+  j.stream = streams(j, j.dx, run_length(j.view, j.xs), bytes(t), j.dy ? kStreamNext : kStreamLater);
   const Kernels kernels = kernels_for(t);
-  parallel(rows, row, [&](int64_t b, int64_t e) { kernels.rows(j, b, e); });
+  parallel(N, j.view.U * j.view.P, [&](int64_t b, int64_t e) { kernels.gradients(j, b, e); });
   return dx;
+}
+
+Tensor moments_dx(const Tensor& x, const Tensor& mean, const Tensor& scale, const std::optional<Tensor>& shift,
+                  const std::optional<Tensor>& g, int64_t n, int64_t N, bool per_activation) {
+  Job j{};
+  j.x = x.data_ptr();
+  j.scale = scale.data_ptr();
+  j.shift = data_of(shift);
+  j.g = data_of(g);
+  return gradients(j, x, std::nullopt, mean, n, N, per_activation);
+}
+
+Tensor activation_dx(const std::optional<Tensor>& saved, bool from_output, const std::optional<Tensor>& rows,
+                     const std::optional<Tensor>& dy, const Tensor& mean, const Tensor& scale,
+                     const std::optional<Tensor>& g, int64_t n, int64_t N, bool per_activation, int64_t activation,
+                     double parameter) {
+  Job j{};
+  j.x = data_of(saved);
+  j.rows = data_of(rows);
+  j.g = data_of(g);
+  j.scale = g ? scale.data_ptr() : nullptr;
+  j.activation = Activation(activation), j.parameter = parameter, j.from_output = from_output;
+  return gradients(j, saved ? *saved : *rows, dy, mean, n, N, per_activation);
 }
 
 }  // namespace
@@ -314,5 +403,7 @@ STABLE_TORCH_LIBRARY_IMPL(vcl_kernels, CPU, m) {
   m.impl("loss_dx", TORCH_BOX(&vcl::loss_dx));
   m.impl("loss_coefficients", TORCH_BOX(&vcl::loss_coefficients));
   m.impl("moments", TORCH_BOX(&vcl::moments));
+  m.impl("activation", TORCH_BOX(&vcl::activation));
+  m.impl("activation_dx", TORCH_BOX(&vcl::activation_dx));
   m.impl("moments_dx", TORCH_BOX(&vcl::moments_dx));
 }

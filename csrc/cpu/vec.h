@@ -69,9 +69,9 @@ template <> inline Vec<float> load(const bf16* p) {
 
 template <> inline Vec<float> load(const f16* p) {
   Vec<float> v;
-#if defined(__AVX512F__)
+#if VCL_LEVEL >= 2
   return std::bit_cast<Vec<float>>(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)));
-#elif defined(__F16C__)
+#elif VCL_LEVEL >= 1
   for (int i = 0; i < 2; ++i) {
     const __m256 half = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8 * i)));
     std::memcpy((char*)&v + 32 * i, &half, 32);
@@ -91,10 +91,10 @@ inline u16x16 to_bf16(Vec<float> v) {
 
 inline u16x16 to_f16(Vec<float> v) {
   u16x16 h;
-#if defined(__AVX512F__)
+#if VCL_LEVEL >= 2
   const __m256i packed = _mm512_cvtps_ph(std::bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
   std::memcpy(&h, &packed, sizeof h);
-#elif defined(__F16C__)
+#elif VCL_LEVEL >= 1
   for (int i = 0; i < 2; ++i) {
     __m256 half;
     std::memcpy(&half, (const char*)&v + 32 * i, 32);
@@ -109,10 +109,10 @@ inline u16x16 to_f16(Vec<float> v) {
 
 // `stream` bypasses the caches; it wants an address aligned to the vector's stored size.
 template <bool stream, class Packed> inline void put(void* p, Packed v) {
-#if defined(__AVX512F__)
+#if VCL_LEVEL >= 2
   if constexpr (stream && sizeof v == 64) return _mm512_stream_si512((__m512i*)p, std::bit_cast<__m512i>(v));
 #endif
-#if defined(__AVX2__)
+#if VCL_LEVEL >= 1
   if constexpr (stream) {
     for (size_t i = 0; i < sizeof v / 32; ++i) {
       __m256i part;
@@ -130,7 +130,7 @@ template <bool stream> inline void store(bf16* p, Vec<float> v) { put<stream>(p,
 template <bool stream> inline void store(f16* p, Vec<float> v) { put<stream>(p, to_f16(v)); }
 
 inline void stream_fence() {
-#if defined(__AVX2__)
+#if VCL_LEVEL >= 1
   _mm_sfence();
 #endif
 }
@@ -143,7 +143,7 @@ template <class T> inline Vec<acc_t<T>> load_some(const T* p, int64_t count) {
   return v;
 }
 
-#if defined(__AVX512F__)
+#if VCL_LEVEL >= 2
 template <> inline Vec<float> load_some(const float* p, int64_t count) {
   return std::bit_cast<Vec<float>>(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p));
 }
@@ -156,7 +156,7 @@ template <class T> inline void store_some(T* p, Vec<acc_t<T>> v, int64_t count) 
   for (int64_t i = 0; i < count; ++i) p[i] = narrow<T>(v[i]);
 }
 
-#if defined(__AVX512F__)
+#if VCL_LEVEL >= 2
 template <> inline void store_some(float* p, Vec<float> v, int64_t count) {
   _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), std::bit_cast<__m512>(v));
 }
@@ -164,6 +164,17 @@ template <> inline void store_some(double* p, Vec<double> v, int64_t count) {
   _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), std::bit_cast<__m512d>(v));
 }
 #endif
+
+// ---- a whole vector, or the first `count` where fewer are left
+
+template <class T> inline Vec<acc_t<T>> load_up_to(const T* p, int64_t count) {
+  return count >= lanes<acc_t<T>> ? load(p) : load_some(p, count);
+}
+
+template <bool stream, class T> inline void store_up_to(T* p, Vec<acc_t<T>> v, int64_t count) {
+  if (count >= lanes<acc_t<T>>) store<stream>(p, v);
+  else store_some(p, v, count);
+}
 
 // ---- across lanes
 
@@ -209,12 +220,6 @@ template <class A> inline Vec<A> joined(const Vec<double>* from) {
     std::memcpy(&v, half, sizeof v);
     return v;
   }
-}
-
-template <class A> inline double sum_lanes_wide(Vec<A> v) {
-  Vec<double> sum = part<A>(v, 0);
-  for (int i = 1; i < parts<A>; ++i) sum += part<A>(v, i);
-  return sum_lanes<double>(sum);
 }
 
 template <class A> inline Vec<A> lane_index() {

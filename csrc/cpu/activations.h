@@ -1,0 +1,98 @@
+// Activation functions and their derivatives, in the accumulation type.
+// Included inside the namespace of one instruction set.
+#pragma once
+
+// What a libm call would take its slow path for, though its result is not used or is at its limit already.
+template <class A> inline Vec<A> clamped(Vec<A> v, A low, A high) {  // NaN stays NaN
+  v = v < low ? broadcast<A>(low) : v;
+  return v > high ? broadcast<A>(high) : v;
+}
+
+template <class A> constexpr A kFlat = A(sizeof(A) == 4 ? -20 : -40);  // where expm1 has become -1
+
+template <class A> inline Vec<A> normal_cdf(Vec<A> x) { return A(0.5) * (A(1) + erf(x * A(0.70710678118654752440))); }
+
+// gelu's approximation: x / 2 · (1 + tanh(inner))
+template <class A> inline Vec<A> tanh_inner(Vec<A> x) {
+  return A(0.79788456080286535588) * (x + A(0.044715) * x * x * x);
+}
+
+template <Activation act, class A> inline Vec<A> value(Vec<A> x, A parameter) {
+  if constexpr (act == Activation::identity) return x;
+  if constexpr (act == Activation::relu) return x <= A(0) ? Vec<A>{} : x;
+  if constexpr (act == Activation::leaky_relu) return x > A(0) ? x : x * parameter;
+  if constexpr (act == Activation::elu) return x > A(0) ? x : parameter * expm1(clamped<A>(x, kFlat<A>, A(0)));
+  if constexpr (act == Activation::gelu) return x * normal_cdf<A>(x);
+  if constexpr (act == Activation::gelu_tanh) return A(0.5) * x * (A(1) + tanh(tanh_inner<A>(x)));
+  if constexpr (act == Activation::silu) return x / (A(1) + exp(-x));
+  if constexpr (act == Activation::tanh) return tanh(x);
+}
+
+// dy times the derivative, which follows from `s`: y if from_output, else x.
+template <Activation act, bool from_output, class A> inline Vec<A> derivative(Vec<A> s, Vec<A> dy, A parameter) {
+  if constexpr (act == Activation::identity) return dy;
+  if constexpr (act == Activation::relu) return s <= A(0) ? Vec<A>{} : dy;
+  if constexpr (act == Activation::leaky_relu) return s > A(0) ? dy : dy * parameter;
+  if constexpr (act == Activation::elu) {
+    if constexpr (from_output) return s > A(0) ? dy : dy * (s + parameter);
+    else return s > A(0) ? dy : dy * parameter * exp(clamped<A>(s, A(sizeof(A) == 4 ? -85 : -700), A(0)));
+  }
+  if constexpr (act == Activation::tanh) {
+    const Vec<A> y = from_output ? s : tanh(s);
+    return dy * (A(1) - y * y);
+  }
+  if constexpr (act == Activation::gelu) {
+    const Vec<A> pdf = A(0.39894228040143267794) * exp(A(-0.5) * s * s);
+    return dy * (normal_cdf<A>(s) + s * pdf);
+  }
+  if constexpr (act == Activation::gelu_tanh) {
+    const Vec<A> t = tanh(tanh_inner<A>(s));
+    const Vec<A> slope = A(0.79788456080286535588) * (A(1) + A(3 * 0.044715) * s * s);
+    return dy * (A(0.5) * (A(1) + t) + A(0.5) * s * (A(1) - t * t) * slope);
+  }
+  if constexpr (act == Activation::silu) {
+    const Vec<A> sigmoid = A(1) / (A(1) + exp(-s));
+    return dy * sigmoid * (A(1) + s * (A(1) - sigmoid));
+  }
+}
+
+// Calls f with the activation as a constant.
+template <class F> inline void with_activation(Activation act, F&& f) {
+  switch (act) {
+    case Activation::identity: return f(std::integral_constant<Activation, Activation::identity>());
+    case Activation::relu: return f(std::integral_constant<Activation, Activation::relu>());
+    case Activation::leaky_relu: return f(std::integral_constant<Activation, Activation::leaky_relu>());
+    case Activation::elu: return f(std::integral_constant<Activation, Activation::elu>());
+    case Activation::gelu: return f(std::integral_constant<Activation, Activation::gelu>());
+    case Activation::gelu_tanh: return f(std::integral_constant<Activation, Activation::gelu_tanh>());
+    case Activation::silu: return f(std::integral_constant<Activation, Activation::silu>());
+    case Activation::tanh: return f(std::integral_constant<Activation, Activation::tanh>());
+  }
+}
+
+// y = activation(x) over a run of contiguous values; with `stream`, y begins on a whole vector.
+template <class T, bool stream> void activate_run(Activation act, double parameter, const T* x, T* y, int64_t len) {
+  using A = acc_t<T>;
+  with_activation(act, [=](auto a) {
+    for (int64_t q = 0; q < len; q += lanes<A>) {
+      store_up_to<stream>(y + q, value<a(), A>(load_up_to(x + q, len - q), A(parameter)), len - q);
+    }
+  });
+}
+
+// out = dy · activation'(s) over a run; `s` is y if from_output, else x.
+template <class T, class Out, bool stream>
+void differentiate_run(Activation act, bool from_output, double parameter, const T* s, const T* dy, Out* out,
+                       int64_t len) {
+  using A = acc_t<T>;
+  with_activation(act, [=](auto a) {
+    const auto each = [=](auto output) {
+      for (int64_t q = 0; q < len; q += lanes<A>) {
+        const Vec<A> at = load_up_to(s + q, len - q), upstream = load_up_to(dy + q, len - q);
+        store_up_to<stream>(out + q, derivative<a(), output(), A>(at, upstream, A(parameter)), len - q);
+      }
+    };
+    if (from_output) each(std::true_type());
+    else each(std::false_type());
+  });
+}
