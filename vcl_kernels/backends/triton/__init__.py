@@ -10,6 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_OPS = (
+    "loss",
+    "loss_dx",
+    "loss_coefficients",
+    "moments",
+    "moments_dx",
+    "activation",
+    "activation_dx",
+    "multiply_",
+)
+
 
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter."""
@@ -33,7 +44,7 @@ def reason() -> str | None:
 
 def register(library: torch.library.Library) -> None:
     """Register the launchers for CUDA tensors; Triton itself is imported by the first call."""
-    for name in ("loss", "loss_dx", "loss_coefficients", "moments", "moments_dx", "multiply_"):
+    for name in _OPS:
         library.impl(name, _launcher(name), "CUDA")
 
 

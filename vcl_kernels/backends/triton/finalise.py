@@ -7,6 +7,8 @@ from ...geometry import Geometry
 from .formulas import coefficients, merge_moments
 from .launch import Launch, cdiv, power_of_2, warps_for
 
+ONE_PROGRAM = 2048  # values (K, U) that the threads of one program hold in registers, in float64
+
 
 @triton.jit
 def finalise(
@@ -27,14 +29,12 @@ def finalise(
     splits,
     FORM: tl.constexpr,  # -1: moments only
     BETA: tl.constexpr,
-    MEAN: tl.constexpr,
-    SCALE: tl.constexpr,
-    DBETA: tl.constexpr,
+    REDUCE: tl.constexpr,
     ACC: tl.constexpr,
     KB: tl.constexpr,
     UB: tl.constexpr,
 ):
-    """Program: UB units, all sub-batches."""
+    """Program: UB units, all sub-batches. REDUCE: it is the only one, and sums over units too."""
     units = tl.program_id(0).to(tl.int64) * UB + tl.arange(0, UB)
     k = tl.arange(0, KB)[:, None]
     mask = (k < K) & (units[None, :] < U)
@@ -54,7 +54,7 @@ def finalise(
         )
         at += K * U
     out = k.to(tl.int64) * U + units[None, :]
-    if MEAN:
+    if mean_ptr is not None:
         tl.store(mean_ptr + out, (pilot + mean).to(ACC), mask=mask)
     if FORM == -1:
         tl.store(var_ptr + out, (m2 / (M - 1)).to(ACC), mask=mask)
@@ -62,11 +62,20 @@ def finalise(
         loss, scale, dbeta = coefficients(
             m2, k, K, M, units, units < U, beta_ptr, beta_value, beta_min, factor, FORM, BETA, ACC, KB, UB
         )
-        tl.store(loss_ptr + units, loss, mask=units < U)
-        if SCALE:
+        store_units(loss_ptr, loss, units, U, REDUCE)
+        if scale_ptr is not None:
             tl.store(scale_ptr + out, scale, mask=mask)
-        if DBETA:
-            tl.store(dbeta_ptr + units, dbeta, mask=units < U)
+        if dbeta_ptr is not None:
+            store_units(dbeta_ptr, dbeta, units, U, REDUCE and BETA == 1)
+
+
+@triton.jit
+def store_units(ptr, value, units, U, REDUCE: tl.constexpr):
+    """Store a value for each unit, or their sum."""
+    if REDUCE:
+        tl.store(ptr, tl.sum(tl.where(units < U, value, 0.0), 0))
+    else:
+        tl.store(ptr + units, value, mask=units < U)
 
 
 def arguments(x: Geometry, splits: int) -> tuple[int, ...]:
@@ -74,8 +83,11 @@ def arguments(x: Geometry, splits: int) -> tuple[int, ...]:
     return x.K, x.M, x.U, splits * x.K * x.U, splits
 
 
-def plan(x: Geometry) -> Launch:
-    """Decide the launch."""
+def plan(x: Geometry, reduce: bool) -> Launch:
+    """Decide the launch. ``reduce``: wanted is the sum over units; REDUCE says whether the launch gives it."""
     KB = power_of_2(x.K)
-    UB = min(power_of_2(x.U), max(1, min(16, 128 // KB)))  # few: float64 takes many registers
-    return Launch(finalise, (cdiv(x.U, UB),), {"KB": KB, "UB": UB}, warps_for(16 * KB * UB))
+    UB = power_of_2(x.U)
+    in_one = reduce and KB * UB <= ONE_PROGRAM
+    if not in_one:
+        UB = min(UB, max(1, min(16, 128 // KB)))  # few: float64 takes many registers
+    return Launch(finalise, (cdiv(x.U, UB),), {"KB": KB, "UB": UB, "REDUCE": in_one}, warps_for(16 * KB * UB))

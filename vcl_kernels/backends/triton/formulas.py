@@ -14,14 +14,14 @@ def merge_moments(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
 
 
 @triton.jit
-def given_beta(beta_ptr, beta_value, u, valid, BETA: tl.constexpr, ACC: tl.constexpr):
-    """Beta of units u: 0, the value; 1, one tensor element for all; 2, one for each unit."""
+def given_beta(beta_ptr, beta_value, u, valid, BETA: tl.constexpr):
+    """Beta of units u in float64: 0, the value; 1, one tensor element for all; 2, one for each unit."""
     if BETA == 0:
-        return tl.full(u.shape, beta_value, ACC)
+        return tl.full(u.shape, beta_value, tl.float64)
     elif BETA == 1:
-        return tl.load(beta_ptr) + tl.zeros(u.shape, ACC)
+        return tl.load(beta_ptr).to(tl.float64) + tl.zeros(u.shape, tl.float64)
     else:
-        return tl.load(beta_ptr + u, mask=valid, other=1.0)
+        return tl.load(beta_ptr + u, mask=valid, other=1.0).to(tl.float64)
 
 
 @triton.jit
@@ -77,13 +77,14 @@ def coefficients(
 ):
     """Loss, scale [KB, UB] of dx = scale · (x - mean), and dbeta, all times factor.
 
-    From m2 = Σ (x - mean)², in float64: they are few, and differences of variances lose digits.
+    From m2 = Σ (x - mean)², in float64: they are few, and differences of variances lose digits. Only scale, which
+    meets every x, is rounded to ACC here.
     """
-    given = given_beta(beta_ptr, beta_value, u, valid, BETA, ACC).to(tl.float64)
+    given = given_beta(beta_ptr, beta_value, u, valid, BETA)
     least = tl.full([UB], beta_min, tl.float64)
     var = m2.to(tl.float64) / (M - 1)
     loss, dvar, dbeta = loss_and_slopes(var, k, K, tl.where(given < least, least, given), FORM, KB, UB)
     weight = tl.full([UB], factor, tl.float64)
     dbeta = weight * tl.where((given >= least) | (dbeta < 0), dbeta, 0.0)  # below beta_min it may only rise
     scale = dvar * (weight * 2.0 / (M - 1))[None, :]
-    return (loss * weight).to(ACC), scale.to(ACC), dbeta.to(ACC)
+    return loss * weight, scale.to(ACC), dbeta

@@ -7,7 +7,10 @@ from ...geometry import Geometry
 from .formulas import coefficients
 from .launch import Launch, cdiv, dense_units, positions_constant, power_of_2, warps_for
 
-MOST_ELEMENTS = 16384  # of a tile, padding included: 32 registers a thread at 16 warps hold it
+# Elements of a tile, padding included, of which 16 warps hold 32 or 16 a thread in registers: where units are
+# contiguous, addresses take as many again, and more would spill.
+MOST_SPATIAL = 16384
+MOST_UNIT = 8192
 
 
 @triton.jit
@@ -34,7 +37,6 @@ def one_pass_spatial(
     DX_DENSE: tl.constexpr,
     FORM: tl.constexpr,
     BETA: tl.constexpr,
-    DBETA: tl.constexpr,
     ACC: tl.constexpr,
     KB: tl.constexpr,
     NB: tl.constexpr,
@@ -67,7 +69,7 @@ def one_pass_spatial(
         FORM, BETA, ACC, KB, UB,
     )  # fmt: skip
     tl.store(loss_ptr + units, loss, mask=units < U)
-    if DBETA:
+    if dbeta_ptr is not None:
         tl.store(dbeta_ptr + units, dbeta, mask=units < U)
     dx = (scale[:, None, :, None] * d).to(dx_ptr.dtype.element_ty)
     at = dx_ptr + first * dx_step + (u * dx_step + p)
@@ -100,7 +102,6 @@ def one_pass_unit(
     dx_pos,
     FORM: tl.constexpr,
     BETA: tl.constexpr,
-    DBETA: tl.constexpr,
     ACC: tl.constexpr,
     KB: tl.constexpr,
     MB: tl.constexpr,
@@ -128,7 +129,7 @@ def one_pass_unit(
         FORM, BETA, ACC, KB, UB,
     )  # fmt: skip
     tl.store(loss_ptr + units, loss, mask=units < U)
-    if DBETA:
+    if dbeta_ptr is not None:
         tl.store(dbeta_ptr + units, dbeta, mask=units < U)
     dx = (scale[:, None, :] * d).to(dx_ptr.dtype.element_ty)
     tl.store(dx_ptr + row * dx_row + position * dx_pos + u, dx, mask=mask)
@@ -150,7 +151,9 @@ def padded_sample(g: Geometry) -> int:
 
 def fits(g: Geometry, itemsize: int) -> bool:
     """Whether a unit, or 32 bytes of contiguous units, fits on chip."""
-    return padded_sample(g) * (1 if g.spatial else min(32 // itemsize, power_of_2(g.U))) <= MOST_ELEMENTS
+    if g.spatial:
+        return padded_sample(g) <= MOST_SPATIAL
+    return padded_sample(g) * min(32 // itemsize, power_of_2(g.U)) <= MOST_UNIT
 
 
 def plan(x: Geometry, dx: Geometry, itemsize: int) -> Launch:
@@ -172,10 +175,3 @@ def plan(x: Geometry, dx: Geometry, itemsize: int) -> Launch:
     UB = min(power_of_2(x.U), max(32 // itemsize, min(128, 8192 // sample, 256 // KB)))
     constants = {"KB": KB, "MB": power_of_2(x.M), "UB": UB}
     return Launch(one_pass_unit, (cdiv(x.U, UB),), constants, max(4, min(8, KB * UB // 64), warps_for(sample * UB)))
-
-
-def arguments(x: Geometry, dx: Geometry) -> tuple[int, ...]:
-    """Return the shape arguments of either kernel."""
-    if x.spatial:
-        return x.N, x.K, x.n, x.U, x.P, x.row_stride, x.unit_stride, dx.row_stride, dx.unit_stride
-    return x.N, x.K, x.n, x.U, x.P, x.row_stride, x.pos_stride, dx.row_stride, dx.pos_stride

@@ -41,7 +41,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def warps_for(elements: int) -> int:
-    """Return warps that leave each thread at most 64 elements of a tile, and at least 8 if they can."""
+    """Return warps that leave each thread at most 32 elements of a tile; 16 warps at most."""
     return min(16, max(1, power_of_2(cdiv(elements, 1024))))
 
 
@@ -61,11 +61,13 @@ def positions_constant(P: int) -> int:
     return P
 
 
-def units_wide(U: int, itemsize: int, most: int) -> int:
-    """Return units in a tile where units are contiguous: at least 32 bytes, at most ``most``."""
-    return min(power_of_2(U), max(most, 32 // itemsize))
-
-
 def dense_units(g: Geometry) -> bool:
     """Whether channels follow one another without a gap, so that their distance is P."""
     return g.unit_stride == g.P
+
+
+def arguments(x: Geometry, to: Geometry) -> tuple[int, ...]:
+    """Return the shape arguments of a kernel from ``x`` to ``to``: in the layout of x, and of the rows of ``to``."""
+    if x.spatial:
+        return to.N, x.K, x.n, x.U, x.P, x.row_stride, x.unit_stride, to.row_stride, to.unit_stride
+    return to.N, x.K, x.n, x.U, x.P, x.row_stride, x.pos_stride, to.row_stride, to.pos_stride

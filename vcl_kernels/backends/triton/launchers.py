@@ -6,11 +6,13 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...geometry import Geometry, empty_rows, unit_shape, unit_strides
+from ...geometry import Geometry, accumulation_dtype, empty_rows, empty_units
 from . import apply, finalise, fused, multiply
 from . import moments as partial_moments
+from .activations import IDENTITY, NO_ACTIVATION
+from .launch import arguments
 
-_ACCUMULATION = {torch.float64: tl.float64}
+_TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def one_pass(x: Tensor, n: int, K: int, per_activation: bool) -> bool:
@@ -20,47 +22,78 @@ def one_pass(x: Tensor, n: int, K: int, per_activation: bool) -> bool:
 
 def loss(x, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce) -> Tensor:
     """Loss alone."""
-    spec = beta_value, beta_min, n, K, form, per_activation, factor, reduce
-    return _deferred(x, beta, *spec, False, want_coefficients=False)[0]
+    given = beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce
+    partial = _partial_moments(x, n, K, per_activation)
+    return _coefficients(x, partial, *given, False, want_coefficients=False)[0]
 
 
 def loss_dx(
     x, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce, beta_grad
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and gradient in one pass, for units that fit on chip."""
-    g, dx = Geometry.of(x, n, K, per_activation), torch.empty_like(x)
+    g, dx = Geometry.of(x, n, K, per_activation), empty_rows(x, x.shape[0])
     to = Geometry.of(dx, n, K, per_activation)
-    per_unit = _units(x, per_activation)
-    dbeta = _units(x, per_activation) if beta_grad else None
+    per_unit = empty_units(x, per_activation)
+    dbeta = empty_units(x, per_activation) if beta_grad else None
     launch = fused.plan(g, to, x.element_size())
-    launch.constants.update(FORM=form, BETA=_beta_kind(beta), DBETA=beta_grad, ACC=_accumulation(x))
-    launch(x, dx, per_unit, dbeta, beta, beta_value, beta_min, factor, *fused.arguments(g, to))
-    return _reduced(per_unit, reduce), dx, _reduced_dbeta(x, beta, dbeta, reduce)
+    launch.constants.update(FORM=form, BETA=_beta_kind(beta), ACC=_accumulation(x))
+    launch(x, dx, per_unit, dbeta, beta, beta_value, beta_min, factor, *arguments(g, to))
+    if dbeta is not None:
+        dbeta = _reduced(dbeta, reduce and _beta_kind(beta) == 1)
+    return _reduced(per_unit, reduce), dx, _no_dbeta(x) if dbeta is None else dbeta
 
 
 def loss_coefficients(
     x, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce, beta_grad
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, and the mean and scale from which backward makes dx."""
-    spec = beta_value, beta_min, n, K, form, per_activation, factor, reduce
-    return _deferred(x, beta, *spec, beta_grad, want_coefficients=True)
+    given = beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce
+    return _coefficients(x, _partial_moments(x, n, K, per_activation), *given, beta_grad)
 
 
 def moments(x, n, K, per_activation) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance of each sub-batch."""
-    mean, var = _units(x, per_activation, K), _units(x, per_activation, K)
-    _finalise(x, n, K, per_activation, mean=mean, var=var)
+    partial = _partial_moments(x, n, K, per_activation)
+    mean, var = empty_units(x, per_activation, K), empty_units(x, per_activation, K)
+    g = Geometry.of(x, n, K, per_activation)
+    launch = finalise.plan(g, reduce=False)
+    launch.constants.update(FORM=-1, BETA=0, ACC=_accumulation(x))
+    launch(partial, mean, var, None, None, None, None, 0.0, 0.0, 1.0, *finalise.arguments(g, partial.shape[1]))
     return mean, var
 
 
-def moments_dx(x, mean, scale, shift, n, rows, per_activation) -> Tensor:
-    """dx = scale · (x - mean) + shift, and zeros for rows past the last sub-batch."""
-    dx = empty_rows(x, rows)
-    g = Geometry.of(x, n, mean.shape[0], per_activation)
-    to = Geometry.of(dx, n, mean.shape[0], per_activation)
-    launch = apply.plan(g, to, x.element_size())
-    launch.constants.update(SHIFT=shift is not None, ACC=_accumulation(x))
-    launch(x, dx, mean, scale, shift, *apply.arguments(g, to))
+def moments_dx(x, mean, scale, shift, g, n, N, per_activation) -> Tensor:
+    """dx = g · (scale · (x - mean) + shift), and zeros for rows past the last sub-batch."""
+    dx = empty_rows(x, N)
+    _apply(x, None, None, dx, mean, scale, shift, g, n, mean.shape[0], per_activation)
+    return dx
+
+
+def activation(
+    x, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce, beta_grad, activation, parameter,
+    keep_rows,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y = act(x), the loss and the coefficients of x, and the rows that take part, from one read of x."""
+    y = empty_rows(x, x.shape[0])
+    rows = empty_rows(x, K * n) if keep_rows else None
+    partial = _partial_moments(x, n, K, per_activation, y, rows, activation, parameter)
+    given = beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce
+    return y, *_coefficients(x, partial, *given, beta_grad), x.new_empty(0) if rows is None else rows
+
+
+def activation_dx(
+    saved, from_output, rows, dy, mean, scale, g, n, N, per_activation, activation, parameter
+) -> Tensor:  # fmt: skip
+    """dx = dy · act' + g · scale · (x - mean), either term left out with its upstream gradient; rounded once."""
+    dx = empty_rows(rows if saved is None else saved, N)
+    K = mean.shape[0]
+    if dy is not None and not _lie_alike(dy, dx):  # expanded, or in another memory format
+        dy = torch.empty_like(dx).copy_(dy)
+    if g is None:
+        rows = mean = scale = None
+    if rows is not None and dy is None:
+        saved, rows = rows, None
+    _apply(saved, rows, dy, dx, mean, scale, None, g, n, K, per_activation, activation, parameter, from_output)
     return dx
 
 
@@ -71,60 +104,73 @@ def multiply_(dx: Tensor, g: Tensor) -> None:
     launch(dx, g, dx.numel())
 
 
-def _deferred(
-    x, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce, beta_grad, *, want_coefficients
-):
-    mean = _units(x, per_activation, K) if want_coefficients else None
-    scale = _units(x, per_activation, K) if want_coefficients else None
-    per_unit = _units(x, per_activation)
-    dbeta = _units(x, per_activation) if beta_grad else None
-    _finalise(x, n, K, per_activation, mean, None, scale, per_unit, dbeta, beta, beta_value, beta_min, factor, form)
-    return _reduced(per_unit, reduce), mean, scale, _reduced_dbeta(x, beta, dbeta, reduce)
-
-
-def _finalise(
-    x, n, K, per_activation, mean=None, var=None, scale=None, per_unit=None, dbeta=None, beta=None,
-    beta_value=0.0, beta_min=0.0, factor=1.0, form=-1,
-):  # fmt: skip
-    g, acc = Geometry.of(x, n, K, per_activation), _accumulation(x)
-    launch, splits, per_split = partial_moments.plan(g, x.element_size())
+def _partial_moments(
+    x, n, K, per_activation, y=None, rows=None, activation=NO_ACTIVATION.value, parameter=0.0
+) -> Tensor:
+    """Moments of parts of each sub-batch, (4, splits, K, U); y and rows are filled if given."""
+    g = Geometry.of(x, n, K, per_activation)
+    to = None if y is None else Geometry.of(y, n, K, per_activation)
+    launch, splits, per_split = partial_moments.plan(g, to, x.element_size())
     partial = torch.empty((4, splits, K, g.U), dtype=torch.float64, device=x.device)
-    launch.constants.update(ACC=acc)
-    launch(x, partial, *partial_moments.arguments(g, splits, per_split))
-    launch = finalise.plan(g)
-    launch.constants.update(
-        FORM=form, BETA=_beta_kind(beta), MEAN=mean is not None, SCALE=scale is not None, DBETA=dbeta is not None,
-        ACC=acc,
-    )  # fmt: skip
-    results = mean, var, scale, per_unit, dbeta
-    launch(partial, *results, beta, beta_value, beta_min, factor, *finalise.arguments(g, splits))
+    launch.constants.update(ACTIVATION=activation, ACC=_accumulation(x))
+    launch(x, y, rows, partial, parameter, *arguments(g, to or g), splits * K * g.U, splits, per_split)
+    return partial
+
+
+def _coefficients(
+    x, partial, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce, beta_grad,
+    want_coefficients=True,
+):  # fmt: skip
+    """Loss, mean, scale and dbeta from partial moments."""
+    g = Geometry.of(x, n, K, per_activation)
+    mean = empty_units(x, per_activation, K) if want_coefficients else None
+    scale = empty_units(x, per_activation, K) if want_coefficients else None
+    launch = finalise.plan(g, reduce)
+    reduced = launch.constants["REDUCE"]
+    reduce_dbeta = reduce and _beta_kind(beta) == 1
+    loss = _empty_sum(x) if reduced else empty_units(x, per_activation)
+    dbeta = None
+    if beta_grad:
+        dbeta = _empty_sum(x) if reduced and reduce_dbeta else empty_units(x, per_activation)
+    launch.constants.update(FORM=form, BETA=_beta_kind(beta), ACC=_accumulation(x))
+    shape = finalise.arguments(g, partial.shape[1])
+    launch(partial, mean, None, scale, loss, dbeta, beta, beta_value, beta_min, factor, *shape)
+    if not reduced:
+        loss = _reduced(loss, reduce)
+        dbeta = None if dbeta is None else _reduced(dbeta, reduce_dbeta)
+    return loss, mean, scale, _no_dbeta(x) if dbeta is None else dbeta
+
+
+def _apply(
+    saved, rows, dy, dx, mean, scale, shift, g, n, K, per_activation,
+    activation=IDENTITY.value, parameter=0.0, from_output=False,
+) -> None:  # fmt: skip
+    to = Geometry.of(dx, n, K, per_activation)
+    x = to if saved is None else Geometry.of(saved, n, K, per_activation)
+    launch = apply.plan(x, to, dx.element_size())
+    launch.constants.update(ACTIVATION=activation, FROM_OUTPUT=from_output, ACC=_accumulation(dx))
+    launch(saved, rows, dy, dx, mean, scale, shift, g, parameter, *arguments(x, to))
+
+
+def _lie_alike(a: Tensor, b: Tensor) -> bool:
+    return all(s == t or size == 1 for size, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
 def _accumulation(x: Tensor):
-    return _ACCUMULATION.get(x.dtype, tl.float32)
-
-
-def _dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return _TRITON_DTYPE[accumulation_dtype(x.dtype)]
 
 
 def _beta_kind(beta: Tensor | None) -> int:
     return 0 if beta is None else 1 if beta.dim() == 0 else 2
 
 
-def _units(x: Tensor, per_activation: bool, K: int | None = None) -> Tensor:
-    """Return an empty value for each unit, and each sub-batch with K, in x's order of units."""
-    shape, strides = unit_shape(x, per_activation), unit_strides(x, per_activation)
-    if K is not None:
-        shape, strides = (K, *shape), (torch.Size(shape).numel(), *strides)
-    return torch.empty_strided(shape, strides, dtype=_dtype(x), device=x.device)
-
-
 def _reduced(per_unit: Tensor, reduce: bool) -> Tensor:
     return per_unit.sum(dtype=torch.float64).to(per_unit.dtype) if reduce else per_unit
 
 
-def _reduced_dbeta(x: Tensor, beta: Tensor | None, dbeta: Tensor | None, reduce: bool) -> Tensor:
-    if dbeta is None:
-        return torch.empty(0, dtype=_dtype(x), device=x.device)
-    return _reduced(dbeta, reduce and beta is not None and beta.dim() == 0)
+def _empty_sum(x: Tensor) -> Tensor:
+    return x.new_empty((), dtype=accumulation_dtype(x.dtype))
+
+
+def _no_dbeta(x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=accumulation_dtype(x.dtype))

@@ -1,0 +1,115 @@
+"""Activation functions and their derivatives, elementwise in the accumulation dtype.
+
+In the functions that Triton has everywhere (exp, erf), so that the interpreter and every GPU run the same steps.
+Every argument of exp is at most 0: nothing overflows, and a NaN comes only from NaN or Inf.
+"""
+
+import triton
+import triton.language as tl
+
+from ...spec import ACTIVATIONS
+
+NO_ACTIVATION = tl.constexpr(-1)
+IDENTITY = tl.constexpr(ACTIVATIONS.index("identity"))
+RELU = tl.constexpr(ACTIVATIONS.index("relu"))
+LEAKY_RELU = tl.constexpr(ACTIVATIONS.index("leaky_relu"))
+ELU = tl.constexpr(ACTIVATIONS.index("elu"))
+GELU = tl.constexpr(ACTIVATIONS.index("gelu"))
+GELU_TANH = tl.constexpr(ACTIVATIONS.index("gelu_tanh"))
+SILU = tl.constexpr(ACTIVATIONS.index("silu"))
+
+
+@triton.jit
+def activate(x, parameter, ACTIVATION: tl.constexpr):
+    """y = act(x); ``parameter`` is alpha of elu, the slope of leaky_relu."""
+    parameter = tl.full(x.shape, parameter, x.dtype)
+    if ACTIVATION == IDENTITY:
+        return x
+    elif ACTIVATION == RELU:
+        return tl.where(x <= 0, 0.0, x)
+    elif ACTIVATION == LEAKY_RELU:
+        return tl.where(x > 0, x, x * parameter)
+    elif ACTIVATION == ELU:
+        return tl.where(x <= 0, parameter * expm1(tl.minimum(x, 0.0)), x)
+    elif ACTIVATION == GELU:
+        return x * normal_cdf(x)
+    elif ACTIVATION == GELU_TANH:
+        share, _ = sigmoid(gelu_tanh_argument(saturated(x)))
+        return x * share
+    elif ACTIVATION == SILU:
+        share, _ = sigmoid(x)
+        return x * share
+    else:  # tanh
+        negative = expm1(-2.0 * tl.abs(x))
+        size = -negative / (2.0 + negative)
+        return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def times_derivative(dy, saved, parameter, ACTIVATION: tl.constexpr, FROM_OUTPUT: tl.constexpr):
+    """dy · act', from saved y (FROM_OUTPUT, where act' follows from y) or saved x."""
+    parameter = tl.full(dy.shape, parameter, dy.dtype)
+    if ACTIVATION == IDENTITY:
+        return dy
+    elif ACTIVATION == RELU:
+        return tl.where(saved <= 0, 0.0, dy)
+    elif ACTIVATION == LEAKY_RELU:
+        return tl.where(saved > 0, dy, dy * parameter)
+    elif ACTIVATION == ELU:
+        slope = saved + parameter if FROM_OUTPUT else parameter * tl.exp(tl.where(saved > 0, 0.0, saved))
+        return tl.where(saved > 0, dy, dy * slope)
+    elif ACTIVATION == GELU:
+        near = saturated(saved)
+        density = 0.3989422804014327 * tl.exp(-0.5 * near * near)
+        return dy * (normal_cdf(saved) + saved * density)
+    elif ACTIVATION == GELU_TANH:
+        near = saturated(saved)
+        share, rest = sigmoid(gelu_tanh_argument(near))
+        inner = 1.5957691216057308 * (1.0 + 0.134145 * near * near)
+        return dy * (share + saved * (share * rest) * inner)
+    elif ACTIVATION == SILU:
+        share, rest = sigmoid(saved)
+        return dy * share * (1.0 + saved * rest)
+    elif FROM_OUTPUT:  # tanh
+        return dy * (1.0 - saved * saved)
+    else:  # tanh
+        e = tl.exp(-2.0 * tl.abs(saved))
+        return dy * (4.0 * e / ((1.0 + e) * (1.0 + e)))
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 for x <= 0: near 0 the series, whose next term is below a rounding of x."""
+    TERMS: tl.constexpr = 15 if x.dtype == tl.float64 else 8
+    near = tl.where(x > -0.5, x, 0.0)
+    series = tl.full(x.shape, 1.0, x.dtype)
+    for j in tl.static_range(TERMS, 1, -1):
+        series = 1.0 + series * near * (1.0 / j)
+    return tl.where(x > -0.5, near * series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def sigmoid(x):
+    """σ(x) and 1 - σ(x), neither by cancellation."""
+    e = tl.exp(-tl.abs(x))
+    more = 1.0 / (1.0 + e)
+    less = e * more
+    return tl.where(x < 0, less, more), tl.where(x < 0, more, less)
+
+
+@triton.jit
+def normal_cdf(x):
+    """Φ(x) of the standard normal distribution."""
+    return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+
+
+@triton.jit
+def gelu_tanh_argument(x):
+    """2 √(2/π) (x + 0.044715 x³): its sigmoid is what gelu_tanh takes for Φ(x)."""
+    return 1.5957691216057308 * (x + 0.044715 * x * x * x)
+
+
+@triton.jit
+def saturated(x):
+    """X within bounds, past which gelu equals its limits even in float64, so that powers do not overflow."""
+    return tl.minimum(tl.maximum(x, -40.0), 40.0)
