@@ -5,8 +5,9 @@ from importlib.metadata import PackageNotFoundError, version
 from . import reference
 from .attach import VCLHandle, attach, param_groups
 from .backends import backends
-from .functional import sub_batch_moments, vcl_loss
-from .modules import VCL
+from .batch_norm import remove_batch_norm
+from .functional import sub_batch_moments, vcl_activation, vcl_loss
+from .modules import VCL, VCLActivation
 
 try:
     __version__ = version("vcl-kernels")
@@ -15,11 +16,14 @@ except PackageNotFoundError:  # used from the source folder
 
 __all__ = [
     "VCL",
+    "VCLActivation",
     "VCLHandle",
     "attach",
     "backends",
     "param_groups",
     "reference",
+    "remove_batch_norm",
     "sub_batch_moments",
+    "vcl_activation",
     "vcl_loss",
 ]

@@ -1,4 +1,4 @@
-"""VCL on an existing model: before every activation module, without touching the model's own names."""
+"""VCL on an existing model: in or before every activation module, without touching the model's own names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .modules import VCL
+from .geometry import accumulation_dtype
+from .modules import VCL, VCLActivation
+from .places import replace
 
 __all__ = ["ACTIVATIONS", "VCLHandle", "attach", "param_groups"]
 
@@ -35,10 +37,21 @@ ACTIVATIONS = (
 )
 
 
+# What vcl_activation has: the activation's name, and those of its settings by the module's attributes.
+FUSED: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
+    nn.ReLU: ("relu", ()),
+    nn.LeakyReLU: ("leaky_relu", ("negative_slope",)),
+    nn.ELU: ("elu", ("alpha",)),
+    nn.GELU: ("gelu", ("approximate",)),
+    nn.SiLU: ("silu", ()),
+    nn.Tanh: ("tanh", ()),
+}
+
+
 class Calls(nn.ModuleList):
     """The VCL of each call of one activation module within a forward (a module may be used more than once)."""
 
-    def __init__(self, modules: Iterable[VCL], known: bool) -> None:
+    def __init__(self, modules: Iterable[VCLActivation], known: bool) -> None:
         super().__init__(modules)
         self.known = known  # whether the number of calls is known to be right
         self.next = 0
@@ -54,18 +67,59 @@ class Calls(nn.ModuleList):
         """Leave the model's forward; what calls now is a recomputation, or a part of the model used alone."""
         self.inside = False
 
-    def take(self, module: nn.Module) -> VCL:
+    def take(self, module: nn.Module) -> VCLActivation:
         """Return the VCL of the call that is being made."""
         call = self.next
+        if len(self) > 1 and not self.inside and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{_type_name(module)} is called more than once in a forward, and now outside one (by checkpointing, "
+                "or by a part of the model used alone): which beta is meant? Give each call a module of its own"
+            )
         if call >= len(self):
             if self.inside and not self.known:
                 raise RuntimeError(
-                    f"{type(module).__name__} is called more than once in one forward; give attach an example_input, "
+                    f"{_type_name(module)} is called more than once in one forward; give attach an example_input, "
                     "so that each call gets a beta of its own"
                 )
             call = 0
         self.next = call + 1
         return self[call]  # type: ignore[return-value]
+
+
+class FusedActivation(nn.Module):
+    """Stands where an activation module stood: VCLActivation in training, that module in evaluation.
+
+    The module is not a child, so that the state dict gains the betas alone; the hooks that it has are run here, and
+    its attributes are found here.
+    """
+
+    original: nn.Module
+
+    def __init__(self, original: nn.Module, calls: Calls) -> None:
+        super().__init__()
+        self.__dict__.update({name: value for name, value in vars(original).items() if "hook" in name})
+        self.__dict__["original"] = original
+        self.vcl = calls
+        self.train(original.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the activation of ``input``, which has the name that it has in torch.nn."""
+        if not self.training:
+            return self.original.forward(input)
+        return self.vcl.take(self)(input)
+
+    def __getattr__(self, name: str) -> Any:
+        """Look a name up here, and then in the module that this stands for."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "original" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["original"], name)
+
+    def extra_repr(self) -> str:
+        """Return what this stands for."""
+        return repr(self.original)
 
 
 def attach(
@@ -82,14 +136,19 @@ def attach(
     layers: Iterable[str | nn.Module] | Callable[[str, nn.Module], bool] | None = None,
     inject: bool = False,
 ) -> VCLHandle:
-    r"""Put a VCL before every activation module of ``model``, in place.
+    r"""Give every activation module of ``model`` the variance constancy loss of its input, in place.
 
-    Each activation gets a submodule ``vcl`` that sees its input in training: parameters gain
-    ``<name>.vcl.<call>.beta``, and no name of the model's own changes. Evaluation is the plain model. Activations
-    with ``inplace=True`` are run out of place while attached: VCL's gradient needs what they would overwrite.
+    ReLU, LeakyReLU, ELU, GELU, SiLU and Tanh are replaced by modules that fuse the two (:class:`VCLActivation`);
+    before other activations, and other modules chosen by ``layers``, a VCL is hooked. Parameters gain
+    ``<name>.vcl.<call>.beta``, and no name of the model's own changes. Evaluation is the plain model: the very
+    modules that it had. Activations with ``inplace=True`` are run out of place in training: VCL's gradient needs
+    what they would overwrite. The output of ReLU, Tanh, and here of ELU and LeakyReLU, may be what is saved for
+    backward: a module that changes it in place (``nn.Dropout(inplace=True)``) is then an autograd error.
 
     Args:
-        model: any module; activations called as functions (``F.relu``) are not seen: see ``layers``, or use VCL.
+        model: any module. Activations called as functions (``F.relu``) are not seen: make them modules
+            (``self.act = nn.ReLU()``), call :func:`vcl_kernels.vcl_activation` instead, or name the layers behind
+            which they stand with ``layers``.
         example_input: a tensor, or tuple or dict of arguments, for one evaluation forward (nothing is learnt from it)
             that finds the shape of each beta and activations called more than once. None: shapes come from the first
             training forward, after which the optimizer is to be made.
@@ -111,8 +170,10 @@ def attach(
     >>> objective = net(torch.randn(32, 4)).square().mean() + handle.loss()
     >>> objective.backward()
     """
-    if hasattr(model, "_vcl_calls"):
-        raise ValueError("model has VCL attached already; remove() it first")
+    attached = next((name for name, module in model.named_modules() if hasattr(module, "_vcl_calls")), None)
+    if attached is not None:
+        where = f"its submodule {attached!r}" if attached else "it"
+        raise ValueError(f"model has VCL attached already, to {where}; remove() that first")
     settings = {
         "weight": weight,
         "sub_batch_size": sub_batch_size,
@@ -142,29 +203,34 @@ class VCLHandle:
         self.model = model
         self._names = [name for name, _ in chosen]
         self._modules = [module for _, module in chosen]
-        self._inplace = [m for m in self._modules if getattr(m, "inplace", False)]
+        self._inplace = [m for m in self._modules if getattr(m, "inplace", False) and not _can_fuse(m)]
         self._hooks = []
-        calls = []
+        self._calls: list[Calls] = []
         learned = settings["learn_beta"]
-        for module in self._modules:
+        for module in self._modules:  # all that may fail, before the model is touched
             seen = None if shapes is None else shapes.get(module, [])
-            vcls = [VCL(**settings) for _ in range(1 if not seen else len(seen))]
+            vcls = [_vcl_for(module, settings) for _ in range(1 if not seen else len(seen))]
             for vcl, x in zip(vcls, seen or [], strict=False):
-                vcl.materialize(x.shape, x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
-            module.vcl = Calls(vcls, known=bool(seen) or not learned)
-            module.vcl.train(module.training)
-            calls.append(module.vcl)
-            self._hooks.append(module.register_forward_pre_hook(_before_activation))
+                vcl.materialize(x.shape, x.device, accumulation_dtype(x.dtype))
+            self._calls.append(Calls(vcls, known=bool(seen) or not learned))
+        stand_ins: dict[nn.Module, nn.Module] = {}
+        for module, calls in zip(self._modules, self._calls, strict=True):
+            if _can_fuse(module):
+                stand_ins[module] = FusedActivation(module, calls)
+            else:
+                module.vcl = calls.train(module.training)
+                self._hooks.append(module.register_forward_pre_hook(_before_activation))
+        self._replaced = replace(model, stand_ins)
         for module in self._inplace:
             module.inplace = False  # type: ignore[assignment]
-        model._vcl_calls = calls  # type: ignore[assignment]
+        model._vcl_calls = self._calls  # type: ignore[assignment]
         self._hooks.append(model.register_forward_pre_hook(_before_model))
         self._hooks.append(model.register_forward_hook(_after_model, always_call=True))
 
-    def _vcls(self) -> Iterator[tuple[str, VCL]]:
-        for name, module in zip(self._names, self._modules, strict=True):
-            for call, vcl in enumerate(module.vcl):  # type: ignore[arg-type]
-                yield (name if call == 0 else f"{name}:{call}"), vcl
+    def _vcls(self) -> Iterator[tuple[str, VCLActivation]]:
+        for name, calls in zip(self._names, self._calls, strict=True):
+            for call, vcl in enumerate(calls):
+                yield (name if call == 0 else f"{name}:{call}"), vcl  # type: ignore[misc]
 
     def loss(self) -> Tensor:
         """Return ``weight`` times the sum over layers of the latest training forward's losses.
@@ -198,9 +264,14 @@ class VCLHandle:
             vcl.grad_scaler = scaler
 
     def remove(self) -> None:
-        """Restore the model: no hooks, no betas, activations in place again where they were."""
+        """Restore the model: its own activation modules, no hooks, no betas, in place again where they were."""
         for hook in self._hooks:
             hook.remove()
+        for parent, name, stand_in in self._replaced:
+            if parent._modules.get(name) is stand_in:  # and not what was put there since
+                assert isinstance(stand_in, FusedActivation)
+                parent._modules[name] = stand_in.original.train(stand_in.training)
+                stand_in.original._is_full_backward_hook = stand_in._is_full_backward_hook
         for module in self._modules:
             if hasattr(module, "vcl"):
                 del module.vcl
@@ -209,6 +280,7 @@ class VCLHandle:
         if hasattr(self.model, "_vcl_calls"):
             del self.model._vcl_calls
         self._hooks, self._modules, self._names, self._inplace = [], [], [], []
+        self._calls, self._replaced = [], []
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -225,7 +297,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                (free if name == "bias" or isinstance(module, VCL) else decayed).append(parameter)
+                (free if name == "bias" or isinstance(module, VCLActivation) else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
@@ -254,7 +326,7 @@ def _chosen(
     model: nn.Module, layers: Iterable[str | nn.Module] | Callable[[str, nn.Module], bool] | None
 ) -> list[tuple[str, nn.Module]]:
     named: list[tuple[str, nn.Module]] = [
-        (name, module) for name, module in model.named_modules() if name and not isinstance(module, VCL)
+        (name, module) for name, module in model.named_modules() if name and not isinstance(module, VCLActivation)
     ]
     found: list[tuple[str, nn.Module]]
     if layers is None:
@@ -276,19 +348,37 @@ def _chosen(
             if name not in known:
                 raise ValueError(f"layers must name modules of the model; got {layer!r}")
             found.append((name, known[name]))
+    found = list({module: (name, module) for name, module in reversed(found)}.values())[::-1]
     if not found:
         raise ValueError("layers must choose at least one module of the model; it chose none")
     return found
+
+
+def _type_name(module: nn.Module) -> str:
+    return type(module.original if isinstance(module, FusedActivation) else module).__name__
+
+
+def _can_fuse(module: nn.Module) -> bool:
+    """Whether ``module`` is one of PyTorch's activations that are fused, and its forward is still PyTorch's."""
+    return type(module) in FUSED and "forward" not in vars(module)
+
+
+def _vcl_for(module: nn.Module, settings: dict[str, Any]) -> VCLActivation:
+    """The VCL of one call of ``module``: fused with it if it can be, else one that stands before it."""
+    if not _can_fuse(module):
+        return VCL(**settings)
+    activation, names = FUSED[type(module)]
+    return VCLActivation(activation, **{name: getattr(module, name) for name in names}, **settings)
 
 
 def _shapes(model: nn.Module, modules: list[nn.Module], example: Any) -> dict[nn.Module, list[Tensor]]:
     """The inputs (as meta-data) of each call of each module in one evaluation forward."""
     shapes: dict[nn.Module, list[Tensor]] = {}
 
-    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
-        shapes.setdefault(module, []).append(args[0])
+    def record(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        shapes.setdefault(module, []).append(args[0] if args else next(iter(named.values())))
 
-    hooks = [module.register_forward_pre_hook(record) for module in modules]
+    hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

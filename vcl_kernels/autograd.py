@@ -13,12 +13,12 @@ from torch import Tensor
 
 from . import reference
 from .geometry import empty_rows, in_unit_order
-from .spec import LossSpec
+from .spec import Activation, LossSpec
 
 
 def loss(x: Tensor, beta: Tensor | None, spec: LossSpec, backend: Any) -> Tensor:
     """Differentiable loss of ``x``, which lies in a supported layout."""
-    kernel_beta = None if beta is None else in_unit_order(beta.detach(), x, spec.per_activation)
+    kernel_beta = _as_kernels_read(beta, x, spec)
     if not (torch.is_grad_enabled() and (x.requires_grad or (beta is not None and beta.requires_grad))):
         return backend.loss(x, kernel_beta, *spec)
     if 2 * spec.K * spec.n <= x.shape[0]:
@@ -92,11 +92,75 @@ class DeferredLoss(torch.autograd.Function):
             dx = None if dx is None else _padded(dx, ctx.rows)
         elif g is not None:
             if ctx.needs_input_grad[0]:
-                coefficient = in_unit_order(scale * g, kept, spec.per_activation)
-                dx = ctx.backend.moments_dx(kept, mean, coefficient, None, spec.n, ctx.rows, spec.per_activation)
+                scale, g_one = _with_upstream(scale, g, kept, spec)
+                dx = ctx.backend.moments_dx(kept, mean, scale, None, g_one, spec.n, ctx.rows, spec.per_activation)
             db = _beta_gradient(ctx, beta, dbeta, g)
         if g_rows is not None:  # a second derivative by way of the kept rows
             dx = _padded(g_rows, ctx.rows) if dx is None else dx + _padded(g_rows, ctx.rows)
+        return dx, db, None, None, None, None
+
+
+def activation_and_loss(
+    x: Tensor, activation: Activation, beta: Tensor | None, spec: LossSpec, backend: Any
+) -> tuple[Tensor, Tensor]:
+    """Differentiable activation and loss of ``x``, which lies in a supported layout."""
+    kernel_beta = _as_kernels_read(beta, x, spec)
+    y, loss, _ = ActivationAndLoss.apply(x, beta, kernel_beta, activation, spec, backend)
+    return y, loss
+
+
+class ActivationAndLoss(torch.autograd.Function):
+    """Activation and loss from one read of x; the loss's gradient rides on the activation's.
+
+    Saved is one tensor of x's size, as by the bare activation: y where the derivative follows from it and the
+    rows that take part in the loss, few, are kept beside it (the third output, by which a second derivative
+    reaches x); else x.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        beta: Tensor | None,
+        kernel_beta: Tensor | None,
+        activation: Activation,
+        spec: LossSpec,
+        backend: Any,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return y, the loss and the rows that are kept."""
+        ctx.set_materialize_grads(False)
+        ctx.keep_rows = ctx.needs_input_grad[0] and activation.from_output and 2 * spec.K * spec.n <= x.shape[0]
+        y, loss, mean, scale, dbeta, kept = backend.activation(
+            x, kernel_beta, *spec, ctx.needs_input_grad[1], *activation, ctx.keep_rows
+        )
+        rows = kept if ctx.keep_rows else None
+        ctx.save_for_backward(y if ctx.keep_rows else x, rows, beta, mean, scale, dbeta)
+        ctx.activation, ctx.spec, ctx.backend = activation, spec, backend
+        return y, loss, rows
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, g: Tensor | None, g_rows: Tensor | None) -> tuple[Tensor | None, ...]:
+        """dx = dy · activation' + g · scale · (x - mean)."""
+        saved, rows, beta, mean, scale, dbeta = ctx.saved_tensors
+        kept = saved if rows is None else rows
+        spec, N = ctx.spec, saved.shape[0]
+        dx = db = None
+        if torch.is_grad_enabled():
+            if g is not None:
+                dx, db = _differentiable(kept, beta, ctx, g)
+                dx = None if dx is None else _padded(dx, N)
+            if dy is not None and ctx.needs_input_grad[0]:
+                part = reference.activation_gradient(saved, dy, ctx.activation, from_output=ctx.keep_rows)
+                dx = part if dx is None else dx + part
+        else:
+            if ctx.needs_input_grad[0] and not (dy is None and g is None):
+                scale, g_one = (scale, None) if g is None else _with_upstream(scale, g, kept, spec)
+                dx = ctx.backend.activation_dx(
+                    saved, ctx.keep_rows, rows, dy, mean, scale, g_one, spec.n, N, spec.per_activation, *ctx.activation
+                )
+            db = None if g is None else _beta_gradient(ctx, beta, dbeta, g)
+        if g_rows is not None:  # a second derivative by way of the kept rows
+            dx = _padded(g_rows, N) if dx is None else dx + _padded(g_rows, N)
         return dx, db, None, None, None, None
 
 
@@ -128,7 +192,7 @@ class Moments(torch.autograd.Function):
         scale = torch.zeros_like(mean) if dvar is None else dvar * (2 / (M - 1))
         shift = None if dmean is None else in_unit_order(dmean / M, x, per_activation)
         scale = in_unit_order(scale, x, per_activation)
-        dx = ctx.backend.moments_dx(x, mean, scale, shift, n, x.shape[0], per_activation)
+        dx = ctx.backend.moments_dx(x, mean, scale, shift, None, n, x.shape[0], per_activation)
         return dx, None, None, None, None
 
 
@@ -139,6 +203,17 @@ def _differentiable(x: Tensor, beta: Tensor | None, ctx: Any, g: Tensor) -> tupl
     found = iter(torch.autograd.grad(value, inputs, g, create_graph=True))
     dx = next(found) if ctx.needs_input_grad[0] else None
     return dx, next(found) if ctx.needs_input_grad[1] else None
+
+
+def _as_kernels_read(beta: Tensor | None, x: Tensor, spec: LossSpec) -> Tensor | None:
+    return None if beta is None else in_unit_order(beta.detach(), x, spec.per_activation)
+
+
+def _with_upstream(scale: Tensor, g: Tensor, x: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor]:
+    """Return scale and an upstream gradient of one value, which kernels multiply; one for each unit goes to scale."""
+    if g.dim() == 0:
+        return scale, g
+    return in_unit_order(scale * g, x, spec.per_activation), g.new_ones(())
 
 
 def _padded(rows: Tensor, count: int) -> Tensor:

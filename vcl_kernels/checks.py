@@ -7,8 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from .spec import DEFAULT_BETA, FORMS, NO_MINIMUM, REDUCTIONS, UNITS, LossSpec, sub_batches
+from .geometry import accumulation_dtype, unit_shape
+from .spec import ACTIVATIONS, DEFAULT_BETA, FORMS, NO_MINIMUM, REDUCTIONS, UNITS, Activation, LossSpec, sub_batches
 
+_NAMED = tuple(name for name in ACTIVATIONS if name != "gelu_tanh")  # which is gelu with approximate="tanh"
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -78,12 +80,26 @@ def check_loss(
         )
     K = sub_batches(form, x.shape[0], sub_batch_size, num_sub_batches)
     tensor, value = check_beta(x, beta, form, per_activation)
-    units = math.prod(x.shape[1:]) if per_activation else x.shape[1]
+    units = math.prod(unit_shape(x, per_activation))
     factor = weight / units if reduction == "mean" and units else weight
     if reduction == "mean" and not units:
         factor = math.nan  # the mean of nothing, as torch.mean has it
     spec = LossSpec(value, beta_min, sub_batch_size, K, FORMS.index(form), per_activation, factor, reduction != "none")
     return tensor, spec
+
+
+def check_activation(
+    activation: str, alpha: float = 1.0, negative_slope: float = 0.01, approximate: str = "none"
+) -> Activation:
+    """Check the choice of an activation; return it as kernels are told it."""
+    check_choice("activation", activation, _NAMED)
+    check_choice("approximate", approximate, ("none", "tanh"))
+    for name, value in (("alpha", alpha), ("negative_slope", negative_slope)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a float; got {value!r} ({type(value).__name__})")
+    parameter = {"elu": alpha, "leaky_relu": negative_slope}.get(activation, 0.0)
+    name = "gelu_tanh" if activation == "gelu" and approximate == "tanh" else activation
+    return Activation(ACTIVATIONS.index(name), float(parameter))
 
 
 def check_beta(x: Tensor, beta: float | Tensor | None, form: str, per_activation: bool) -> tuple[Tensor | None, float]:
@@ -96,12 +112,12 @@ def check_beta(x: Tensor, beta: float | Tensor | None, form: str, per_activation
         return None, float(beta)
     if not isinstance(beta, Tensor):
         raise TypeError(f"beta must be a float or a Tensor; got {type(beta).__name__}")
-    units = tuple(x.shape[1:]) if per_activation else (x.shape[1],)
+    units = unit_shape(x, per_activation)
     if beta.dim() and tuple(beta.shape) != units:
         raise ValueError(f"beta must have shape () or {units}, one for each unit; got {tuple(beta.shape)}")
     if beta.device != x.device:
         raise ValueError(f"beta must be on x's device, {x.device}; got {beta.device}")
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(x.dtype)
     if beta.dtype not in (wide, x.dtype):
         wanted = wide if wide == x.dtype else f"{wide} or {x.dtype}"
         raise TypeError(f"beta must be {wanted} for x of {x.dtype}; got {beta.dtype}")

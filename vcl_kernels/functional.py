@@ -8,11 +8,11 @@ from torch import Tensor
 
 from . import autograd, ops, reference
 from .backends import choose, interpreted_triton
-from .checks import check_loss, check_moments
+from .checks import check_activation, check_loss, check_moments
 from .geometry import in_layout
-from .spec import NO_MINIMUM
+from .spec import IDENTITY, NO_MINIMUM, Activation
 
-__all__ = ["sub_batch_moments", "vcl_loss"]
+__all__ = ["sub_batch_moments", "vcl_activation", "vcl_loss"]
 
 
 def vcl_loss(
@@ -68,8 +68,73 @@ def vcl_loss(
     >>> vcl_loss(x, 0.0, sub_batch_size=2)
     tensor(0.5625)
     """
-    return weighted_loss(
+    _, loss = weighted_activation(
         x,
+        IDENTITY,
+        beta,
+        sub_batch_size=sub_batch_size,
+        form=form,
+        unit=unit,
+        num_sub_batches=num_sub_batches,
+        reduction=reduction,
+        backend=backend,
+    )
+    return loss
+
+
+def vcl_activation(
+    x: Tensor,
+    activation: str = "elu",
+    beta: float | Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    negative_slope: float = 0.01,
+    approximate: str = "none",
+    sub_batch_size: int = 5,
+    form: str = "ratio",
+    unit: str = "channel",
+    num_sub_batches: int | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""An activation function and the variance constancy loss of its input, for the price of the activation.
+
+    ``y = activation(x)`` and ``loss = vcl_loss(x, beta, …)``. Forward reads x once and writes y once, the statistics
+    on the way; backward reads what the bare activation's does and adds the loss's gradient,
+    ``dx = dy · activation'(x) + g · scale · (x - mean)``, before it writes dx.
+
+    Saved for backward is one tensor of x's size, as by the bare activation. Where at most half of the rows take part
+    (the paper's one pair of sub-batches, and N at least 4n) and the derivative follows from y (relu, tanh, and elu and
+    leaky_relu with a parameter of at least 0) that is y, which the next layer saves anyway, and the rows that take
+    part; y must then not be modified in place. Else it is x. In half precision elu's derivative, y + alpha, has the
+    rounding of y.
+
+    Args:
+        x: activations ``(N, C, *spatial)`` before the nonlinearity, as for :func:`vcl_loss`.
+        activation: ``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"gelu"``, ``"silu"``, ``"tanh"`` or ``"identity"``.
+        beta: as for :func:`vcl_loss`.
+        alpha: of ``"elu"``.
+        negative_slope: of ``"leaky_relu"``.
+        approximate: of ``"gelu"``: ``"none"`` or ``"tanh"``.
+        sub_batch_size, form, unit, num_sub_batches, reduction, backend: as for :func:`vcl_loss`.
+
+    Returns:
+        ``(y, loss)``: y of x's shape and dtype; loss as by :func:`vcl_loss`. Both differentiable, twice.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for :func:`vcl_loss`; also for an unknown activation.
+
+    Source: Littwin & Wolf, NeurIPS 2018, who put the loss before every activation function.
+
+    >>> import torch
+    >>> x = torch.tensor([[1.0], [3.0], [2.0], [-6.0]])
+    >>> y, loss = vcl_activation(x, "relu", sub_batch_size=2)
+    >>> y.flatten()
+    tensor([1., 3., 2., 0.])
+    """
+    return weighted_activation(
+        x,
+        check_activation(activation, alpha, negative_slope, approximate),
         beta,
         sub_batch_size=sub_batch_size,
         form=form,
@@ -80,8 +145,9 @@ def vcl_loss(
     )
 
 
-def weighted_loss(
+def weighted_activation(
     x: Tensor,
+    activation: Activation,
     beta: float | Tensor | None,
     *,
     sub_batch_size: int,
@@ -92,16 +158,19 @@ def weighted_loss(
     backend: str | None,
     weight: float = 1.0,
     beta_min: float = NO_MINIMUM,
-) -> Tensor:
-    """``weight`` times :func:`vcl_loss`, with beta acting as ``max(beta, beta_min)``.
+) -> tuple[Tensor, Tensor]:
+    """:func:`vcl_activation` with ``weight`` times its loss, and beta acting as ``max(beta, beta_min)``.
 
-    The weight is inside the kernels, so that the upstream gradient can stay 1 and backward has nothing to do.
+    The weight is inside the kernels, so that the upstream gradient can stay 1 and backward has nothing to scale.
     """
     beta, spec = check_loss(x, beta, sub_batch_size, form, unit, num_sub_batches, reduction, weight, beta_min)
     implementation = _implementation(x, backend)
     if implementation is None:
-        return reference.loss(x, beta, spec)
-    return autograd.loss(in_layout(x, spec.per_activation), beta, spec, implementation)
+        return reference.activate(x, activation), reference.loss(x, beta, spec)
+    seen = in_layout(x, spec.per_activation)
+    if activation == IDENTITY:
+        return x, autograd.loss(seen, beta, spec, implementation)
+    return autograd.activation_and_loss(seen, activation, beta, spec, implementation)
 
 
 def sub_batch_moments(

@@ -60,16 +60,17 @@ def _fills(shape: torch.Size, strides: tuple[int, ...], step: int) -> bool:
 
 
 def in_layout(x: Tensor, per_activation: bool) -> Tensor:
-    """Return ``x``, or a contiguous copy where its strides fit neither layout (every second column, say)."""
+    """Return ``x``, or a contiguous copy where its strides fit neither layout (every second column, overlaps)."""
     if x.is_contiguous():
         return x
     if per_activation:
         return x if _fills(x.shape[1:], x.stride()[1:], 1) else x.contiguous()
-    step = _position_stride(x)
-    spatial = step == 1 and math.prod(x.shape[2:]) > 1
-    if (spatial or x.stride(1) == 1 or x.shape[1] == 1) and _fills(x.shape[2:], x.stride()[2:], step):
-        return x
-    return x.contiguous()
+    step, C, P = _position_stride(x), x.shape[1], math.prod(x.shape[2:])
+    if step == 0 or not _fills(x.shape[2:], x.stride()[2:], step):  # expanded, or with gaps
+        return x.contiguous()
+    spatial = step == 1 and P > 1 and (C == 1 or x.stride(1) >= P)
+    unit = C == 1 or (x.stride(1) == 1 and step >= C)
+    return x if spatial or unit else x.contiguous()
 
 
 def unit_shape(x: Tensor, per_activation: bool) -> tuple[int, ...]:
@@ -94,11 +95,22 @@ def in_unit_order(t: Tensor, x: Tensor, per_activation: bool) -> Tensor:
     return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of sums over values of ``dtype``, and of losses and betas."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_units(x: Tensor, per_activation: bool, K: int | None = None) -> Tensor:
+    """Return an empty value for each unit (and with K for each sub-batch), in x's order of units."""
+    shape, strides = unit_shape(x, per_activation), unit_strides(x, per_activation)
+    if K is not None:
+        shape, strides = (K, *shape), (math.prod(shape), *strides)
+    return x.new_empty_strided(shape, strides, dtype=accumulation_dtype(x.dtype))
+
+
 def empty_rows(x: Tensor, rows: int) -> Tensor:
     """Return an empty tensor of ``rows`` samples, one after another, each laid out as x's are."""
-    if rows == x.shape[0]:
-        return torch.empty_like(x)
     inner = x.stride()[1:]
     if not _fills(x.shape[1:], inner, 1):
-        return x.new_empty((rows, *x.shape[1:]))
-    return torch.empty_strided((rows, *x.shape[1:]), (math.prod(x.shape[1:]), *inner), dtype=x.dtype, device=x.device)
+        inner = torch.empty_like(x[:1]).stride()[1:]
+    return x.new_empty_strided((rows, *x.shape[1:]), (math.prod(x.shape[1:]), *inner))

@@ -1,4 +1,4 @@
-"""VCL as a module: it holds beta, and gives the loss of each training forward."""
+"""VCL as modules, alone and in an activation: they hold beta, and keep the loss of each training forward."""
 
 from __future__ import annotations
 
@@ -8,22 +8,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .checks import check_choice, check_count
-from .functional import weighted_loss
+from . import reference
+from .checks import check_activation, check_choice, check_count
+from .functional import weighted_activation
+from .geometry import accumulation_dtype
 from .spec import FORMS, UNITS
 
-__all__ = ["VCL"]
+__all__ = ["VCL", "VCLActivation"]
 
 
-class VCL(nn.Module):
-    r"""Passes x through and keeps its variance constancy loss in :attr:`loss`; in evaluation, nothing but x.
+class VCLActivation(nn.Module):
+    r"""An activation function that keeps the variance constancy loss of its input; in evaluation the bare function.
 
-    The loss is ``weight`` times :func:`vcl_kernels.vcl_loss` of the latest training forward, with beta acting as
-    ``max(beta, beta_min)`` (its gradient below that only raises it). Put the module before an activation function.
+    ``y = activation(x)``, and :attr:`loss` is ``weight`` times :func:`vcl_kernels.vcl_loss` of x in the latest training
+    forward, with beta acting as ``max(beta, beta_min)`` (its gradient below that only raises it). Both come from
+    :func:`vcl_kernels.vcl_activation`.
 
     Args:
+        activation: ``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"gelu"``, ``"silu"``, ``"tanh"`` or ``"identity"``.
         units: shape of a learned beta: C for channel units, ``(C, *spatial)`` for activation units, ``()`` for one.
             None: taken from the first training forward (create the optimizer after that, or name the shape).
+        alpha, negative_slope, approximate: of elu, leaky_relu and gelu, as for :func:`vcl_kernels.vcl_activation`.
         sub_batch_size: n, samples in a sub-batch. A training batch of fewer than 2n has loss 0.
         form: ``"ratio"``, ``"variance"`` (which has no beta) or ``"relative_variance"``.
         unit: ``"channel"`` or ``"activation"``.
@@ -36,16 +41,15 @@ class VCL(nn.Module):
             the loss's gradient; :attr:`loss` is then detached. Set :attr:`grad_scaler` where one scales the loss.
         backend: as for :func:`vcl_kernels.vcl_loss`.
 
-    Shape: any ``(N, C, *spatial)``; the output is x.
+    Shape: any ``(N, C, *spatial)``, kept.
 
     Raises:
-        TypeError, ValueError: an unknown form or unit, sub_batch_size or num_sub_batches too small.
+        TypeError, ValueError: an unknown activation, form or unit, sub_batch_size or num_sub_batches too small.
 
     >>> import torch
-    >>> _ = torch.manual_seed(0)
-    >>> vcl = VCL(16, weight=0.01)
-    >>> y = vcl(torch.randn(32, 16, 8, 8))
-    >>> vcl.loss.shape
+    >>> act = VCLActivation("elu", 16, weight=0.01)
+    >>> y = act(torch.randn(32, 16, 8, 8))
+    >>> act.loss.shape
     torch.Size([])
     """
 
@@ -53,8 +57,12 @@ class VCL(nn.Module):
 
     def __init__(
         self,
+        activation: str,
         units: int | tuple[int, ...] | None = None,
         *,
+        alpha: float = 1.0,
+        negative_slope: float = 0.01,
+        approximate: str = "none",
         sub_batch_size: int = 5,
         form: str = "ratio",
         unit: str = "channel",
@@ -67,6 +75,7 @@ class VCL(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        self.activation = check_activation(activation, alpha, negative_slope, approximate)
         check_choice("form", form, FORMS)
         check_choice("unit", unit, UNITS)
         check_count("sub_batch_size", sub_batch_size, 1)
@@ -86,14 +95,15 @@ class VCL(nn.Module):
             self.beta = nn.Parameter(torch.full((units,) if isinstance(units, int) else units, float(beta_init)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x; in training, keep its loss."""
+        """Return the activation of x; in training, keep the loss of x."""
         if not self.training:
-            return x
+            return reference.activate(x, self.activation)
         if x.shape[0] < 2 * self.sub_batch_size:
-            self.loss = x.new_zeros((), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-            return x
-        loss = weighted_loss(
+            self.loss = x.new_zeros((), dtype=accumulation_dtype(x.dtype))
+            return reference.activate(x, self.activation)
+        y, loss = weighted_activation(
             x,
+            self.activation,
             self._beta(x),
             sub_batch_size=self.sub_batch_size,
             form=self.form,
@@ -106,9 +116,9 @@ class VCL(nn.Module):
         )
         if not self.inject:
             self.loss = loss
-            return x
+            return y
         self.loss = loss.detach()
-        return InjectLoss.apply(x, loss, self.grad_scaler) if loss.requires_grad else x
+        return InjectLoss.apply(y, loss, self.grad_scaler) if loss.requires_grad else y
 
     def _present(self, x: Tensor) -> int | None:
         """The sub-batches asked for, as far as a short last batch has them."""
@@ -120,7 +130,7 @@ class VCL(nn.Module):
         if self.beta is None:
             return max(self.beta_init, self.beta_min)
         if is_lazy(self.beta):
-            self.materialize(x.shape, x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+            self.materialize(x.shape, x.device, accumulation_dtype(x.dtype))
         return self.beta
 
     def materialize(self, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> None:
@@ -149,7 +159,26 @@ class VCL(nn.Module):
         """Return the settings that differ from the paper's."""
         beta = self.beta
         shape = "none" if beta is None else "from the first batch" if is_lazy(beta) else str(tuple(beta.shape))
-        return f"form={self.form}, n={self.sub_batch_size}, unit={self.unit}, weight={self.weight:g}, beta={shape}"
+        activation = "" if self.activation.name == "identity" else f"{self.activation.name}, "
+        settings = f"form={self.form}, n={self.sub_batch_size}, unit={self.unit}, weight={self.weight:g}"
+        return f"{activation}{settings}, beta={shape}"
+
+
+class VCL(VCLActivation):
+    r"""Passes x through and keeps its variance constancy loss: :class:`VCLActivation` without an activation.
+
+    For places before which no activation stands, and activations that are not fused. Takes ``units`` and the
+    keyword arguments of :class:`VCLActivation` but those of activations.
+
+    >>> import torch
+    >>> vcl = VCL(16, weight=0.01)
+    >>> x = torch.randn(32, 16, 8, 8)
+    >>> vcl(x) is x
+    True
+    """
+
+    def __init__(self, units: int | tuple[int, ...] | None = None, **settings: Any) -> None:
+        super().__init__("identity", units, **settings)
 
 
 class InjectLoss(torch.autograd.Function):

@@ -16,12 +16,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_loss, check_moments
-from .spec import FORMS, LossSpec
+from .checks import check_activation, check_loss, check_moments
+from .spec import FORMS, Activation, LossSpec
 
-__all__ = ["sub_batch_moments", "vcl_loss"]
+__all__ = ["sub_batch_moments", "vcl_activation", "vcl_loss"]
 
 
 def vcl_loss(
@@ -37,6 +38,25 @@ def vcl_loss(
     """Variance constancy loss of ``x``: see :func:`vcl_kernels.vcl_loss`, which this defines."""
     beta, spec = check_loss(x, beta, sub_batch_size, form, unit, num_sub_batches, reduction)
     return loss(x, beta, spec)
+
+
+def vcl_activation(
+    x: Tensor,
+    activation: str = "elu",
+    beta: float | Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    negative_slope: float = 0.01,
+    approximate: str = "none",
+    sub_batch_size: int = 5,
+    form: str = "ratio",
+    unit: str = "channel",
+    num_sub_batches: int | None = None,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor]:
+    """Activation of ``x`` and its loss: see :func:`vcl_kernels.vcl_activation`, which this defines."""
+    beta, spec = check_loss(x, beta, sub_batch_size, form, unit, num_sub_batches, reduction)
+    return activate(x, check_activation(activation, alpha, negative_slope, approximate)), loss(x, beta, spec)
 
 
 def sub_batch_moments(
@@ -65,6 +85,36 @@ def loss(x: Tensor, beta: Tensor | None, spec: LossSpec) -> Tensor:
     least = spec.beta_value if beta is None else LowerBound.apply(beta, spec.beta_min)
     per_unit = loss_of_variances(var, least, FORMS[spec.form])
     return spec.factor * (per_unit.sum() if spec.reduce else per_unit)
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """The bare activation, PyTorch's own."""
+    name, parameter = activation.name, activation.parameter
+    if name == "identity":
+        return x
+    if name == "leaky_relu":
+        return F.leaky_relu(x, parameter)
+    if name == "elu":
+        return F.elu(x, parameter)
+    if name in ("gelu", "gelu_tanh"):
+        return F.gelu(x, approximate="none" if name == "gelu" else "tanh")
+    if name == "relu":
+        return F.relu(x)
+    return F.silu(x) if name == "silu" else torch.tanh(x)
+
+
+def activation_gradient(saved: Tensor, dy: Tensor, activation: Activation, *, from_output: bool) -> Tensor:
+    """``dy`` times the derivative of the activation, from its output or its input; differentiable by both."""
+    if not from_output:
+        return torch.autograd.grad(activate(saved, activation), saved, dy, create_graph=True)[0]
+    y, name, parameter = saved, activation.name, activation.parameter
+    if name == "tanh":
+        return dy * (1 - y * y)
+    if name == "elu":
+        return torch.where(y > 0, dy, dy * (y + parameter))
+    if name == "relu":
+        return torch.where(y <= 0, 0.0, dy)
+    return dy if name == "identity" else torch.where(y > 0, dy, dy * parameter)
 
 
 def loss_of_variances(var: Tensor, beta: Tensor | float, form: str) -> Tensor:

@@ -33,3 +33,26 @@ def sub_batches(form: str, rows: int, n: int, num_sub_batches: int | None) -> in
     if num_sub_batches is None:
         return 2 if form == "ratio" else rows // n
     return num_sub_batches // 2 * 2 if form == "ratio" else num_sub_batches
+
+
+ACTIVATIONS = ("identity", "relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "tanh")
+
+
+class Activation(NamedTuple):
+    """An activation function as kernels are told it, in the order of the registered ops' arguments."""
+
+    kind: int  # index into ACTIVATIONS; "gelu_tanh" is gelu with approximate="tanh"
+    parameter: float  # alpha of elu, negative_slope of leaky_relu
+
+    @property
+    def name(self) -> str:
+        """Name in ACTIVATIONS."""
+        return ACTIVATIONS[self.kind]
+
+    @property
+    def from_output(self) -> bool:
+        """Whether the derivative follows from y, which the next layer saves anyway."""
+        return self.name in ("identity", "relu", "tanh") or (self.name in ("leaky_relu", "elu") and self.parameter >= 0)
+
+
+IDENTITY = Activation(ACTIVATIONS.index("identity"), 0.0)

@@ -1,0 +1,18 @@
+"""Modules that take others' places in a model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def replace(model: nn.Module, stand_ins: dict[nn.Module, nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Put each stand-in wherever its module stands in ``model``; return the places: parent, name and stand-in."""
+    places = [
+        (parent, name, stand_ins[child])
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child in stand_ins
+    ]
+    for parent, name, stand_in in places:
+        parent._modules[name] = stand_in
+    return places
