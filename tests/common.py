@@ -19,6 +19,11 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "row_stride": lambda x: torch.stack([x, x], 1).flatten(0, 1)[::2],
     "every_second_column": lambda x: torch.stack([x, x], -1).flatten(-2)[..., ::2],
     "misaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    "expanded_positions": lambda x: x[..., :1].expand(x.shape),
+    "overlapping": lambda x: x.flatten().unfold(0, x[0].numel(), 3)[: x.shape[0]].unflatten(1, x.shape[1:]),
+    "overlapping_channels": lambda x: (
+        x.flatten(1).repeat(1, 2).unfold(1, x[0, 0].numel(), 1)[:, : x.shape[1]].unflatten(2, x.shape[2:])
+    ),
     "samples_inside": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
 }
 

@@ -84,28 +84,32 @@ def access_widths(compiled: Compiled) -> dict[str, set[int]]:
     return widths
 
 
-CASES = [  # shape, channels_last, n, K, dtype, per activation, whether P or C allow 128-bit accesses
-    ((64, 64, 56, 56), False, 5, 2, torch.bfloat16, False, True),
-    ((64, 64, 7, 7), False, 8, 8, torch.float32, False, False),
-    ((64, 512, 14, 14), False, 8, 8, torch.float32, False, True),
-    ((64, 256, 16, 16), False, 8, 8, torch.bfloat16, False, True),
-    ((64, 256, 16, 16), False, 8, 8, torch.float16, False, True),
-    ((256, 8192), False, 8, 32, torch.float32, False, True),
-    ((256, 8192), False, 8, 32, torch.bfloat16, False, True),
-    ((64, 64, 32, 32), True, 8, 8, torch.float32, False, True),
-    ((250, 64, 8, 8), False, 5, 2, torch.float32, True, True),
-    ((64, 64, 32, 32), False, 5, 2, torch.float32, False, True),
-    ((64, 64, 7, 7), False, 8, 8, torch.float64, False, False),
-    ((4096, 64), False, 4, 1024, torch.float32, False, True),
+CASES = [  # shape, channels_last, n, K, dtype, per activation, activation, whether P or C allow 128-bit accesses
+    ((64, 64, 56, 56), False, 5, 2, torch.bfloat16, False, "elu", True),
+    ((64, 64, 7, 7), False, 8, 8, torch.float32, False, "elu", False),
+    ((64, 512, 14, 14), False, 8, 8, torch.float32, False, "relu", True),
+    ((64, 256, 16, 16), False, 8, 8, torch.bfloat16, False, "gelu", True),
+    ((64, 256, 16, 16), False, 8, 8, torch.float16, False, "silu", True),
+    ((256, 8192), False, 8, 32, torch.float32, False, "gelu_tanh", True),
+    ((256, 8192), False, 8, 32, torch.bfloat16, False, "relu", True),
+    ((64, 64, 32, 32), True, 8, 8, torch.float32, False, "elu", True),
+    ((250, 64, 8, 8), False, 5, 2, torch.float32, True, "elu", True),
+    ((64, 64, 32, 32), False, 5, 2, torch.float32, False, "gelu", True),
+    ((64, 64, 7, 7), False, 8, 8, torch.float64, False, "tanh", False),
+    ((4096, 64), False, 4, 1024, torch.float32, False, "leaky_relu", True),
+    ((64, 1024, 6, 6), True, 5, 2, torch.bfloat16, False, "relu", True),  # just fits on chip
+    ((64, 1024, 8, 8), True, 8, 2, torch.float32, False, "relu", True),  # likewise
 ]
 
 
-def launches(shape, channels_last, n, K, dtype, per_activation):
+def launches(shape, channels_last, n, K, dtype, per_activation, activation):
     """Yield every launch of a shape with its arguments."""
     import triton.language as tl
 
     from vcl_kernels.backends.triton import apply, finalise, fused, moments, multiply
+    from vcl_kernels.backends.triton.launch import arguments
     from vcl_kernels.geometry import Geometry
+    from vcl_kernels.spec import ACTIVATIONS, Activation
 
     x = torch.empty(shape, dtype=dtype, device="meta")
     x = x.to(memory_format=torch.channels_last) if channels_last else x
@@ -114,20 +118,32 @@ def launches(shape, channels_last, n, K, dtype, per_activation):
     a = torch.empty(8, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device="meta")
     wide = torch.empty(8, dtype=torch.float64, device="meta")
     for form in (0, 2):
-        common = {"FORM": form, "BETA": 2, "DBETA": True, "ACC": acc}
+        common = {"FORM": form, "BETA": 2, "ACC": acc}
         if fused.fits(g, x.element_size()):
             launch = fused.plan(g, g, x.element_size())
             launch.constants.update(common)
-            yield launch, (x, x, a, a, a, 1.0, 0.0, 1.0, *fused.arguments(g, g))
-        launch = finalise.plan(g)
-        launch.constants.update(common, MEAN=True, SCALE=True)
-        yield launch, (wide, a, None, a, a, a, a, 1.0, 0.0, 1.0, *finalise.arguments(g, 4))
-    launch, splits, per_split = moments.plan(g, x.element_size())
-    launch.constants.update(ACC=acc)
-    yield launch, (x, wide, *moments.arguments(g, splits, per_split))
+            yield launch, (x, x, a, a, a, 1.0, 0.0, 1.0, *arguments(g, g))
+        for reduce in (False, True):
+            launch = finalise.plan(g, reduce)
+            if launch.constants["REDUCE"] == reduce:
+                launch.constants.update(common)
+                yield launch, (wide, a, None, a, a, a, a, 1.0, 0.0, 1.0, *finalise.arguments(g, 4))
+
+    act = Activation(ACTIVATIONS.index(activation), 1.0)
+    keep_rows = 2 * K * n <= shape[0]
+    for kind, y, rows in ((-1, None, None), (act.kind, x, x if keep_rows else None)):
+        launch, splits, per_split = moments.plan(g, None if y is None else g, x.element_size())
+        launch.constants.update(ACTIVATION=kind, ACC=acc)
+        yield launch, (x, y, rows, wide, 1.0, *arguments(g, g), splits * K * g.U, splits, per_split)
+
     launch = apply.plan(g, g, x.element_size())
-    launch.constants.update(SHIFT=False, ACC=acc)
-    yield launch, (x, x, a, a, None, *apply.arguments(g, g))
+    launch.constants.update(ACTIVATION=0, FROM_OUTPUT=False, ACC=acc)
+    yield launch, (x, None, None, x, a, a, a, a, 1.0, *arguments(g, g))
+    launch = apply.plan(g, g, x.element_size())
+    from_output = keep_rows and act.from_output
+    launch.constants.update(ACTIVATION=act.kind, FROM_OUTPUT=from_output, ACC=acc)
+    yield launch, (x, x if from_output else None, x, x, a, a, None, a, 1.0, *arguments(g, g))
+
     launch = multiply.plan(x.numel())
     launch.constants.update(ACC=acc)
     yield launch, (x, a, x.numel())
@@ -148,6 +164,7 @@ def main() -> None:
                         "kernel": launch.kernel.__name__,
                         "case": str(case),
                         "target": target,
+                        "activation": launch.constants.get("ACTIVATION"),
                         "spills": built.spills,
                         "wide": wide,
                         "loads": sorted(widths["ld"]),

@@ -81,3 +81,19 @@ def test_gradient_penalty_reaches_the_weights(kernel_backend):
             return torch.autograd.grad(dx.square().sum(), w)[0]
 
         torch.testing.assert_close(penalty(kernel_backend), penalty("reference"))
+
+
+@pytest.mark.parametrize("options", [{"sub_batch_size": 2}, {"form": "relative_variance", "sub_batch_size": 3}])
+@pytest.mark.parametrize("name", ["relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "identity"])
+def test_activation(backend, name, options):
+    """With y and the rows of a pair saved, and with x."""
+    torch.manual_seed(2)
+    shape = (8, 2) if backend == "triton" else (8, 2, 2)  # the interpreter is slow
+    x = torch.randn(shape, dtype=torch.float64, device=device_of(backend), requires_grad=True)
+    beta = (torch.rand(2, dtype=torch.float64, device=x.device) + 0.5).requires_grad_()
+
+    def both(x, beta):
+        return vk.vcl_activation(x, name, beta, alpha=0.7, backend=backend, **options)
+
+    assert torch.autograd.gradcheck(both, (x, beta))
+    assert torch.autograd.gradgradcheck(both, (x, beta))

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import vcl_kernels as vk
 from vcl_kernels import ops
-from vcl_kernels.checks import check_loss
+from vcl_kernels.checks import check_activation, check_loss
 
 
 def inputs():
@@ -34,8 +34,29 @@ def test_opcheck(form, unit):
         per_activation = unit == "activation"
         torch.library.opcheck(ops.moments, (x, 4, 3, per_activation))
         mean, var = ops.moments(x, 4, 3, per_activation)
-        torch.library.opcheck(ops.moments_dx, (x, mean, var, None, 4, 20, per_activation))
-        torch.library.opcheck(ops.moments_dx, (x, mean, var, mean, 4, 16, per_activation))
+        torch.library.opcheck(ops.moments_dx, (x, mean, var, None, torch.tensor(0.5), 4, 20, per_activation))
+        torch.library.opcheck(ops.moments_dx, (x, mean, var, mean, None, 4, 16, per_activation))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("name", ["elu", "gelu"])
+def test_opcheck_of_activations(name, unit):
+    activation, per_activation = check_activation(name, 1.0, 0.01, "tanh"), unit == "activation"
+    for x in inputs():
+        for beta, form in ((0.5, "ratio"), (torch.tensor(0.5), "relative_variance")):
+            beta, spec = check_loss(x, beta, 4, form, unit, None, "mean")
+            for keep_rows in (False, True):
+                args = (x, beta, *spec, beta is not None, *activation, keep_rows)
+                torch.library.opcheck(ops.activation, args)
+                y, _, mean, scale, _, rows = ops.activation(*args)
+                saved = y if keep_rows and activation.from_output else x
+                rest = (mean, scale, torch.tensor(0.5), 4, x.shape[0], per_activation, *activation)
+                from_output = saved is y
+                torch.library.opcheck(
+                    ops.activation_dx, (saved, from_output, rows if keep_rows else None, torch.randn_like(y), *rest)
+                )
+                if keep_rows:
+                    torch.library.opcheck(ops.activation_dx, (None, True, rows, None, *rest))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -8,6 +8,7 @@ from conftest import GPU
 
 import vcl_kernels as vk
 from vcl_kernels.backends.triton import launch as launching
+from vcl_kernels.spec import ACTIVATIONS, FORMS, NO_MINIMUM, Activation, LossSpec
 
 pytestmark = pytest.mark.skipif(GPU, reason="counts come from the interpreter; a GPU runs the kernels themselves")
 
@@ -39,7 +40,7 @@ def count(seen, kind, tensor):
     return sum(int(((at >= start) & (at < stop)).sum()) for k, at in seen if k == kind)
 
 
-@pytest.mark.parametrize("shape", [(32, 6, 7, 7), (40, 70), (16, 5, 9, 9), (21, 4, 30)])
+@pytest.mark.parametrize("shape", [(22, 6, 7, 7), (40, 70), (11, 5, 9, 9), (21, 4, 30)])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_loss_and_gradient_in_one_pass(traffic, shape, channels_last):
     x = torch.randn(shape)
@@ -62,6 +63,65 @@ def test_pair_reads_its_rows_only(traffic):
     reads = sum(at.size for kind, at in traffic if kind == "read")
     assert reads < 3 * 10 * 6 * 20
     assert count(traffic, "write", dx) == x.numel()
+
+
+def activation_there_and_back(x, form, name, keep_rows):
+    """Forward and backward of an activation with its loss; return y, dy, dx, and the elements of the kept rows."""
+    from vcl_kernels.backends.triton import launchers
+
+    n, chosen = 5, Activation(ACTIVATIONS.index(name), 1.0)
+    K = 2 if form == "ratio" else x.shape[0] // n
+    given = LossSpec(1.0, NO_MINIMUM, n, K, FORMS.index(form), False, 1.0, True)
+    y, loss, mean, scale, _, rows = launchers.activation(x, None, *given, False, *chosen, keep_rows)
+    dy, kept = torch.ones_like(x), rows if keep_rows else None
+    of_loss = mean, scale, torch.ones_like(loss), n, x.shape[0], False
+    dx = launchers.activation_dx(y if keep_rows else x, keep_rows, kept, dy, *of_loss, *chosen)
+    return y, dy, dx, rows.numel()
+
+
+# (64, 6, 28, 28): the coefficients and partial moments are as small beside a channel's values as in a real network
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_activation_of_a_pair_costs_its_rows(traffic, channels_last):
+    x = torch.randn(250, 6, 28, 28)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    y, dy, dx, kept = activation_there_and_back(x, "ratio", "elu", keep_rows=True)
+    E = x.numel()
+    assert kept == 10 * 6 * 28 * 28
+    assert E <= count(traffic, "read", x) <= 1.001 * E  # pilots are read twice
+    assert count(traffic, "read", y) == count(traffic, "read", dy) == E
+    assert count(traffic, "write", y) == count(traffic, "write", dx) == E
+    reads = sum(at.size for kind, at in traffic if kind == "read")
+    writes = sum(at.size for kind, at in traffic if kind == "write")
+    assert reads + writes <= 1.01 * 5 * E + 2 * kept
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_activation_of_all_sub_batches_reads_three_tensors(traffic, channels_last):
+    x = torch.randn(64, 6, 28, 28)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    y, _, dx, _ = activation_there_and_back(x, "relative_variance", "gelu", keep_rows=False)
+    E = x.numel()
+    assert count(traffic, "read", y) == 0
+    assert count(traffic, "write", y) == count(traffic, "write", dx) == E
+    assert sum(at.size for _, at in traffic) <= 1.03 * 5 * E
+
+
+@pytest.mark.parametrize("U", [3, 1024, 1025])
+@pytest.mark.parametrize("scalar", [False, True])
+def test_sum_over_units_needs_no_launch_of_its_own(traffic, U, scalar):
+    from vcl_kernels.backends.triton import launchers
+
+    x = torch.randn(10, U, dtype=torch.float64)
+    beta = torch.rand(() if scalar else U, dtype=torch.float64)
+    results = []
+    for reduce in (False, True):
+        given = LossSpec(0.0, NO_MINIMUM, 5, 2, 0, False, 1.0, reduce)
+        results.append(launchers.loss_coefficients(x, beta, *given, True))
+    each, reduced = results
+    assert reduced[0].shape == ()
+    assert torch.allclose(reduced[0], each[0].sum(), rtol=1e-12)
+    assert torch.allclose(reduced[3], each[3].sum() if scalar else each[3], rtol=1e-12)
+    assert count(traffic, "write", reduced[0]) == (U <= 1024)  # else PyTorch adds the units
 
 
 def test_upstream_of_one_leaves_dx_alone(traffic):

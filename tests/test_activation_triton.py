@@ -1,0 +1,240 @@
+"""The Triton launchers of activation and loss, forward and backward, against PyTorch in float64."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+from common import LAYOUTS, assert_within_budget, written_out
+from conftest import GPU
+from torch import Tensor
+
+from vcl_kernels import reference
+from vcl_kernels.backends.triton import launch as launching
+from vcl_kernels.geometry import empty_rows, in_layout
+from vcl_kernels.spec import ACTIVATIONS, FORMS, NO_MINIMUM, Activation, LossSpec
+
+DEVICE = "cuda" if GPU else "cpu"
+PARAMETERS = {"elu": 1.3, "leaky_relu": 0.2}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+UPSTREAMS = ((True, 30.0), (True, None), (False, 30.0))  # whether of y, and which of the loss
+N, n = 11, 3  # two rows take no part at all
+
+
+def launchers():
+    from vcl_kernels.backends.triton import launchers
+
+    return launchers
+
+
+def act(name: str) -> Activation:
+    return Activation(ACTIVATIONS.index(name), PARAMETERS.get(name, 0.0))
+
+
+def spec(form: str, x: Tensor, per_activation: bool = False, reduce: bool = True, beta: float = 0.5) -> LossSpec:
+    units = x[0].numel() if per_activation else x.shape[1]
+    K = 2 if form == "ratio" else x.shape[0] // n
+    return LossSpec(beta, NO_MINIMUM, n, K, FORMS.index(form), per_activation, 1 / units, reduce)
+
+
+def forward(x: Tensor, given: LossSpec, chosen: Activation, keep_rows: bool, beta: Tensor | None = None):
+    return launchers().activation(x, beta, *given, beta is not None, *chosen, keep_rows)
+
+
+def backward(x, y, rows, mean, scale, dy, g, given: LossSpec, chosen: Activation, from_output: bool) -> Tensor:
+    """Gradient from what autograd would save: y and rows; else x, with the rows if they are kept all the same."""
+    saved = None if chosen.name == "identity" and rows.numel() and g is not None else y if from_output else x
+    kept = rows if rows.numel() else None
+    of_loss = mean, scale, g, n, x.shape[0], given.per_activation
+    return launchers().activation_dx(saved, from_output, kept, dy, *of_loss, *chosen)
+
+
+def oracle(x: Tensor, dy: Tensor | None, g: float | None, given: LossSpec, chosen: Activation, dtype: torch.dtype):
+    """y, loss and dx on the CPU in ``dtype``."""
+    x = x.detach().cpu().to(dtype).requires_grad_()
+    y, loss = reference.activate(x, chosen), reference.loss(x, None, given)
+    of = [(y, None if dy is None else dy.cpu().to(dtype)), (loss, None if g is None else torch.tensor(g).to(loss))]
+    of = [(output, upstream) for output, upstream in of if upstream is not None]
+    (dx,) = torch.autograd.grad([output for output, _ in of], [x], [upstream for _, upstream in of])
+    return y.detach(), loss.detach(), dx
+
+
+def eager(x: Tensor, dy: Tensor | None, g: float | None, given: LossSpec, chosen: Activation):
+    """The same in x's own dtype, with either arithmetic of torch.var (see common.eager)."""
+    results = [oracle(x, dy, g, given, chosen, x.dtype)]
+    with mock.patch.object(reference, "moments", written_out):
+        results.append(oracle(x, dy, g, given, chosen, x.dtype))
+    return zip(*results, strict=True)
+
+
+def sample(kind: str, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """x in a layout, and whether its units are activations."""
+    torch.manual_seed(0)
+    x = 2 * torch.randn((N, 37) if kind == "2-D" else (N, 5, 5, 7)) + 0.3
+    if kind == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    return x.to(DEVICE, dtype), kind == "per_activation"
+
+
+def assert_all_within_budget(
+    x: Tensor, given: LossSpec, chosen: Activation, keep_rows: bool, from_output: bool, upstreams=UPSTREAMS
+) -> None:
+    y, loss, mean, scale, _, rows = forward(x, given, chosen, keep_rows)
+    assert y.stride() == empty_rows(x, x.shape[0]).stride()
+    assert not keep_rows or torch.equal(rows, x[: given.K * n])
+    for with_dy, g in upstreams:
+        dy = torch.randn(x.shape).to(x) if with_dy else None
+        upstream = None if g is None else torch.tensor(g).to(mean)
+        dx = backward(x, y, rows, mean, scale, dy, upstream, given, chosen, from_output)
+        exact = oracle(x, dy, g, given, chosen, torch.float64)
+        same_precision = eager(x, dy, g, given, chosen)
+        for actual, others, wanted in zip((y, loss, dx), same_precision, exact, strict=True):
+            assert_within_budget(actual, list(others), wanted)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["contiguous", "channels_last", "2-D", "per_activation"])
+def test_pair_with_rows_kept(name, dtype, kind):
+    x, per_activation = sample(kind, dtype)
+    assert_all_within_budget(x, spec("ratio", x, per_activation), act(name), True, act(name).from_output)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["contiguous", "channels_last", "2-D", "per_activation"])
+def test_all_sub_batches_with_x_saved(name, dtype, kind):
+    x, per_activation = sample(kind, dtype)
+    assert_all_within_budget(x, spec("relative_variance", x, per_activation), act(name), False, False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("per_activation", [False, True])
+@pytest.mark.parametrize("shape", [(N, 5, 5, 7), (N, 1, 5, 7), (N, 5, 1, 1), (N, 6, 9), (N, 3, 2, 3, 4)], ids=str)
+def test_views(layout, per_activation, shape):
+    torch.manual_seed(0)
+    x = in_layout(LAYOUTS[layout](torch.randn(shape, device=DEVICE, dtype=torch.float64)), per_activation)
+    both = UPSTREAMS[:1]
+    assert_all_within_budget(x, spec("ratio", x, per_activation), act("elu"), True, True, both)
+    assert_all_within_budget(x, spec("variance", x, per_activation), act("silu"), False, False, both)
+
+
+@pytest.mark.parametrize("shape", [(N, 3, 70, 70), (N, 70, 9, 9), (N, 300), (8, 2, 3), (9, 2, 40, 120)], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_several_tiles(shape, channels_last):
+    torch.manual_seed(0)
+    x = torch.randn(shape, device=DEVICE)
+    if channels_last and len(shape) == 4:
+        x = x.to(memory_format=torch.channels_last)
+    assert_all_within_budget(x, spec("ratio", x), act("elu"), True, True)
+
+
+def test_run_time_positions_give_the_same(monkeypatch):
+    x, _ = sample("contiguous", torch.float32)
+    given, chosen = spec("ratio", x), act("elu")
+    dy, g, results = torch.randn_like(x), torch.tensor(3.0, device=DEVICE), []
+    for seen in (set(), set(range(-16, 0))):
+        monkeypatch.setattr(launching, "_constant_positions", seen)
+        y, loss, mean, scale, _, rows = forward(x, given, chosen, True)
+        results.append((y, loss, rows, backward(x, y, rows, mean, scale, dy, g, given, chosen, True)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def assert_like_eager(actual: Tensor, wanted: Tensor, x: Tensor) -> None:
+    """NaN where eager PyTorch has it, unless by an overflow of its own (gelu_tanh at 1e30) or only in vector code."""
+    same = torch.isclose(actual.cpu(), wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert (same | wanted.isnan() & ~x.isnan().cpu()).all()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("from_output", [False, True])
+def test_nan_and_inf_as_in_pytorch(name, from_output):
+    chosen = act(name)
+    if from_output and not chosen.from_output:
+        pytest.skip("its derivative needs x")
+    x, _ = sample("contiguous", torch.float32)
+    odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30, -1e30, 100.0, -100.0, 0.0, 1e-40])
+    x[1, :, 0, 0] = torch.nan
+    x.view(N, -1)[-1, : len(odd)] = odd
+    x.view(N, -1)[2, : len(odd)] = odd
+    given, dy = spec("ratio", x), torch.randn_like(x)
+    y, loss, mean, scale, _, rows = forward(x, given, chosen, True)
+    dx = backward(x, y, rows, mean, scale, dy, None, given, chosen, from_output)
+    exact = oracle(x, dy, None, given, chosen, torch.float32)
+    assert_like_eager(y, exact[0], x)
+    assert_like_eager(dx, exact[2], x)
+    assert y.isnan()[x.isnan()].all()
+    assert loss.isnan()
+    dx = backward(x, y, rows, mean, scale, dy, torch.ones_like(loss), given, chosen, from_output)
+    assert dx[: given.K * n].isnan().all()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_nan_in_the_upstream_gradient(name):
+    x, _ = sample("contiguous", torch.float32)
+    given, chosen = spec("ratio", x), act(name)
+    dy = torch.ones_like(x)
+    dy[:, 2] = torch.nan
+    dy[:, 3] = torch.inf
+    y, _, mean, scale, _, rows = forward(x, given, chosen, True)
+    dx = backward(x, y, rows, mean, scale, dy, None, given, chosen, chosen.from_output)
+    wanted = oracle(x, dy, None, given, chosen, torch.float32)[2]
+    assert_like_eager(dx, wanted, x)
+    assert dx[:, 2][x[:, 2] > 0].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["elu", "tanh"])
+def test_digits_are_kept_near_zero(name, dtype):
+    size = torch.logspace(-30, 2, 3000, dtype=torch.float64)
+    x = torch.cat([size, -size]).view(2 * n, -1).to(DEVICE, dtype)
+    exact = reference.activate(x.double(), act(name))
+    y = forward(x, spec("ratio", x), act(name), False)[0]
+    assert ((y.double() - exact) / exact).abs().max() < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("name", ["elu", "gelu", "relu"])
+@pytest.mark.parametrize("form", ["ratio", "relative_variance"])
+def test_bitwise_repeatable(name, form):
+    x, _ = sample("contiguous", torch.bfloat16)
+    given, chosen = spec(form, x), act(name)
+    dy, g = torch.randn_like(x), torch.tensor(2.0, device=DEVICE)
+    results = []
+    for _ in range(2):
+        y, *rest = forward(x, given, chosen, True, torch.tensor(0.5, device=DEVICE))
+        loss, mean, scale, dbeta, rows = rest
+        dx = backward(x, y, rows, mean, scale, dy, g, given, chosen, chosen.from_output)
+        results.append((y, loss, mean, scale, dbeta, rows, dx))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu"])
+@pytest.mark.parametrize("beta_shape", [(), (5,)], ids=str)
+@pytest.mark.parametrize("reduce", [False, True])
+def test_same_loss_as_without_an_activation(name, beta_shape, reduce):
+    x, _ = sample("contiguous", torch.float32)
+    given, beta = spec("ratio", x, reduce=reduce), torch.full(beta_shape, 0.7, device=DEVICE)
+    expected = launchers().loss_coefficients(x, beta, *given, True)
+    _, *actual, rows = forward(x, given, act(name), False, beta)
+    assert rows.numel() == 0
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_loss_part_alone_is_that_of_the_moments():
+    x, _ = sample("contiguous", torch.float32)
+    given, chosen, g = spec("ratio", x), act("elu"), torch.tensor(2.0, device=DEVICE)
+    y, _, mean, scale, _, rows = forward(x, given, chosen, True)
+    dx = backward(x, y, rows, mean, scale, None, g, given, chosen, True)
+    shift = torch.zeros_like(mean)
+    assert torch.equal(dx, launchers().moments_dx(rows, mean, scale, None, g, n, N, False))
+    assert torch.equal(dx, launchers().moments_dx(rows, mean, scale * g, shift, None, n, N, False))
+    assert not dx[2 * n :].any()
+
+
+def test_upstream_multiplies_the_shift_too():
+    x, _ = sample("channels_last", torch.float32)
+    mean, scale, shift = torch.randn(3, 2, 5, device=DEVICE)
+    g = torch.tensor(2.0, device=DEVICE)
+    dx = launchers().moments_dx(x, mean, scale, shift, g, n, N, False)
+    assert torch.equal(dx, 2 * launchers().moments_dx(x, mean, scale, shift, None, n, N, False))
