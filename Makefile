@@ -1,6 +1,7 @@
 # make demo, make test: each makes its own environment first. PYTHON chooses the interpreter for it.
 PYTHON ?= python3
 BIN := .venv/bin
+KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184  # glibc keeps freed memory
 
 .PHONY: demo test check bench build clean
 
@@ -14,19 +15,25 @@ BIN := .venv/bin
 build: .venv/ready
 
 demo: build
-	MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 $(BIN)/python -m benchmarks.demo $(ARGS)
+	$(KEEP) $(BIN)/python -m benchmarks.demo $(ARGS)
 
 test: build check
 	$(BIN)/python -m vcl_kernels
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 check: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+RESULTS ?= out
+
 bench: build
-	MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 $(BIN)/python -m benchmarks.cpu $(ARGS)
+	mkdir -p $(RESULTS)
+	for suite in loss activation; do \
+	  $(KEEP) $(BIN)/python -m benchmarks.cpu $$suite --out $(RESULTS)/vcl_$$suite.json $(ARGS) && \
+	  $(BIN)/python -m benchmarks.cpu $$suite --out $(RESULTS)/vcl_$$suite-default-allocator.json $(ARGS) || exit 1; \
+	done
 
 clean:
 	rm -rf .venv build *.egg-info vcl_kernels/_C*.so out

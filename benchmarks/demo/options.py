@@ -46,7 +46,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     add("--data-dir", type=Path, help="folder of fashion-mnist (IDX files) or cifar10, cifar100 (python version)")
     add("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     add("--seeds", type=_count, help="runs of each method (3)")
-    add("--epochs", type=_count, help="(12)")
+    add("--epochs", type=_count, help="(10)")
     add("--batch-size", type=_count, default=100)
     add("--learning-rate", type=_positive, default=0.05)
     add("--weight-decay", type=float, default=5e-4)
@@ -70,7 +70,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         data_dir=given.data_dir,
         methods=tuple(method for method in METHODS if method in given.methods),
         seeds=given.seeds or (1 if given.quick else 3),
-        epochs=given.epochs or (2 if given.quick else 12),
+        epochs=given.epochs or (2 if given.quick else 10),
         batch_size=given.batch_size,
         learning_rate=given.learning_rate,
         weight_decay=given.weight_decay,
