@@ -1,0 +1,178 @@
+"""The ops beside everything else that a user could choose, and the bytes that each job must move."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import vcl_kernels as vk
+
+from .cases import Case
+from .race import Candidate
+
+EVERY = {"form": "relative_variance", "sub_batch_size": 8}  # all sub-batches
+LOSSES: dict[str, dict[str, Any]] = {
+    "relative_variance": EVERY,
+    "ratio": {"sub_batch_size": 5},
+    "variance": {"form": "variance", "sub_batch_size": 8},
+    "relative_variance per activation": {**EVERY, "unit": "activation"},
+    "ratio per activation": {"sub_batch_size": 5, "unit": "activation"},
+}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "elu": F.elu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "leaky_relu": F.leaky_relu,
+    "tanh": torch.tanh,
+}
+FROM_OUTPUT = ("elu", "relu", "leaky_relu", "tanh")  # y is saved, and the rows of the pair beside it
+
+Factories = dict[str, Callable[[], Candidate]]
+
+
+class Inputs:
+    """Tensors of one case, made when first wanted, and the normalisations over them."""
+
+    def __init__(self, case: Case, device: str, backend: str | None) -> None:
+        self.case, self.device, self.backend = case, device, backend
+
+    @cached_property
+    def x(self) -> Tensor:
+        return self.case.tensor(self.device).requires_grad_()
+
+    @cached_property
+    def dy(self) -> Tensor:
+        return torch.randn_like(self.x)
+
+    @cached_property
+    def affine(self) -> tuple[Tensor, ...]:
+        return tuple(torch.full((self.case.shape[1],), v, device=self.device, requires_grad=True) for v in (1.0, 0.0))
+
+    @cached_property
+    def affine_of_dtype(self) -> tuple[Tensor, ...]:
+        return tuple(t.detach().to(self.x.dtype).requires_grad_() for t in self.affine)
+
+    @cached_property
+    def running(self) -> tuple[Tensor, Tensor]:
+        return torch.zeros(self.case.shape[1], device=self.device), torch.ones(self.case.shape[1], device=self.device)
+
+    def batch_norm(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, *self.running, *self.affine, True)
+
+    def batch_norm_aten(self, x: Tensor) -> Tensor:
+        with torch.backends.cudnn.flags(enabled=False):
+            return self.batch_norm(x)
+
+    def group_norm(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, math.gcd(32, x.shape[1]), *self.affine_of_dtype)
+
+    def layer_norm(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.transpose(1, -1), (x.shape[1],), *self.affine_of_dtype).transpose(1, -1)
+
+    def vcl_loss(self, x: Tensor, **options: Any) -> Tensor:
+        return vk.vcl_loss(x, backend=self.backend, **options)
+
+    def vcl_activation(self, x: Tensor, activation: str, **options: Any) -> tuple[Tensor, Tensor]:
+        return vk.vcl_activation(x, activation, backend=self.backend, **options)
+
+    def loss(self, function: Callable[..., Tensor], **options: Any) -> Candidate:
+        return Candidate(lambda: [function(self.x, **options)], [None], [self.x])
+
+    def value(self, function: Callable[[Tensor], Tensor]) -> Candidate:
+        return Candidate(
+            lambda: [function(self.x)], [self.dy], [self.x, *self.affine, *self.affine_of_dtype]
+        )
+
+    def value_and_loss(self, function: Callable[..., tuple[Tensor, Tensor]], **options: Any) -> Candidate:
+        return Candidate(lambda: list(function(self.x, **options)), [self.dy, None], [self.x])
+
+    def copy(self) -> Candidate:
+        x, out = self.x.detach(), torch.empty_like(self.x)
+
+        def forward() -> None:
+            out.copy_(x)
+
+        return Candidate(forward)
+
+
+def authors(x: Tensor) -> Tensor:
+    """The paper's formula as a user would write it: split, two variances, beta = 1."""
+    a, b = x[:10].split(5)
+    return (1 - a.var(0) / (b.var(0) + 1)).square().mean()
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
+
+
+def losses(i: Inputs, with_compiled: bool) -> Factories:
+    """vcl_loss in each form and unit; its formula in PyTorch; the normalisations; the copy."""
+    found: Factories = {"copy": i.copy}
+    for name, options in LOSSES.items():
+        found[name] = partial(i.loss, i.vcl_loss, **options)
+    found["reference"] = partial(i.loss, vk.reference.vcl_loss, **EVERY)
+    found["split, var, var"] = partial(i.loss, authors)
+    found["batch norm"] = partial(i.value, i.batch_norm)
+    if i.device == "cuda":
+        found["batch norm, ATen"] = partial(i.value, i.batch_norm_aten)
+    if len(i.case.shape) > 2:
+        found["group norm"] = partial(i.value, i.group_norm)
+    if len(i.case.shape) == 2 or i.case.layout == "tokens":
+        found["layer norm"] = partial(i.value, i.layer_norm)
+    if with_compiled:
+        found["reference, compiled"] = lambda: i.loss(compiled(partial(vk.reference.vcl_loss, **EVERY)))
+        found["batch norm, compiled"] = lambda: i.value(compiled(i.batch_norm))
+    return found
+
+
+def activations(i: Inputs, with_compiled: bool) -> Factories:
+    """vcl_activation for each activation, beside the bare one and batch norm before it; the copy."""
+
+    def apart(x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.elu(x), i.vcl_loss(x, **EVERY)
+
+    def normalised(bare: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return bare(i.batch_norm(x))
+
+    found: Factories = {"copy": i.copy}
+    for name, bare in ACTIVATIONS.items():
+        found[name] = partial(i.value, bare)
+        for form in ("ratio", "relative_variance"):
+            found[f"{name} with {form}"] = partial(
+                i.value_and_loss, i.vcl_activation, activation=name, **LOSSES[form]
+            )
+    found["elu and relative_variance apart"] = partial(i.value_and_loss, apart)
+    for name in ("elu", "relu"):
+        both = partial(normalised, ACTIVATIONS[name])
+        found[f"batch norm, {name}"] = partial(i.value, both)
+        if with_compiled:
+            found[f"batch norm, {name}, compiled"] = lambda both=both: i.value(compiled(both))  # type: ignore[misc]
+    return found
+
+
+def floor_bytes(case: Case, candidate: str, phase: str) -> int | None:
+    """Bytes that must cross memory: reads and writes of the case's elements, by the design's count of passes.
+
+    None for candidates that do another job; ``candidate`` is a name that :func:`losses` or :func:`activations` gives.
+    """
+    row = case.bytes // case.shape[0]
+    pair, every = 10 * row, case.shape[0] // 8 * 8 * row
+    E = case.bytes
+    if candidate == "copy":
+        return 2 * E if phase == "both" else None
+    if candidate in LOSSES:  # a pair: kept in forward; zeros are written for the other rows in backward
+        least = {"forward": 2 * pair, "backward": pair + E} if candidate.startswith("ratio") else {"forward": every + E}
+        return sum(least.values()) if phase == "both" else least.get(phase)
+    name, _, form = candidate.partition(" with ")
+    if name not in ACTIVATIONS:
+        return None
+    rows = pair if form == "ratio" and name in FROM_OUTPUT and 20 <= case.shape[0] else 0
+    least = {"forward": 2 * E + rows, "backward": 3 * E + rows}
+    return sum(least.values()) if phase == "both" else least[phase]

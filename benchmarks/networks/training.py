@@ -1,0 +1,118 @@
+"""One training step of a network under each method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import vcl_kernels as vk
+
+from ..contest import Contest
+from ..memory import saved_bytes
+from ..race import Candidate, Clock
+from .models import elu_11, resnet_50
+
+METHODS: dict[str, dict[str, Any] | None] = {
+    "no normalisation": None,
+    "batch norm": None,
+    "VCL, ratio": {"form": "ratio", "sub_batch_size": 5},
+    "VCL, relative_variance": {"form": "relative_variance", "sub_batch_size": 8},
+}
+
+
+class Setting(NamedTuple):
+    name: str
+    build: Callable[..., nn.Module]
+    classes: int
+    images: tuple[int, int, int, int]
+
+
+def settings(device: str, rehearse: bool) -> list[Setting]:
+    """The paper's batch and ImageNet's images on a GPU; fewer and smaller on a CPU."""
+    if rehearse:
+        return [Setting("ELU-11, k = 0.05", partial(elu_11, k=0.05), 10, (20, 3, 32, 32))]
+    if device == "cuda":
+        return [
+            Setting("ELU-11, k = 1", elu_11, 10, (250, 3, 32, 32)),
+            Setting("ResNet-50", resnet_50, 1000, (128, 3, 224, 224)),
+        ]
+    return [
+        Setting("ELU-11, k = 0.5", partial(elu_11, k=0.5), 10, (50, 3, 32, 32)),
+        Setting("ResNet-50", resnet_50, 1000, (20, 3, 64, 64)),
+    ]
+
+
+class Step:
+    """Forward, backward and update of one network under one method."""
+
+    def __init__(self, setting: Setting, method: str, device: str, half: bool, compiled: bool) -> None:
+        torch.manual_seed(0)
+        self.x = torch.randn(setting.images, device=device)
+        self.y = torch.randint(setting.classes, setting.images[:1], device=device)
+        self.model = setting.build(setting.classes, batch_norm=method == "batch norm").to(device)
+        options = METHODS[method]
+        self.handle = None if options is None else vk.attach(self.model, self.x, **options)
+        self.optimizer = torch.optim.SGD(vk.param_groups(self.model, 1e-4), lr=1e-6, momentum=0.9)
+        self.autocast = torch.autocast(device, torch.bfloat16, enabled=half)
+        self.run = torch.compile(self.model) if compiled else self.model
+
+    def objective(self) -> torch.Tensor:
+        with self.autocast:
+            loss = F.cross_entropy(self.run(self.x), self.y)
+        return loss if self.handle is None else loss + self.handle.loss()
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        self.objective().backward()
+        self.optimizer.step()
+
+    def memory(self) -> int:
+        """Bytes above what lies there between two steps, at their peak; on a CPU those saved for backward."""
+        if self.x.device.type != "cuda":
+            return saved_bytes(self.objective, self.model.parameters())
+        self()
+        self.optimizer.zero_grad()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+
+def contests(device: str, rehearse: bool, clock: Callable[[], Clock]) -> list[Contest]:
+    """Eager before compiled; on a CPU only the small network is compiled, which takes minutes."""
+    chosen = settings(device, rehearse)
+    found = []
+    for compiled in (False, True) if not rehearse else (False,):
+        for setting in chosen if device == "cuda" or not compiled else chosen[:1]:
+            for half in (False, True) if not (compiled and device == "cpu") else (False,):
+                found.append(_contest(setting, device, half, compiled, clock, rehearse))
+    return found
+
+
+def _contest(
+    setting: Setting, device: str, half: bool, compiled: bool, clock: Callable[[], Clock], rehearse: bool
+) -> Contest:
+    images = "x".join(map(str, setting.images))
+    kind = f"{'bfloat16 autocast' if half else 'float32'}, {'compiled' if compiled else 'eager'}"
+
+    def factory(method: str) -> Callable[[], Candidate]:
+        return lambda: Candidate(Step(setting, method, device, half, compiled))
+
+    return Contest(
+        f"{setting.name} {images}, {kind}",
+        {method: factory(method) for method in METHODS},
+        clock,
+        whole=frozenset(METHODS),
+        memory=lambda candidate: candidate.forward.memory(),  # type: ignore[attr-defined]
+        seconds=0.1 if rehearse else 12.0,
+        least=2 if rehearse else 7,
+        most=200,
+        info={"network": setting.name, "dtype": kind.split(",")[0], "compiled": compiled, "images": setting.images},
+    )

@@ -1,0 +1,151 @@
+"""A record as Markdown: ``python -m benchmarks.report FILE.json …`` writes FILE.md beside each.
+
+Times are medians in ms. Percentages are shares of the copy's bandwidth, measured in the same run: the bytes that the
+job must move, by the time it took. (q1 to q3 of every time, and every sample, are in the JSON.)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Entry = dict[str, Any]
+Record = dict[str, Any]
+Case = dict[tuple[str, str], Entry]  # by candidate and phase
+
+COLUMNS = {  # what the README shows of a suite: heading, candidate, what its time is divided by
+    "loss": [
+        ("relative_variance, n = 8: of the copy", "relative_variance", "copy"),
+        ("of batch norm", "relative_variance", "batch norm"),
+        ("of the reference", "relative_variance", "reference"),
+        ("ratio pair, n = 5: of the copy", "ratio", "copy"),
+        ("of batch norm", "ratio", "batch norm"),
+    ],
+    "activation": [
+        ("ELU with a ratio pair: of F.elu", "elu with ratio", "elu"),
+        ("of batch norm + F.elu", "elu with ratio", "batch norm, elu"),
+        ("ELU with relative_variance: of F.elu", "elu with relative_variance", "elu"),
+        ("of batch norm + F.elu", "elu with relative_variance", "batch norm, elu"),
+        ("ReLU with a ratio pair: of F.relu", "relu with ratio", "relu"),
+        ("ReLU with relative_variance: of F.relu", "relu with relative_variance", "relu"),
+        ("GELU with a ratio pair: of F.gelu", "gelu with ratio", "gelu"),
+        ("SiLU with a ratio pair: of F.silu", "silu with ratio", "silu"),
+    ],
+    "networks": [
+        ("batch norm", "batch norm", "no normalisation"),
+        ("VCL, one ratio pair", "VCL, ratio", "no normalisation"),
+        ("VCL, relative_variance", "VCL, relative_variance", "no normalisation"),
+    ],
+}
+SHOWN = 6  # cases in the README's tables
+
+
+def by_case(record: Record) -> dict[str, Case]:
+    """Return a record's entries by case, candidate and phase, in its order."""
+    found: dict[str, Case] = {}
+    for entry in record["benchmarks"]:
+        found.setdefault(entry["case"], {})[entry["candidate"], entry["phase"]] = entry
+    return found
+
+
+def share(case: Case, entry: Entry) -> float | None:
+    """Return the share of the copy's bandwidth that an entry reached, if its floor is known."""
+    copy = case.get(("copy", "both"))
+    if copy is None or "floor_bytes" not in entry:
+        return None
+    return float(entry["floor_bytes"] / entry["median"] / (copy["floor_bytes"] / copy["median"]))
+
+
+def markdown(heading: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (heading, *rows)]
+    lines.insert(1, "|---" * len(list(heading)) + "|")
+    return "\n".join(lines)
+
+
+def ratios(record: Record, shown: int | None = None) -> str:
+    """Return a suite's ratios of medians of forward + backward, as the README shows them."""
+    columns = COLUMNS[record["suite"]]
+    rows = []
+    for name, case in list(by_case(record).items())[:shown]:
+        cells = []
+        for _, candidate, by in columns:
+            pair = [case.get((which, "both")) for which in (candidate, by)]
+            cells.append(f"{pair[0]['median'] / pair[1]['median']:.2f}x" if pair[0] and pair[1] else "")
+        rows.append([name, *cells])
+    return markdown(["case", *(heading for heading, _, _ in columns)], rows)
+
+
+def times(record: Record, phase: str) -> str:
+    """Return every candidate's median time of a phase, with its share of the copy's bandwidth where that is known."""
+    cases = by_case(record)
+    names = list(dict.fromkeys(candidate for case in cases.values() for candidate, p in case if p == phase))
+    rows = []
+    for name, case in cases.items():
+        cells = []
+        for candidate in names:
+            entry = case.get((candidate, phase))
+            if entry is None:
+                cells.append("")
+                continue
+            reached = share(case, entry)
+            known = "" if reached is None or candidate == "copy" else f" ({100 * reached:.0f} %)"
+            cells.append(f"{1e3 * entry['median']:.4g}{known}")
+        rows.append([name, *cells])
+    return markdown(["ms", *names], rows)
+
+
+def floors(record: Record) -> str:
+    """Return the bytes that each job must move, and what the copy reached."""
+    rows = []
+    cases = by_case(record)
+    names = list(dict.fromkeys(c for case in cases.values() for (c, p), e in case.items() if "floor_bytes" in e))
+    for name, case in cases.items():
+        copy = case[("copy", "both")]
+        bandwidth = f"{copy['floor_bytes'] / copy['median'] / 1e9:.1f}"
+        floor = [case.get((candidate, "both"), {}).get("floor_bytes") for candidate in names]
+        rows.append([name, bandwidth, *(f"{f / 1e6:.4g}" if f else "" for f in floor)])
+    return markdown(["MB", "copy, GB/s", *names], rows)
+
+
+def held(record: Record) -> str:
+    """Return the megabytes that each candidate holds for backward."""
+    cases = by_case(record)
+    names = list(dict.fromkeys(c for case in cases.values() for (c, _), e in case.items() if "held_bytes" in e))
+    rows = []
+    for name, case in cases.items():
+        values = [case.get((candidate, "both"), {}).get("held_bytes") for candidate in names]
+        rows.append([name, *("" if value is None else f"{value / 1e6:.4g}" for value in values)])
+    return markdown(["MB", *names], rows)
+
+
+def render(record: Record) -> str:
+    """Return the whole report of a record."""
+    machine = record["machine_info"]
+    parts = [f"# {record['suite']}: {machine['device']}", ", ".join(f"{k}: {v}" for k, v in machine.items())]
+    if record["suite"] in COLUMNS:
+        parts += ["## Ratios of forward + backward", ratios(record)]
+    phases = dict.fromkeys(entry["phase"] for entry in record["benchmarks"])
+    for phase in ("both", "forward", "backward"):
+        if phase in phases:
+            title = "Forward + backward" if phase == "both" else phase.capitalize()
+            parts += [f"## {title}, ms (share of the copy's bandwidth)", times(record, phase)]
+    if any("floor_bytes" in entry for entry in record["benchmarks"]):
+        parts += ["## Bytes that must move, forward + backward", floors(record)]
+    if any("held_bytes" in entry for entry in record["benchmarks"]):
+        parts += ["## Held for backward", held(record)]
+    return "\n\n".join(parts) + "\n"
+
+
+def write(path: Path) -> str:
+    """Write the report of the record at ``path`` beside it; return it."""
+    text = render(json.loads(path.read_text()))
+    path.with_suffix(".md").write_text(text)
+    return text
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        write(Path(name))
