@@ -8,6 +8,7 @@ from .backends import backends
 from .batch_norm import remove_batch_norm
 from .functional import sub_batch_moments, vcl_activation, vcl_loss
 from .modules import VCL, VCLActivation
+from .monitor import VCLMonitor
 
 try:
     __version__ = version("vcl-kernels")
@@ -18,6 +19,7 @@ __all__ = [
     "VCL",
     "VCLActivation",
     "VCLHandle",
+    "VCLMonitor",
     "attach",
     "backends",
     "param_groups",

@@ -1,0 +1,299 @@
+"""The monitor: its numbers against their definitions, what it leaves alone, and where it writes."""
+
+import csv
+import math
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+import vcl_kernels as vk
+from vcl_kernels.monitor import STATISTICS
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ELU(), nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU6(), nn.Linear(6, 2))
+
+
+def hooks(model):
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+def entering(model, index, x):
+    return model[:index](x).detach().double()
+
+
+def close(value):
+    return pytest.approx(float(value), rel=1e-4)
+
+
+@pytest.mark.parametrize("unit", ["channel", "activation"])
+def test_numbers_are_those_of_the_definitions(unit):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.GELU())
+    x = torch.randn(14, 2, 6, 6)
+    with vk.VCLMonitor(model, sub_batch_size=4, unit=unit) as monitor:
+        model(x)
+    (row,) = monitor.rows
+    seen = entering(model, 1, x)
+    units = seen.transpose(0, 1).flatten(1) if unit == "channel" else seen.flatten(1).T
+    cut = seen[:12].unflatten(0, (3, 4))
+    var = cut.var((1, 3, 4)) if unit == "channel" else cut.var(1).flatten(1)
+    mean = var.mean(0)
+    centred = units - units.mean(1, keepdim=True)
+    assert row["variance"] == close(mean.mean())
+    assert row["constancy"] == close((((var - mean) ** 2).sum(0) / 2 / mean**2).mean())
+    assert row["kurtosis"] == close((centred.pow(4).mean(1) / centred.square().mean(1) ** 2).mean())
+    assert all(math.isnan(row[name]) for name in ("loss", "beta", "beta_least"))
+
+
+@pytest.mark.parametrize("form", ["ratio", "variance", "relative_variance"])
+@pytest.mark.parametrize("inject", [True, False])
+def test_an_attached_model_shows_its_losses_and_betas(form, inject):
+    model, x = net(), torch.randn(32, 4)
+    handle = vk.attach(model, x, form=form, beta_init=0.5, inject=inject)
+    with torch.no_grad():
+        for beta in handle.parameters():
+            beta[0] = -1.0
+    with vk.VCLMonitor(handle) as monitor:
+        model(x)
+    assert [row["layer"] for row in monitor.rows] == ["1", "4"] == list(handle.losses)
+    for row, loss, units in zip(monitor.rows, handle.losses.values(), (8, 6), strict=True):
+        assert row["loss"] == close(float(loss))
+        if form == "variance":
+            assert math.isnan(row["beta"])
+        else:
+            assert row["beta"] == close((0.5 * (units - 1) + 1e-3) / units)
+            assert row["beta_least"] == close(1e-3)
+
+
+def test_vcl_modules_of_the_users_own_are_seen():
+    model = nn.Sequential(nn.Linear(4, 8), vk.VCL(8, weight=0.5, beta_init=2.0), nn.Linear(8, 2))
+    with vk.VCLMonitor(model) as monitor:
+        model(torch.randn(20, 4))
+    (row,) = monitor.rows
+    assert row["layer"] == "1"
+    assert row["loss"] == close(model[1].loss.item())
+    assert row["beta"] == 2.0
+
+
+def test_each_call_of_a_shared_activation_has_its_row():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.act = nn.Linear(4, 4), nn.ELU()
+
+        def forward(self, x):
+            return self.act(3 * self.linear(self.act(x)))
+
+    model, x = Twice(), torch.randn(20, 4)
+    handle = vk.attach(model, x)
+    with vk.VCLMonitor(model) as monitor:
+        model(x)
+    assert [row["layer"] for row in monitor.rows] == ["act", "act:1"]
+    assert [row["loss"] for row in monitor.rows] == [close(float(loss)) for loss in handle.losses.values()]
+
+
+def test_gradients_and_outputs_are_untouched():
+    x = torch.randn(32, 4)
+    results = []
+    for watched in (False, True):
+        model = net()
+        handle = vk.attach(model, x)
+        monitor = vk.VCLMonitor(model) if watched else None
+        y = model(x)
+        (y.square().mean() + handle.loss()).backward()
+        results.append([y.detach(), *(p.grad for p in model.parameters())])
+        assert monitor is None or len(monitor.flush()) == 2
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_only_every_nth_training_forward_is_looked_at_and_others_have_one_hook():
+    model, x = net(), torch.randn(32, 4)
+    bare = hooks(model)
+    monitor = vk.VCLMonitor(model, every=3)
+    assert hooks(model) == bare + 2  # the model's own: one that counts, one that ends
+    with mock.patch("vcl_kernels.monitor._statistics", wraps=vk.monitor._statistics) as statistics:
+        for _ in range(7):
+            model(x)
+            assert hooks(model) == bare + 2
+            model.eval()(x)
+            model.train()
+    assert statistics.call_count == 3 * 2
+    monitor.flush()
+    assert [row["step"] for row in monitor.rows] == [0, 0, 3, 3, 6, 6]
+    monitor.remove()
+    assert hooks(model) == bare
+    model(x)
+    assert monitor.flush() == []
+
+
+def test_an_error_in_the_model_leaves_no_layer_hooks():
+    model = net()
+    monitor = vk.VCLMonitor(model)
+    bare = hooks(model)
+    with pytest.raises(RuntimeError):
+        model(torch.randn(32, 3))
+    assert hooks(model) == bare
+    model(torch.randn(32, 4))
+    assert [row["step"] for row in monitor.flush()] == [1, 1]
+
+
+class Fetches(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts what would make a device wait: values read by Python, and data-dependent shapes."""
+
+    names = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.is_nonzero", "aten.equal")
+
+    def __enter__(self):
+        self.count = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += str(function).startswith(self.names)
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_training_path_fetches_nothing():
+    model, x = net(), torch.randn(32, 4)
+    handle = vk.attach(model, x)
+    monitor = vk.VCLMonitor(handle)
+    with Fetches() as fetches:
+        float(x.sum())
+    assert fetches.count == 1  # it would be noticed
+    with Fetches() as fetches:
+        for _ in range(3):
+            (model(x).mean() + handle.loss()).backward()
+    assert fetches.count == 0
+    assert len(monitor._waiting) == 3
+    assert len(monitor.flush()) == 6
+
+
+def test_it_runs_where_no_value_can_be_read():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ELU(), nn.Conv2d(3, 3, 3), nn.ReLU())
+    monitor = vk.VCLMonitor(model)
+    with mock.patch("vcl_kernels.monitor.sub_batch_moments", vk.reference.sub_batch_moments):
+        model(torch.empty(20, 2, 8, 8, device="meta"))
+    assert [table.shape for _, _, table in monitor._waiting] == [(2, len(STATISTICS))]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_half_precision_is_widened(dtype):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ELU()).to(dtype)
+    x = torch.randn(40, 4, dtype=dtype)
+    with vk.VCLMonitor(model) as monitor:
+        model(x)
+    wanted = entering(model, 1, x)[:40].unflatten(0, (8, 5)).var(1).mean()
+    assert monitor.rows[0]["variance"] == close(float(wanted))
+
+
+def test_short_batches_and_dead_units():
+    model = nn.Sequential(nn.Linear(1, 3, bias=False), nn.ReLU())
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0], [0.0], [2.0]]))
+    with vk.VCLMonitor(model, sub_batch_size=2) as monitor:
+        model(torch.tensor([[1.0], [-1.0], [1.0], [-1.0]]))
+        model(torch.tensor([[1.0], [-1.0], [1.0]]))
+    whole, short = monitor.rows
+    assert whole["kurtosis"] == 1.0
+    assert whole["constancy"] == 0.0
+    assert whole["variance"] == close((2 + 0 + 8) / 3)
+    assert math.isnan(short["constancy"])
+
+
+def test_constancy_of_a_gaussian_is_that_of_the_closed_form():
+    model = nn.Sequential(nn.Identity(), nn.ReLU())
+    torch.manual_seed(0)
+    with vk.VCLMonitor(model, sub_batch_size=8) as monitor:
+        model(torch.randn(8 * 200, 500))
+    assert monitor.rows[0]["constancy"] == pytest.approx(2 / 7, rel=0.01)
+    assert monitor.rows[0]["kurtosis"] == pytest.approx(3, rel=0.01)
+
+
+def test_csv_is_continued_with_one_header(tmp_path):
+    model, x = net(), torch.randn(32, 4)
+    path = tmp_path / "seen.csv"
+    for _ in range(2):
+        with vk.VCLMonitor(model, csv=path) as monitor:
+            model(x)
+            monitor.flush()
+            model(x)
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["step"], row["layer"]) for row in rows] == 2 * [("0", "1"), ("0", "4"), ("1", "1"), ("1", "4")]
+    assert float(rows[-1]["kurtosis"]) == monitor.rows[-1]["kurtosis"]
+
+
+class Writer:
+    def __init__(self):
+        self.scalars = []
+
+    def add_scalar(self, name, value, step):
+        self.scalars.append((name, value, step))
+
+    def flush(self):
+        pass
+
+
+def test_tensorboard_gets_what_is_not_nan():
+    model, writer = net(), Writer()
+    with vk.VCLMonitor(model, tensorboard=writer) as monitor:
+        model(torch.randn(32, 4))
+    assert [name for name, _, _ in writer.scalars] == [
+        f"{name}/{layer}" for layer in "14" for name in ("variance", "constancy", "kurtosis")
+    ]
+    assert writer.scalars[0] == ("variance/1", monitor.rows[0]["variance"], 0)
+
+
+def test_tensorboard_missing_is_said(tmp_path):
+    with (
+        mock.patch.dict(sys.modules, {"torch.utils.tensorboard": None}),
+        pytest.raises(ImportError, match="pip install tensorboard"),
+    ):
+        vk.VCLMonitor(net(), tensorboard=tmp_path)
+
+
+def test_tensorboard_folder(tmp_path):
+    pytest.importorskip("tensorboard")
+    with vk.VCLMonitor(net(), tensorboard=tmp_path) as monitor:
+        monitor.model(torch.randn(32, 4))
+    assert any(b"constancy/1" in file.read_bytes() for file in tmp_path.iterdir())
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    model = net()
+    with vk.VCLMonitor(model) as monitor:
+        with pytest.raises(ValueError, match=r"call flush\(\)"):
+            monitor.plot()
+        for _ in range(3):
+            model(torch.randn(32, 4))
+    figure = monitor.plot(tmp_path / "seen.png", ["kurtosis", "variance"])
+    assert [axes.get_title() for axes in figure.axes] == ["kurtosis", "variance"]
+    line = figure.axes[0].lines[1]
+    assert line.get_label() == "4"
+    assert list(line.get_ydata()) == [row["kurtosis"] for row in monitor.rows if row["layer"] == "4"]
+    assert (tmp_path / "seen.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="'skew'"):
+        monitor.plot(statistics=["skew"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"every": 0}, "every must be at least 1"),
+        ({"unit": "pixel"}, "unit must"),
+        ({"sub_batch_size": 0}, "sub_"),
+    ],
+)
+def test_wrong_settings_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        vk.VCLMonitor(net(), **wrong)
+
+
+def test_a_model_without_activations_is_an_error():
+    with pytest.raises(ValueError, match="Linear.* has no activation"):
+        vk.VCLMonitor(nn.Linear(2, 2))

@@ -1,0 +1,278 @@
+"""What VCL looks at, seen in one's own training: statistics of each layer, kept on the device until they are wanted."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attach import ACTIVATIONS, Calls, FusedActivation, VCLHandle
+from .checks import check_choice, check_count
+from .functional import sub_batch_moments
+from .geometry import accumulation_dtype
+from .modules import VCLActivation
+from .spec import UNITS
+
+__all__ = ["VCLMonitor"]
+
+STATISTICS = ("loss", "beta", "beta_least", "variance", "constancy", "kurtosis")
+
+
+class VCLMonitor:
+    r"""Statistics of every layer's pre-activations through training, with VCL or without.
+
+    Layers are the activation modules of the model and its :class:`vcl_kernels.VCL` modules; each is seen where VCL sees
+    it, at the activation's input. Of a unit (a channel, or an activation) with sub-batch variances v_1 … v_K, all
+    K = N // n sub-batches of n samples:
+
+    - ``loss``: the layer's part of :meth:`VCLHandle.loss` (weighted); NaN where the layer has no VCL.
+    - ``beta``, ``beta_least``: mean and least beta over units, as they act (at least ``beta_min``); NaN without one.
+    - ``variance``: ``v̄ = Σ v_k / K``, mean over units.
+    - ``constancy``: ``Σ (v_k - v̄)² / ((K - 1) v̄²)``, mean over units with v̄ > 0: the variance of the sample
+      variances, relative to their squared mean. 0 is perfect constancy; i.i.d. values of kurtosis κ have
+      ``κ/M - (M - 3) / (M (M - 1))`` for M values in a sub-batch, a Gaussian 2 / (M - 1). NaN below 2n samples.
+    - ``kurtosis``: ``E[(x - mean)⁴] / E[(x - mean)²]²`` over the batch, mean over units that vary: 3 for a Gaussian,
+      1 for two points of equal weight.
+
+    Nothing is fetched from the device before :meth:`flush`, which fetches all there is in one transfer. Between the
+    steps that are looked at, one hook counts; after :meth:`remove` there is none. Hooks make torch.compile compile
+    anew: monitor the model before compiling it, or not at all.
+
+    Args:
+        model: any module with activation modules, or what :func:`vcl_kernels.attach` returned.
+        every: look at each ``every``-th training forward, from the first.
+        sub_batch_size: n. None: the VCL's own where a layer has one, else 5.
+        unit: ``"channel"`` or ``"activation"``.
+        csv: file to which :meth:`flush` appends a row for each step and layer.
+        tensorboard: folder, or ``SummaryWriter``, to which :meth:`flush` writes scalars ``<statistic>/<layer>``.
+
+    Raises:
+        ValueError: no activation or VCL module in the model, or a wrong setting.
+        ImportError: ``tensorboard`` names a folder, and the package tensorboard is not installed.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ELU(), nn.Linear(8, 2))
+    >>> with VCLMonitor(net, every=2) as monitor:
+    ...     for _ in range(4):
+    ...         y = net(torch.randn(32, 4))
+    >>> [(row["step"], row["layer"]) for row in monitor.rows]
+    [(0, '1'), (2, '1')]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | VCLHandle,
+        *,
+        every: int = 1,
+        sub_batch_size: int | None = None,
+        unit: str = "channel",
+        csv: str | Path | None = None,
+        tensorboard: Any = None,
+    ) -> None:
+        check_count("every", every, 1)
+        if sub_batch_size is not None:
+            check_count("sub_batch_size", sub_batch_size, 1)
+        check_choice("unit", unit, UNITS)
+        self.model = model.model if isinstance(model, VCLHandle) else model
+        self.every, self.sub_batch_size, self.unit = every, sub_batch_size, unit
+        self.rows: list[dict[str, Any]] = []  # what was flushed: step, layer and STATISTICS
+        self.step = 0  # training forwards so far
+        self._layers = _layers(self.model)
+        self._csv = None if csv is None else Path(csv)
+        self._close_writer = isinstance(tensorboard, str | Path)
+        self._writer = _summary_writer(tensorboard) if isinstance(tensorboard, str | Path) else tensorboard
+        self._seen: list[tuple[str, list[Tensor], VCLActivation | None]] = []  # in the present forward
+        self._waiting: list[tuple[int, list[str], Tensor]] = []  # on the device
+        self._layer_hooks: list[Any] = []
+        self._model_hooks = [
+            self.model.register_forward_pre_hook(self._begin),
+            self.model.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def __enter__(self) -> VCLMonitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.flush()
+        self.remove()
+
+    def flush(self) -> list[dict[str, Any]]:
+        """Fetch what waits on the device; write it to the CSV file and TensorBoard; return and keep its rows."""
+        if not self._waiting:
+            return []
+        waiting, self._waiting = self._waiting, []
+        values = torch.cat([table.to(waiting[0][2].device) for _, _, table in waiting]).tolist()
+        where = [(step, layer) for step, layers, _ in waiting for layer in layers]
+        rows = [
+            {"step": step, "layer": layer, **dict(zip(STATISTICS, found, strict=True))}
+            for (step, layer), found in zip(where, values, strict=True)
+        ]
+        self.rows += rows
+        if self._csv is not None:
+            _append(self._csv, rows)
+        if self._writer is not None:
+            for row in rows:
+                for name in STATISTICS:
+                    if row[name] == row[name]:  # not NaN
+                        self._writer.add_scalar(f"{name}/{row['layer']}", row[name], row["step"])
+            self._writer.flush()
+        return rows
+
+    def remove(self) -> None:
+        """Take the hooks away. What waits can still be flushed, into the rows and the CSV file."""
+        for hook in [*self._model_hooks, *self._layer_hooks]:
+            hook.remove()
+        self._model_hooks, self._layer_hooks = [], []
+        if self._writer is not None and self._close_writer:
+            self.flush()
+            self._writer.close()
+        self._writer = None
+
+    def plot(self, path: str | Path | None = None, statistics: Sequence[str] = STATISTICS) -> Any:
+        """Draw each statistic of the flushed rows over steps, a line for each layer; return matplotlib's Figure.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: an unknown statistic, or nothing was flushed.
+        """
+        for name in statistics:
+            check_choice("statistics", name, STATISTICS)
+        if not self.rows:
+            raise ValueError("plot() wants rows: call flush() after a training forward first")
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("VCLMonitor.plot needs matplotlib: pip install matplotlib") from error
+        figure = Figure(figsize=(3.6 * len(statistics), 3.2), layout="constrained")
+        layers = list(dict.fromkeys(row["layer"] for row in self.rows))
+        for axes, name in zip(figure.subplots(1, len(statistics), squeeze=False)[0], statistics, strict=True):
+            for layer in layers:
+                line = [(row["step"], row[name]) for row in self.rows if row["layer"] == layer]
+                axes.plot(*zip(*line, strict=True), label=layer)
+            axes.set(title=name, xlabel="step")
+        axes.legend(fontsize="small")
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        if not model.training:
+            return
+        if self.step % self.every == 0:
+            for name, module in self._layers:
+                self._layer_hooks.append(module.register_forward_pre_hook(self._record(name), with_kwargs=True))
+        self.step += 1
+
+    def _record(self, name: str) -> Any:
+        calls = 0
+
+        def record(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            nonlocal calls
+            x = args[0] if args else next(iter(named.values()))
+            vcl = _vcl_of(module, calls)
+            n = self.sub_batch_size or (5 if vcl is None else vcl.sub_batch_size)
+            self._seen.append((f"{name}:{calls}" if calls else name, _statistics(x, n, self.unit), vcl))
+            calls += 1
+
+        return record
+
+    def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for hook in self._layer_hooks:
+            hook.remove()
+        self._layer_hooks = []
+        if self._seen:
+            seen, self._seen = self._seen, []
+            device = seen[0][1][0].device
+            table = [torch.stack([*_of_vcl(vcl, values[0]), *values]).to(device) for _, values, vcl in seen]
+            self._waiting.append((self.step - 1, [name for name, _, _ in seen], torch.stack(table)))
+
+
+@torch.no_grad()
+def _statistics(x: Tensor, n: int, unit: str) -> list[Tensor]:
+    """Variance, constancy and kurtosis of x, each a scalar on x's device."""
+    x = x.detach().to(accumulation_dtype(x.dtype))
+    over = [0] if unit == "activation" else [0, *range(2, x.dim())]
+    centred = x - x.mean(over, keepdim=True)
+    square = centred.square()
+    spread = square.mean(over)
+    kurtosis = _mean_of_varying(square.square().mean(over), spread)
+    M = n if unit == "activation" else n * math.prod(x.shape[2:])
+    if x.shape[0] < 2 * n or M < 2:
+        nan = torch.full_like(kurtosis, torch.nan)
+        return [nan, nan, kurtosis]
+    _, var = sub_batch_moments(x, n, unit=unit)
+    mean = var.mean(0)
+    return [mean.mean(), _mean_of_varying(var.var(0), mean), kurtosis]
+
+
+def _mean_of_varying(numerator: Tensor, variance: Tensor) -> Tensor:
+    """Mean over units of numerator / variance², without units whose variance is 0 (NaN stays)."""
+    varying = variance != 0
+    return torch.where(varying, numerator / variance.square(), 0.0).sum() / varying.sum()
+
+
+@torch.no_grad()
+def _of_vcl(vcl: VCLActivation | None, like: Tensor) -> list[Tensor]:
+    """Loss, mean beta and least beta, each a scalar of ``like``'s dtype on its device."""
+    nan = torch.full_like(like, torch.nan)
+    if vcl is None or vcl.loss is None:
+        return [nan, nan, nan]
+    loss = vcl.loss.detach().to(like)
+    if vcl.form == "variance":
+        return [loss, nan, nan]
+    if vcl.beta is None:
+        beta = like.new_full((), max(vcl.beta_init, vcl.beta_min))
+    else:
+        beta = vcl.beta.detach().clamp(min=vcl.beta_min).to(like)
+    return [loss, beta.mean(), beta.min()]
+
+
+def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The places that are watched; not the VCLs inside of those."""
+    inside = {vcl for module in model.modules() for vcl in _calls_of(module)}
+    found = [
+        (name or type(model).__name__, module)
+        for name, module in model.named_modules()
+        if module not in inside and (isinstance(module, (*ACTIVATIONS, VCLActivation)) or any(_calls_of(module)))
+    ]
+    if not found:
+        raise ValueError(f"model ({type(model).__name__}) has no activation or VCL module to monitor")
+    return found
+
+
+def _calls_of(module: nn.Module) -> Iterator[nn.Module]:
+    """The VCLs that attach gave this module."""
+    calls = getattr(module, "vcl", None)
+    if isinstance(module, FusedActivation) or isinstance(calls, Calls):
+        yield from calls  # type: ignore[misc]
+
+
+def _vcl_of(module: nn.Module, call: int) -> VCLActivation | None:
+    if isinstance(module, VCLActivation):
+        return module
+    vcls = list(_calls_of(module))
+    return vcls[min(call, len(vcls) - 1)] if vcls else None  # type: ignore[return-value]
+
+
+def _append(path: Path, rows: list[dict[str, Any]]) -> None:
+    new = not path.exists() or path.stat().st_size == 0
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, ["step", "layer", *STATISTICS])
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def _summary_writer(folder: str | Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("tensorboard= needs the package tensorboard: pip install tensorboard") from error
+    return SummaryWriter(str(folder))
