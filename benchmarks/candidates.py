@@ -16,7 +16,7 @@ import vcl_kernels as vk
 from .cases import Case
 from .race import Candidate
 
-EVERY = {"form": "relative_variance", "sub_batch_size": 8}  # all sub-batches
+EVERY: dict[str, Any] = {"form": "relative_variance", "sub_batch_size": 8}  # all sub-batches
 LOSSES: dict[str, dict[str, Any]] = {
     "relative_variance": EVERY,
     "ratio": {"sub_batch_size": 5},
@@ -52,12 +52,14 @@ class Inputs:
         return torch.randn_like(self.x)
 
     @cached_property
-    def affine(self) -> tuple[Tensor, ...]:
-        return tuple(torch.full((self.case.shape[1],), v, device=self.device, requires_grad=True) for v in (1.0, 0.0))
+    def affine(self) -> tuple[Tensor, Tensor]:
+        C, device = self.case.shape[1], self.device
+        return torch.ones(C, device=device, requires_grad=True), torch.zeros(C, device=device, requires_grad=True)
 
     @cached_property
-    def affine_of_dtype(self) -> tuple[Tensor, ...]:
-        return tuple(t.detach().to(self.x.dtype).requires_grad_() for t in self.affine)
+    def affine_of_dtype(self) -> tuple[Tensor, Tensor]:
+        weight, bias = (t.detach().to(self.x.dtype).requires_grad_() for t in self.affine)
+        return weight, bias
 
     @cached_property
     def running(self) -> tuple[Tensor, Tensor]:
@@ -86,9 +88,7 @@ class Inputs:
         return Candidate(lambda: [function(self.x, **options)], [None], [self.x])
 
     def value(self, function: Callable[[Tensor], Tensor]) -> Candidate:
-        return Candidate(
-            lambda: [function(self.x)], [self.dy], [self.x, *self.affine, *self.affine_of_dtype]
-        )
+        return Candidate(lambda: [function(self.x)], [self.dy], [self.x, *self.affine, *self.affine_of_dtype])
 
     def value_and_loss(self, function: Callable[..., tuple[Tensor, Tensor]], **options: Any) -> Candidate:
         return Candidate(lambda: list(function(self.x, **options)), [self.dy, None], [self.x])
@@ -145,9 +145,7 @@ def activations(i: Inputs, with_compiled: bool) -> Factories:
     for name, bare in ACTIVATIONS.items():
         found[name] = partial(i.value, bare)
         for form in ("ratio", "relative_variance"):
-            found[f"{name} with {form}"] = partial(
-                i.value_and_loss, i.vcl_activation, activation=name, **LOSSES[form]
-            )
+            found[f"{name} with {form}"] = partial(i.value_and_loss, i.vcl_activation, activation=name, **LOSSES[form])
     found["elu and relative_variance apart"] = partial(i.value_and_loss, apart)
     for name in ("elu", "relu"):
         both = partial(normalised, ACTIVATIONS[name])
@@ -173,6 +171,6 @@ def floor_bytes(case: Case, candidate: str, phase: str) -> int | None:
     name, _, form = candidate.partition(" with ")
     if name not in ACTIVATIONS:
         return None
-    rows = pair if form == "ratio" and name in FROM_OUTPUT and 20 <= case.shape[0] else 0
+    rows = pair if form == "ratio" and name in FROM_OUTPUT and case.shape[0] >= 20 else 0
     least = {"forward": 2 * E + rows, "backward": 3 * E + rows}
     return sum(least.values()) if phase == "both" else least[phase]

@@ -22,7 +22,7 @@ class Contest:
     memory: Callable[[Candidate], int] | None = None  # bytes held for backward; the default counts saved tensors
     seconds: float = 4.0
     least: int = 7
-    most: int = 1000
+    most: int = 101
     info: dict[str, Any] = field(default_factory=dict)
 
     def phases(self, candidate: str) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ def _ops(candidates: Callable[[Inputs, bool], Factories], device: str, rehearse:
 
 def launch(device: str, rehearse: bool) -> list[Contest]:
     """The cost of a call on the host, and on a GPU of a replayed graph."""
-    found = []
+    found: list[Contest] = []
     for case in cases.small(rehearse):
         i = _inputs(case, device, rehearse)
         factories = {**losses(i, False), **activations(i, False)}
@@ -50,6 +50,8 @@ def launch(device: str, rehearse: bool) -> list[Contest]:
             contest.name += " in a CUDA graph"
             contest.whole = frozenset(graphs)
             found.append(contest)
+    for contest in found:
+        contest.most = 501
     return found
 
 

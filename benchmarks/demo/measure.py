@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import memory
 from .learner import Learner
 
 
@@ -41,20 +42,9 @@ def summary(times: list[float]) -> dict[str, Any]:
 
 
 def saved_bytes(learner: Learner, x: Tensor, y: Tensor) -> int:
-    """Bytes that one training forward keeps for backward: each storage once, parameters not counted."""
+    """Bytes that one training forward keeps for backward, parameters not counted."""
     learner.model.train()
-    known = {parameter.untyped_storage().data_ptr() for parameter in learner.model.parameters()}
-    found: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            found[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        learner.objective(x, y)
-    return sum(storage.nbytes() for storage in found.values())
+    return memory.saved_bytes(lambda: learner.objective(x, y), learner.model.parameters())
 
 
 @torch.no_grad()
