@@ -1,0 +1,117 @@
+"""What is checked and measured, most important first, with what each stage takes of a budget of eight minutes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from .runner import Stage
+
+ROOT = Path(__file__).parents[2]
+BUDGET = 480.0
+SUITES = {"loss": (60.0, 130.0), "activation": (60.0, 130.0), "launch": (20.0, 45.0), "networks": (60.0, 120.0)}
+SHARE = 0.85  # of a stage's time that a benchmark is told to plan with: it ends after the case that it is in
+
+# Tests whose kernels run where the tensors are: on the GPU where there is one
+ON_DEVICE = ("loss", "gradients", "activation", "properties", "activation_triton", "triton")
+# What a rehearsal runs of them: a case of each file, of the fastest in the interpreter
+REHEARSED = "triton and (zero_variance or beta_alone or parameters_of or shift_and or part_alone or stays or upstream)"
+
+
+def environment(rehearse: bool) -> dict[str, str]:
+    """Return what every stage runs in: modules of this checkout, folders that can be written."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    env["PYTHONUNBUFFERED"] = "1"
+    scratch = Path(tempfile.gettempdir()) / "vcl-gpu-check"
+    env.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(scratch / "hypothesis"))
+    if not os.access(Path.home(), os.W_OK):
+        env.setdefault("TRITON_CACHE_DIR", str(scratch / "triton"))
+    if rehearse:
+        env.update(TRITON_INTERPRET="1", VCL_KERNELS_REHEARSE="1", CUDA_VISIBLE_DEVICES="")
+    return env
+
+
+def stages(out: Path, budget: float, rehearse: bool) -> list[Stage]:
+    """Return every stage, in order of priority."""
+    scale = budget / BUDGET
+    asked = ["--rehearse"] if rehearse else []
+    python = [sys.executable, "-m"]
+
+    def stage(name: str, command: Callable[[float], list[str]], least: float, limit: float, **more: object) -> Stage:
+        return Stage(name, command, least * scale, limit * scale, **more)  # type: ignore[arg-type]
+
+    def benchmark(name: str, module: list[str], least: float, limit: float) -> Stage:
+        def command(seconds: float) -> list[str]:
+            return [*python, *module, "--out", str(out), "--budget", f"{SHARE * seconds:.0f}", *asked]
+
+        return stage(name, command, least, limit)
+
+    return [
+        stage("environment", _fixed([*python, "benchmarks.gpu_check.environment", *asked]), 5, 60, needed=True),
+        _build(stage, rehearse),
+        stage("cuda-tests", _tests(["cuda"], rehearse, "triton"), 60, 150, **_pytest()),
+        stage("kernel-tests", _tests(list(ON_DEVICE), rehearse, "triton"), 45, 120, **_pytest()),
+        *(_sanitizer(stage, tool, rehearse) for tool in ("memcheck", "racecheck")),
+        *(benchmark(f"benchmark-{name}", ["benchmarks.run", name], *times) for name, times in SUITES.items()),
+        benchmark("launch-sweep", ["benchmarks.sweep"], 30, 120),
+    ]
+
+
+def _fixed(command: list[str]) -> Callable[[float], list[str]]:
+    return lambda seconds: command
+
+
+def _build(stage: Callable[..., Stage], rehearse: bool) -> Stage:
+    """The native backend, in place. A rehearsal has setup.py read alone: others may be using what is built."""
+    command = [sys.executable, "setup.py", *(["--version"] if rehearse else ["build_ext", "--inplace"])]
+    writable = os.access(ROOT, os.W_OK) and os.access(ROOT / "vcl_kernels", os.W_OK)
+    missing = [name for name in ("setuptools", "ninja") if importlib.util.find_spec(name) is None]
+    if "ninja" in missing and shutil.which("ninja"):
+        missing.remove("ninja")
+    if missing:
+        reason = f"not installed: {', '.join(missing)}"
+    else:
+        reason = "" if writable or rehearse else f"{ROOT} is read-only"
+    require = {"VCL_KERNELS_REQUIRE_NATIVE": "1"}
+    return stage("build", _fixed(command), 20, 90, unavailable=reason, environment=require)
+
+
+def _pytest() -> dict[str, str]:
+    missing = [name for name in ("pytest", "numpy") if importlib.util.find_spec(name) is None]
+    return {"unavailable": f"not installed: {', '.join(missing)}"} if missing else {}
+
+
+def _tests(names: list[str], rehearse: bool, chosen: str) -> Callable[[float], list[str]]:
+    """Pytest over ``tests/test_NAME.py``: the machine's own versions, whose warnings are shown and not errors."""
+    files = [f"tests/test_{name}.py" for name in names]
+    options = ["-v", "-ra", "--tb=short", "--durations=10", "-W", "default", "-p", "no:cacheprovider", "-o", "addopts="]
+    if names != ["cuda"]:
+        options += ["-k", REHEARSED if rehearse else chosen]
+    if not rehearse and importlib.util.find_spec("xdist") is not None:
+        options += ["-n", str(min(8, os.cpu_count() or 1))]
+    return _fixed([sys.executable, "-m", "pytest", *files, *options])
+
+
+def _sanitizer(stage: Callable[..., Stage], tool: str, rehearse: bool) -> Stage:
+    script = [sys.executable, "-m", "benchmarks.gpu_check.sanitized"]
+    if rehearse:  # the script alone, once
+        unavailable = "" if tool == "memcheck" else "the script was rehearsed under memcheck"
+        return stage(tool, _fixed(script), 10, 60, unavailable=unavailable)
+    found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "30"]
+    options += ["--report-api-errors", "no"] if tool == "memcheck" else []  # PyTorch asks what a device can do
+    return stage(
+        tool,
+        _fixed([found or "compute-sanitizer", *options, *script]),
+        20,
+        60,
+        unavailable="" if found else "compute-sanitizer is not installed",
+        environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # so that every tensor has bounds of its own
+        lacking="Device not supported[^\n]*",
+    )
