@@ -67,7 +67,8 @@ def run_all(
     for index, stage in enumerate(stages):
         wanted_later = sum(later.least for later in stages[index + 1 :] if not later.unavailable)
         left = budget - (time.monotonic() - start) - grace
-        seconds = min(stage.limit, max(stage.least, left - wanted_later))
+        kept = wanted_later + grace if wanted_later else 0.0
+        seconds = min(stage.limit, max(stage.least, left - kept))
         if stage.unavailable or missing:
             result = Result(stage.name, NOT_AVAILABLE, stage.unavailable or missing)
         elif left < stage.least:
