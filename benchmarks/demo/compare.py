@@ -8,7 +8,7 @@ from rich.console import Console
 
 from . import measure
 from .data import Data
-from .learner import METHODS, Learner
+from .learner import METHODS, Learner, demo_learner, middle
 from .options import Options
 from .report import progress
 from .training import Run, train
@@ -21,7 +21,7 @@ def compare(options: Options, data: Data, console: Console) -> dict[str, dict[st
     size = min(options.batch_size, len(data.train_x))
 
     def learner(method: str, seed: int) -> Learner:
-        return Learner(
+        return demo_learner(
             method,
             data.train_x[:1],
             data.classes,
@@ -48,7 +48,7 @@ def compare(options: Options, data: Data, console: Console) -> dict[str, dict[st
             result["train_loss"].append(run.train_loss)
             result["test_accuracy"].append(run.test_accuracy)
             if seed == 0:
-                seen = measure.pre_activations(learnt.model, learnt.middle(), data.test_x[:SHOWN])
+                seen = measure.pre_activations(learnt.model, middle(learnt.model), data.test_x[:SHOWN])
                 result["pre_activations"] = measure.histogram(seen)
 
         for seed in range(options.seeds):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,34 +42,21 @@ def network(channels: int, classes: int, batch_norm: bool) -> nn.Sequential:
 
 
 class Learner:
-    """A network under one method. For one seed, all methods start from the same weights."""
+    """A network with its optimizer, and the VCL where it is the method."""
 
     def __init__(
         self,
-        method: str,
-        example: Tensor,
-        classes: int,
+        model: nn.Module,
+        handle: vk.VCLHandle | None,
         *,
-        seed: int,
         steps: int,
         learning_rate: float,
         weight_decay: float,
-        weight: float,
-        sub_batch_size: int,
-        form: str,
     ) -> None:
-        self.model = network(example.shape[1], classes, method == "bn").to(example.device)
-        torch.manual_seed(seed)
-        for module in self.model.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        self.handle = None
-        if method == "vcl":
-            self.handle = vk.attach(self.model, example, weight=weight, sub_batch_size=sub_batch_size, form=form)
-        groups = vk.param_groups(self.model, weight_decay)
+        self.model, self.handle = model, handle
+        groups = vk.param_groups(model, weight_decay)
         self.optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=0.9, nesterov=True)
+        self.schedule: torch.optim.lr_scheduler.LRScheduler
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
 
     def objective(self, x: Tensor, y: Tensor) -> Tensor:
@@ -84,8 +73,40 @@ class Learner:
         self.optimizer.step()
         return objective.detach()
 
-    def middle(self) -> nn.Module:
-        """The ELU whose pre-activations are shown: the third of five."""
-        block = self.model[3]
-        assert isinstance(block, Block)
-        return block.elu
+
+def demo_learner(
+    method: str,
+    example: Tensor,
+    classes: int,
+    *,
+    seed: int,
+    weight: float,
+    sub_batch_size: int,
+    form: str,
+    **settings: Any,
+) -> Learner:
+    """The demo's network under one method. For one seed, all methods start from the same weights."""
+    model = network(example.shape[1], classes, method == "bn").to(example.device)
+    torch.manual_seed(seed)
+    initialise(model)
+    handle = None
+    if method == "vcl":
+        handle = vk.attach(model, example, weight=weight, sub_batch_size=sub_batch_size, form=form)
+    return Learner(model, handle, **settings)
+
+
+def initialise(model: nn.Module) -> None:
+    """He's normal weights, zero biases."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def middle(model: nn.Module) -> nn.Module:
+    """The ELU whose pre-activations are shown: the third of five."""
+    assert isinstance(model, nn.Sequential)
+    block = model[3]
+    assert isinstance(block, Block)
+    return block.elu

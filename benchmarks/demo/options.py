@@ -45,16 +45,16 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     add("--dataset", choices=DATASETS, default="mnist5k")
     add("--data-dir", type=Path, help="folder of fashion-mnist (IDX files) or cifar10, cifar100 (python version)")
     add("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
-    add("--seeds", type=_count, help="runs of each method (3)")
-    add("--epochs", type=_count, help="(10)")
-    add("--batch-size", type=_count, default=100)
+    add("--seeds", type=count, help="runs of each method (3)")
+    add("--epochs", type=count, help="(10)")
+    add("--batch-size", type=count, default=100)
     add("--learning-rate", type=_positive, default=0.05)
     add("--weight-decay", type=float, default=5e-4)
     add("--weight", type=float, default=0.01, help="of the VCL (%(default)s)")
-    add("--sub-batch-size", type=_count, default=5, help="samples in a sub-batch of the VCL (%(default)s)")
+    add("--sub-batch-size", type=count, default=5, help="samples in a sub-batch of the VCL (%(default)s)")
     add("--form", choices=("ratio", "variance", "relative_variance"), default="ratio")
     add("--device", help="cuda where there is one, else cpu")
-    add("--threads", type=_count, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
+    add("--threads", type=count, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
     add("--out", type=Path, default=Path("out"), help="folder of demo.png and demo.json (%(default)s)")
     add("--validate", action="store_true", help="score on a fifth of the training set, to choose settings by")
     add("--quick", action="store_true", help="one seed, two epochs, 500 images: a check that everything runs")
@@ -87,7 +87,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     )
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"wants 1 or more, got {text}")

@@ -25,14 +25,14 @@ Advance = Callable[[str, str], None]  # what is being done, and what to print on
 
 
 @contextmanager
-def progress(console: Console, epochs: int) -> Iterator[Advance]:
-    """Count epochs: a bar on a terminal, else one line for each finished run."""
+def progress(console: Console, total: int, of: str = "epochs") -> Iterator[Advance]:
+    """Count epochs, or other parts of the work: a bar on a terminal, else one line for each finished run."""
     if not console.is_terminal:
         yield lambda doing, finished: print(finished, flush=True) if finished else None
         return
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs,")
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(f"{of},")
     with Progress(*columns, TimeRemainingColumn(compact=True), TextColumn("left"), console=console) as bar:
-        task = bar.add_task("", total=epochs)
+        task = bar.add_task("", total=total)
 
         def advance(doing: str, finished: str) -> None:
             bar.update(task, advance=1, description=doing)

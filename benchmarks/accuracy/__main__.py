@@ -1,0 +1,34 @@
+"""Run one study, or render the page of findings."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+
+import torch
+from rich.console import Console
+
+from ..demo.errors import DataError
+from .options import parse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the study; return the exit code."""
+    options: argparse.Namespace = parse(argv)
+    torch.set_num_threads(1)
+    study = importlib.import_module(f".{options.study}", __package__)  # a study imports only what it needs
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found unknown categories")  # test rows may have new names
+            study.run(options, Console())
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

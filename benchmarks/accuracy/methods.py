@@ -1,0 +1,59 @@
+"""The methods that are compared, and what each puts into a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vcl_kernels as vk
+
+from ..demo.learner import Learner, initialise
+
+METHODS = {
+    "none": "no normalisation",
+    "bn": "batch norm",
+    "ln": "layer norm",
+    "vcl-ratio": "VCL, ratio",
+    "vcl-relative": "VCL, relative_variance",
+}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU}
+
+# The paper's form learns beta from 1; relative_variance needs none where no unit is dead, so its guard stays small.
+VCL: dict[str, dict[str, Any]] = {
+    "vcl-ratio": {"form": "ratio"},
+    "vcl-relative": {"form": "relative_variance", "learn_beta": False, "beta_init": 1e-3},
+}
+
+
+def multilayer(inputs: int, classes: int, method: str, activation: str, *, depth: int, width: int) -> nn.Sequential:
+    """``depth`` hidden layers of ``width``: linear, normalisation if it is the method, activation."""
+    layers: list[nn.Module] = []
+    for before in [inputs] + [width] * (depth - 1):
+        layers.append(nn.Linear(before, width, bias=method != "bn"))  # batch norm has its own bias
+        if method == "bn":
+            layers.append(nn.BatchNorm1d(width))
+        elif method == "ln":
+            layers.append(nn.LayerNorm(width))
+        layers.append(ACTIVATIONS[activation]())
+    return nn.Sequential(*layers, nn.Linear(width, classes))
+
+
+def learner(
+    model: nn.Module,
+    method: str,
+    example: Tensor,
+    *,
+    seed: int,
+    steps: int,
+    learning_rate: float,
+    weight_decay: float,
+    **vcl: Any,
+) -> Learner:
+    """Initialise by ``seed``, put VCL on where it is the method (``vcl`` over its own settings), add the optimizer."""
+    torch.manual_seed(seed)
+    initialise(model)
+    handle = vk.attach(model, example, **{**VCL[method], **vcl}) if method in VCL else None
+    return Learner(model, handle, steps=steps, learning_rate=learning_rate, weight_decay=weight_decay)

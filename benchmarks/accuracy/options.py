@@ -1,0 +1,60 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..demo.data import DATASETS
+from ..demo.options import count
+from .methods import ACTIVATIONS, METHODS
+
+RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
+PAGE = Path(__file__).parents[2] / "docs" / "findings.md"
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; a wrong one exits with code 2."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
+    parser.description = "Measure what VCL does to accuracy, beside no normalisation, batch norm and layer norm."
+    studies = parser.add_subparsers(dest="study", required=True)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--out", type=Path, default=Path("out/accuracy"), help="folder of the results (%(default)s)")
+    shared.add_argument("--quick", action="store_true", help="a small form of the study: a check that everything runs")
+    shared.add_argument("--processes", type=count, default=1, help="units of work at a time, one thread each")
+    shared.add_argument("--minutes", type=float, help="begin nothing after that; the same command continues")
+
+    add = studies.add_parser(
+        "tabular", parents=[shared], help="fully connected networks on UCI and KEEL sets"
+    ).add_argument
+    add("--splits", type=count, help="of each set into training and test rows (16)")
+    add("--trials", type=count, help="of the search for settings (4)")
+    add("--steps", type=count, help="of each training (300)")
+    add("--sets", type=count, help="only the so many smallest")
+
+    add = studies.add_parser("images", parents=[shared], help="convolutional networks on images").add_argument
+    add("--dataset", choices=DATASETS, default="mnist5k")
+    add("--data-dir", type=Path, help="folder of fashion-mnist (IDX files) or cifar10, cifar100 (python version)")
+    add("--networks", nargs="+", default=["elu-11", "resnet"], choices=("elu-11", "resnet", "demo"))
+    add("--activations", nargs="+", default=list(ACTIVATIONS), choices=tuple(ACTIVATIONS))
+    add("--methods", nargs="+", default=[m for m in METHODS if m != "ln"], choices=[m for m in METHODS if m != "ln"])
+    add("--batch-sizes", nargs="+", type=count, help="(100)")
+    add("--seeds", type=count, help="(5)")
+    add("--epochs", type=count, help="(10)")
+    add("--k", type=float, default=0.1, help="width of the 11-layer network; the paper's is 1 or 2 (%(default)s)")
+    add("--limit", type=count, help="training images")
+    add("--recipe", choices=("short", "reference"), default="short", help="reference: that of the authors' code")
+    add("--device", default="cpu")
+
+    for name, text in (
+        ("sensitivity", "to n, weight, form, unit, sub-batches and the learning of beta"),
+        ("modes", "two Gaussians through a linear unit; pre-activations through training"),
+    ):
+        add = studies.add_parser(name, parents=[shared], help=text).add_argument
+        add("--seeds", type=count, help="(10)" if name == "sensitivity" else "(20)")
+
+    add = studies.add_parser("report", help="the page of findings from the committed results").add_argument
+    add("--results", type=Path, default=RESULTS, help="(%(default)s)")
+    add("--page", type=Path, default=PAGE, help="(%(default)s)")
+    return parser.parse_args(argv)
