@@ -1,0 +1,346 @@
+"""CUDA tensors: values of every kernel, and what only a GPU shows: graphs, waits, uninitialised memory, size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from common import LAYOUTS, assert_within_budget, oracle
+from conftest import FORMS, GPU, UNITS
+from cuda import DEVICE, memory_of_nan, needs_device, needs_gpu, no_sync, replayed, sized, skip_unless_free
+from test_activation_triton import act, assert_all_within_budget, spec
+from test_loss import beta_for, check, per_unit
+from torch import nn
+
+import vcl_kernels as vk
+from benchmarks.gpu_check.sanitized import launched
+from vcl_kernels import ops
+from vcl_kernels.checks import check_activation, check_loss
+
+pytestmark = needs_device
+triton = {"backend": "triton"}
+EVERY = {"form": "relative_variance"}
+PER_ACTIVATION = {**EVERY, "unit": "activation"}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SPLIT_SPATIAL = {"moments_spatial", "finalise", "apply_spatial"}
+SPLIT_UNIT = {"moments_unit", "finalise", "apply_unit"}
+
+# What runs, with float16's upstream gradient before rounding it or not: shape on a GPU, shape in a rehearsal, layout,
+# options, kernels.
+LOSSES = {
+    "on_chip_spatial": ((40, 64, 14, 14), (10, 5, 3, 3), "contiguous", EVERY, {"one_pass_spatial"}),
+    "on_chip_unit": ((256, 1000), (12, 21), "contiguous", {**EVERY, "sub_batch_size": 6}, {"one_pass_unit"}),
+    "per_activation": ((64, 32, 14, 14), (10, 3, 3, 4), "contiguous", PER_ACTIVATION, {"one_pass_unit"}),
+    "split_spatial": ((32, 64, 56, 56), (10, 2, 41, 41), "contiguous", EVERY, SPLIT_SPATIAL),
+    "split_unit": ((32, 64, 40, 40), (10, 5, 24, 24), "channels_last", EVERY, SPLIT_UNIT),
+    "rows_of_a_pair_spatial": ((250, 64, 24, 24), (22, 4, 5, 5), "contiguous", {}, SPLIT_SPATIAL),
+    "rows_of_a_pair_unit": ((250, 64, 24, 24), (22, 4, 5, 5), "channels_last", {}, SPLIT_UNIT),
+    "every_second_row": ((23, 70, 30, 30), (23, 2, 33, 33), "row_stride", {"form": "variance"}, SPLIT_SPATIAL),
+}  # fmt: skip
+
+
+def sample(shape, dtype=torch.float32, layout="contiguous"):
+    torch.manual_seed(0)
+    return LAYOUTS[layout]((2 * torch.randn(shape, device=DEVICE) + 0.5).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LOSSES)
+def test_loss(case, dtype):
+    on_gpu, rehearsed, layout, options, kernels = LOSSES[case]
+    x = sample(sized(on_gpu, rehearsed), dtype, layout)
+    unit, form = options.get("unit", "channel"), options.get("form", "ratio")
+    with launched() as names:
+        check(x, "triton", beta=beta_for(x, form, unit, "units"), **options, **per_unit(x, unit))
+    if dtype == torch.float16 and names != kernels:  # gradients are made in backward, so that a scale comes first
+        kernels = SPLIT_SPATIAL if kernels == {"one_pass_spatial"} else SPLIT_UNIT
+    assert names == kernels
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "form"), [("elu", "ratio"), ("gelu", "relative_variance"), ("tanh", "ratio")])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "per_activation"])
+def test_activation(name, form, dtype, layout):
+    x = sample(
+        sized((33, 48, 28, 28), (11, 5, 5, 7)), dtype, "channels_last" if layout == "channels_last" else "contiguous"
+    )
+    given = spec(form, x, layout == "per_activation")
+    keep = form == "ratio"
+    with launched() as names:
+        assert_all_within_budget(x, given, act(name), keep, keep and act(name).from_output)
+    assert names == (SPLIT_SPATIAL if layout == "contiguous" else SPLIT_UNIT)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_multiply(dtype):
+    from vcl_kernels.backends.triton.launchers import multiply_
+
+    dx = sample(sized((300, 1001), (13, 37)), dtype)
+    for g in (1.0, 0.3):
+        exact, got = dx.double() * torch.tensor(g, dtype=torch.float64), dx.clone()
+        upstream = torch.tensor(g, device=DEVICE, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        multiply_(got, upstream)
+        assert_within_budget(got, [dx * upstream.to(dtype)], exact.cpu())
+        assert g != 1 or torch.equal(got, dx)
+
+
+def test_upstream_gradient_multiplies_what_forward_made():
+    x = sample(sized((40, 64, 14, 14), (10, 5, 3, 3)))
+    with launched() as names:
+        leaf = x.detach().requires_grad_()
+        (dx,) = torch.autograd.grad(vk.vcl_loss(leaf, **EVERY, **triton) * 3.5, leaf)
+    assert names == {"one_pass_spatial", *(["multiply"] if GPU else [])}  # a CPU tensor is multiplied by PyTorch
+    exact, eager = (oracle(x, None, torch.tensor(3.5), dtype=d, **EVERY)[1] for d in (torch.float64, torch.float32))
+    assert_within_budget(dx, [eager], exact)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("form", FORMS)
+def test_numerical_derivatives(form, unit):
+    for rows in (7, 12):  # in one pass; from the rows of a pair
+        torch.manual_seed(0)
+        x = torch.randn(rows, 2, 2, dtype=torch.float64, device=DEVICE, requires_grad=True)
+        options = {"sub_batch_size": 3, "num_sub_batches": 2, "form": form, "unit": unit, **triton}
+        for function in (
+            lambda x, o=options: vk.vcl_loss(x, **o),
+            lambda x, o=options: vk.vcl_activation(x, "elu", **o),
+        ):
+            assert torch.autograd.gradcheck(function, (x,), fast_mode=not GPU)
+
+
+def steps():
+    """Forward and backward of each op, as (x, a function of no arguments to a list of tensors)."""
+    shapes = sized(((16, 32, 14, 14), (32, 16, 56, 56), (250, 40)), ((10, 3, 4, 4), (10, 2, 41, 41), (22, 9)))
+    for shape in shapes:
+        for dtype in sized((torch.float32, torch.float16), (torch.float32,)):
+            for options in ({}, EVERY):
+                x = sample(shape, dtype).requires_grad_()
+                beta = torch.ones(shape[1], device=DEVICE, requires_grad=True)
+
+                def loss(x=x, beta=beta, options=options):
+                    value = vk.vcl_loss(x, beta, **options, **triton)
+                    return [value.detach(), *torch.autograd.grad(value * 2, [x, beta])]
+
+                def activation(x=x, beta=beta, options=options):
+                    y, value = vk.vcl_activation(x, "elu" if not options else "gelu", beta, **options, **triton)
+                    upstream = [torch.ones_like(y), torch.ones_like(value)]
+                    return [y.detach(), value.detach(), *torch.autograd.grad([y, value], [x, beta], upstream)]
+
+                yield x, loss
+                yield x, activation
+        x = sample(shape).requires_grad_()
+
+        def moments(x=x):
+            mean, var = vk.sub_batch_moments(x, 5, **triton)
+            return [mean.detach(), var.detach(), *torch.autograd.grad(mean.sum() + var.sum(), x)]
+
+        yield x, moments
+
+
+def test_graph_capture_and_replay():
+    for x, step in steps():
+        run = replayed(step)
+        for seed in sized((1, 2, 3), (1,)):
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                x.copy_(torch.randn(x.shape, device=DEVICE) * seed)
+            got = [t.clone() for t in run()]
+            assert all(torch.equal(a, b) for a, b in zip(got, step(), strict=True)), (step.__name__, x.shape)
+            assert all(t.isfinite().all() for t in got)
+
+
+@needs_gpu
+def test_a_wait_is_noticed():
+    with pytest.raises(RuntimeError, match="synchroniz"), no_sync():
+        torch.ones((), device=DEVICE).item()
+
+
+def test_ops_do_not_wait():
+    for _, step in steps():
+        step()  # compilation
+        with no_sync():
+            step()
+
+
+class Network(nn.Module):
+    """Fused activations, one that is not, and one that is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+        self.elu, self.mish, self.relu = nn.ELU(), nn.Mish(), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = self.elu(self.a(x))
+        x = self.relu(self.b(self.relu(self.b(x))) + x)
+        return self.c(self.mish(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("inject", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_step_does_not_wait(dtype, inject, scaled):
+    torch.manual_seed(0)
+    net, x = Network().to(DEVICE), torch.randn(sized((64, 3, 32, 32), (20, 3, 8, 8)), device=DEVICE)
+    target = torch.randint(4, (len(x),), device=DEVICE)
+    handle = vk.attach(net, x[:2], inject=inject)
+    optimizer = torch.optim.SGD(vk.param_groups(net, 1e-4), lr=0.01, momentum=0.9)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=16.0) if scaled else None
+    handle.grad_scaler = scaler if inject else None
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            objective = nn.functional.cross_entropy(net(x).float(), target)
+        if not inject:
+            objective = objective + handle.loss()
+        (objective if scaler is None else scaler.scale(objective)).backward()
+        if scaler is None:  # a scaler's own step waits, to see whether a gradient is not finite
+            optimizer.step()
+        return handle.losses
+
+    step()
+    with no_sync():
+        losses = step()
+    assert list(losses) == ["elu", "mish", "relu", "relu:1"]
+    assert all(value.device.type == DEVICE and value.isfinite() and value > 0 for value in losses.values())
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in handle.parameters())
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bitwise_repeatable(dtype, layout):
+    """Few channels and much data: sums are split over many programs."""
+    x = sample(sized((64, 4, 200, 200), (10, 2, 50, 50)), dtype, layout)
+    beta = torch.ones(x.shape[1], device=DEVICE)
+
+    def run():
+        leaf, b = x.detach().requires_grad_(), beta.detach().requires_grad_()
+        y, loss = vk.vcl_activation(leaf, "silu", b, **EVERY, **triton)
+        both = [
+            y.detach(),
+            loss.detach(),
+            *torch.autograd.grad([y, loss], [leaf, b], [torch.ones_like(y), loss * 0 + 2]),
+        ]
+        value = vk.vcl_loss(leaf, b, form="ratio", **triton)
+        return [*both, value.detach(), *torch.autograd.grad(value, [leaf, b])]
+
+    first = run()
+    for _ in range(sized(20, 1)):
+        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+
+
+def test_memory_that_is_not_written():
+    for x, step in steps():
+        expected = step()
+        with memory_of_nan():
+            assert torch.empty(1000, device=DEVICE).isnan().all()
+            got = step()
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), (step.__name__, x.shape, x.dtype)
+
+
+LARGE = {  # 1.1 times 2³¹ elements: the last sub-batch lies beyond what 32 bits reach
+    "contiguous": ((44, 64, 920, 920), (12, 3, 9, 9), 4),
+    "channels_last": ((44, 64, 920, 920), (12, 3, 9, 9), 4),
+    "2-D": ((147456, 16384), (36, 7), sized(4096, 6)),
+}
+
+
+def assert_like_reference(got, x, units, dy, n):
+    """y, loss and dx of the chosen ``units`` of x: a unit has nothing to do with the others."""
+    leaf = x[:, units].double().requires_grad_()
+    settings = {"form": "relative_variance", "sub_batch_size": n, "reduction": "none"}
+    y, loss = vk.reference.vcl_activation(leaf, "elu", **settings)
+    (of_loss,) = torch.autograd.grad(loss.sum(), leaf)
+    value, dx = got[0][units], got[1][:, units].double()
+    torch.testing.assert_close(value.double(), loss.detach(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(dx, of_loss, rtol=2**-6, atol=float(1e-3 * of_loss.abs().max()))
+    y, loss = vk.reference.vcl_activation(leaf, "elu", **settings)
+    (of_both,) = torch.autograd.grad([y, loss], leaf, [torch.full_like(y, dy), torch.ones_like(loss)])
+    torch.testing.assert_close(got[2][:, units].double(), y.detach(), rtol=2**-6, atol=1e-6)
+    torch.testing.assert_close(got[3][units].double(), loss.detach(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(got[4][:, units].double(), of_both, rtol=2**-6, atol=float(1e-3 * of_loss.abs().max()))
+
+
+def test_more_elements_than_32_bits_count():
+    skip_unless_free(45)
+    for layout, (on_gpu, rehearsed, n) in LARGE.items():
+        torch.manual_seed(0)
+        x = torch.randn(sized(on_gpu, rehearsed), dtype=torch.bfloat16, device=DEVICE)
+        assert not GPU or x.numel() > 1.1 * 2**31
+        x = LAYOUTS["channels_last"](x) if layout == "channels_last" else x
+        for k, rows in enumerate(x.split(n)):
+            rows *= 1 + k / 8  # variances that differ
+        x.requires_grad_()
+        settings = {"form": "relative_variance", "sub_batch_size": n, "reduction": "none", **triton}
+        loss = vk.vcl_loss(x, **settings)
+        (dx,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
+        y, again = vk.vcl_activation(x, "elu", **settings)
+        dy = 1e-6  # of the size of the loss's gradient, which is then seen in the sum
+        (both,) = torch.autograd.grad([y, again], x, [torch.full_like(y, dy), torch.ones_like(again)])
+        for units in (slice(0, 1), slice(-1, None)):
+            assert_like_reference((loss.detach(), dx, y.detach(), again.detach(), both), x.detach(), units, dy, n)
+        del x, loss, dx, y, again, both
+        if GPU:
+            torch.cuda.empty_cache()
+
+
+def assert_compiles(step, x_of_rows, inputs, dynamic):
+    """In a rehearsal without code generation, and on the backend of CPU tensors."""
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="inductor" if GPU else "aot_eager")
+    for rows in (12, 24, 40):
+        x = x_of_rows(rows)
+        got, expected = (torch.autograd.grad(f(x), inputs) for f in (compiled, step))
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_compiled_without_a_break(dynamic, layout):
+    w = torch.randn(5, device=DEVICE, requires_grad=True)
+    beta = torch.ones(6, device=DEVICE, requires_grad=True)
+
+    def step(x):
+        y, loss = vk.vcl_activation(x * w, "elu", beta, sub_batch_size=4)
+        return y.square().mean() + 2 * loss + 0.3 * vk.vcl_loss(y.tanh(), form="variance", sub_batch_size=4)
+
+    assert_compiles(step, lambda rows: sample((rows, 6, 4, 5), layout=layout), [w, beta], dynamic)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("inject", [False, True])
+def test_module_compiled_without_a_break(inject):
+    module = vk.VCLActivation("elu", 6, sub_batch_size=4, inject=inject).to(DEVICE)
+    w = torch.randn(5, device=DEVICE, requires_grad=True)
+
+    def step(x):
+        return module(x * w).square().mean() + (0 if inject else module.loss)
+
+    assert_compiles(step, lambda rows: sample((rows, 6, 4, 5)), [w, module.beta], False)
+
+
+@pytest.mark.skipif(vk.backends()["cpu"] != "available" and not GPU, reason="the ops have no kernels for CPU tensors")
+def test_ops_as_registered():
+    """Schemas and fake results against those of the device's own kernels."""
+    for x in (sample((16, 5, 3, 4)), sample((16, 5, 3, 4), layout="channels_last"), sample((16, 7), torch.bfloat16)):
+        beta, given = check_loss(x, torch.ones(x.shape[1], device=DEVICE), 4, "ratio", "channel", None, "mean")
+        torch.library.opcheck(ops.loss_dx, (x, beta, *given, True))
+        torch.library.opcheck(ops.loss_coefficients, (x, beta, *given, True))
+        torch.library.opcheck(ops.activation, (x, beta, *given, True, *check_activation("elu"), True))
+        mean, var = ops.moments(x, 4, 3, False)
+        torch.library.opcheck(ops.moments_dx, (x, mean, var, None, torch.tensor(0.5, device=DEVICE), 4, 20, False))
+
+
+@needs_gpu
+def test_another_device_than_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    x = torch.randn(20, 8, 9, device="cuda:1", requires_grad=True)
+    with torch.cuda.device(0):
+        loss = vk.vcl_loss(x, **EVERY)
+        (dx,) = torch.autograd.grad(loss, x)
+    expected = vk.reference.vcl_loss(x, **EVERY)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(dx, torch.autograd.grad(expected, x)[0])
