@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184  # glibc keeps freed memory
 
-.PHONY: demo test check bench build clean
+.PHONY: demo test check bench gpu-check build clean
 
 .venv/ready: pyproject.toml setup.py $(wildcard csrc/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -34,6 +34,10 @@ bench: build
 	  $(KEEP) $(BIN)/python -m benchmarks.cpu $$suite --out $(RESULTS)/vcl_$$suite.json $(ARGS) && \
 	  $(BIN)/python -m benchmarks.cpu $$suite --out $(RESULTS)/vcl_$$suite-default-allocator.json $(ARGS) || exit 1; \
 	done
+
+# On a machine with CUDA, which may be offline: its own Python, torch and triton.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info vcl_kernels/_C*.so out

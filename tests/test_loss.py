@@ -80,7 +80,7 @@ def test_dtypes(kernel_backend, dtype, form):
 @pytest.mark.parametrize(("form", "n"), [("ratio", 3), ("relative_variance", 4)])
 def test_layouts(kernel_backend, layout, unit, form, n):
     torch.manual_seed(2)
-    x = LAYOUTS[layout](torch.randn(14, 18, 6, 5)).to(device_of(kernel_backend))
+    x = LAYOUTS[layout](torch.randn(14, 18, 6, 5, device=device_of(kernel_backend)))
     beta = beta_for(x, form, unit, "units")
     options = {"form": form, "unit": unit, "sub_batch_size": n}
     _, dx, _ = check(x, kernel_backend, beta=beta, **options, **per_unit(x, unit))
@@ -92,7 +92,7 @@ def test_layouts(kernel_backend, layout, unit, form, n):
 def test_layouts_in_half_precision(kernel_backend, layout):
     torch.manual_seed(3)
     for dtype in (torch.bfloat16, torch.float16):
-        x = LAYOUTS[layout](torch.randn(16, 19, 5, 7).to(dtype)).to(device_of(kernel_backend))
+        x = LAYOUTS[layout](torch.randn(16, 19, 5, 7, device=device_of(kernel_backend)).to(dtype))
         check(x, kernel_backend, form="relative_variance", sub_batch_size=5)
 
 
@@ -171,7 +171,7 @@ def test_input_is_not_modified(backend):
 def test_mean_far_from_zero(kernel_backend, layout):
     torch.manual_seed(6)
     for shape in ((16, 6, 8, 8), (40, 3, 33, 20)):
-        x = LAYOUTS[layout](torch.randn(shape) + 1e4).to(device_of(kernel_backend))
+        x = LAYOUTS[layout](torch.randn(shape, device=device_of(kernel_backend)) + 1e4)
         for form in FORMS:
             for unit in UNITS:
                 check(x, kernel_backend, form=form, unit=unit, reduction="none", g=torch.ones(

@@ -2,18 +2,20 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import device_of
 
 import vcl_kernels as vk
+
+hypothesis = pytest.importorskip("hypothesis")
+st = pytest.importorskip("hypothesis.strategies")
 
 shapes = st.tuples(st.integers(4, 40), st.integers(1, 40), st.integers(1, 9), st.integers(1, 9))
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(shape=shapes, n=st.integers(2, 6), form=st.sampled_from(["ratio", "variance", "relative_variance"]),
-       unit=st.sampled_from(["channel", "activation"]), steps=st.tuples(*[st.integers(1, 2)] * 4),
-       order=st.permutations(range(4)), offset=st.integers(0, 3))  # fmt: skip
+@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+@hypothesis.given(shape=shapes, n=st.integers(2, 6), form=st.sampled_from(["ratio", "variance", "relative_variance"]),
+                  unit=st.sampled_from(["channel", "activation"]), steps=st.tuples(*[st.integers(1, 2)] * 4),
+                  order=st.permutations(range(4)), offset=st.integers(0, 3))  # fmt: skip
 def test_any_strides_give_the_reference(shape, n, form, unit, steps, order, offset):
     n = min(n, shape[0] // 2)
     torch.manual_seed(shape[1])
@@ -37,14 +39,14 @@ def x():
 
 
 def test_shift_and_scale(backend, x):
-    if backend == "triton" and torch.cuda.is_available():
-        x = x.cuda()
+    x = x.to(device_of(backend))
     loss = vk.vcl_loss(x, 0.0, backend=backend)
     torch.testing.assert_close(vk.vcl_loss(x + 3, 0.0, backend=backend), loss)
     torch.testing.assert_close(vk.vcl_loss(x * 7, 0.0, backend=backend), loss)
 
 
 def test_order_within_a_sub_batch_and_of_channels(kernel_backend, x):
+    x = x.to(device_of(kernel_backend))
     loss = vk.vcl_loss(x, form="variance", backend=kernel_backend, reduction="none")
     shuffled = torch.cat([part[torch.randperm(5)] for part in x.split(5)])
     torch.testing.assert_close(vk.vcl_loss(shuffled, form="variance", backend=kernel_backend, reduction="none"), loss)
@@ -72,6 +74,7 @@ def test_closed_form_of_the_variance_of_the_variance():
 
 
 def test_sub_batch_moments(backend, x):
+    x = x.to(device_of(backend))
     mean, var = vk.sub_batch_moments(x, 5, backend=backend)
     torch.testing.assert_close(mean[1], x[5:10].mean((0, 2)))
     torch.testing.assert_close(var[3], x[15:].transpose(0, 1).flatten(1).var(1))
