@@ -46,19 +46,26 @@ def stages(out: Path, budget: float, rehearse: bool) -> list[Stage]:
     def stage(name: str, command: Callable[[float], list[str]], least: float, limit: float, **more: object) -> Stage:
         return Stage(name, command, least * scale, limit * scale, **more)  # type: ignore[arg-type]
 
-    def benchmark(name: str, module: list[str], least: float, limit: float) -> Stage:
+    def benchmark(name: str, module: list[str], least: float, limit: float, unavailable: str = "") -> Stage:
         def command(seconds: float) -> list[str]:
             return [*python, *module, "--out", str(out), "--budget", f"{SHARE * seconds:.0f}", *asked]
 
-        return stage(name, command, least, limit)
+        return stage(name, command, least, limit, unavailable=unavailable)
 
+    no_pytest, no_suites = _lacking("pytest"), _lacking("pytest", "pytest_benchmark")
     return [
         stage("environment", _fixed([*python, "benchmarks.gpu_check.environment", *asked]), 5, 60, needed=True),
         _build(stage, rehearse),
-        stage("cuda-tests", _tests(["cuda"], rehearse, "triton"), 60, 150, **_pytest()),
-        stage("kernel-tests", _tests(list(ON_DEVICE), rehearse, "triton"), 45, 120, **_pytest()),
+        stage("cuda-tests", _tests(["cuda"], rehearse), 60, 150, unavailable=no_pytest),
+        stage(
+            "kernel-tests",
+            _tests(list(ON_DEVICE), rehearse, REHEARSED if rehearse else "triton"),
+            45,
+            150,
+            unavailable=no_pytest,
+        ),
         *(_sanitizer(stage, tool, rehearse) for tool in ("memcheck", "racecheck")),
-        *(benchmark(f"benchmark-{name}", ["benchmarks.run", name], *times) for name, times in SUITES.items()),
+        *(benchmark(f"benchmark-{name}", ["benchmarks.run", name], *t, no_suites) for name, t in SUITES.items()),
         benchmark("launch-sweep", ["benchmarks.sweep"], 30, 120),
     ]
 
@@ -71,30 +78,28 @@ def _build(stage: Callable[..., Stage], rehearse: bool) -> Stage:
     """The native backend, in place. A rehearsal has setup.py read alone: others may be using what is built."""
     command = [sys.executable, "setup.py", *(["--version"] if rehearse else ["build_ext", "--inplace"])]
     writable = os.access(ROOT, os.W_OK) and os.access(ROOT / "vcl_kernels", os.W_OK)
-    missing = [name for name in ("setuptools", "ninja") if importlib.util.find_spec(name) is None]
-    if "ninja" in missing and shutil.which("ninja"):
-        missing.remove("ninja")
-    if missing:
-        reason = f"not installed: {', '.join(missing)}"
-    else:
-        reason = "" if writable or rehearse else f"{ROOT} is read-only"
+    reason = _lacking("setuptools", *([] if shutil.which("ninja") else ["ninja"]))
+    reason = reason or ("" if writable or rehearse else f"{ROOT} is read-only")
     require = {"VCL_KERNELS_REQUIRE_NATIVE": "1"}
     return stage("build", _fixed(command), 20, 90, unavailable=reason, environment=require)
 
 
-def _pytest() -> dict[str, str]:
-    missing = [name for name in ("pytest", "numpy") if importlib.util.find_spec(name) is None]
-    return {"unavailable": f"not installed: {', '.join(missing)}"} if missing else {}
+def _lacking(*modules: str) -> str:
+    """Which of the modules are not installed, as a reason; empty if all are."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(missing)}" if missing else ""
 
 
-def _tests(names: list[str], rehearse: bool, chosen: str) -> Callable[[float], list[str]]:
-    """Pytest over ``tests/test_NAME.py``: the machine's own versions, whose warnings are shown and not errors."""
+def _tests(names: list[str], rehearse: bool, chosen: str = "") -> Callable[[float], list[str]]:
+    """Pytest over ``tests/test_NAME.py``: warnings of the machine's own versions are shown and are not errors.
+
+    Most of the time goes to compiling kernels, one after another in each process: as many as there are cores, up to 16.
+    """
     files = [f"tests/test_{name}.py" for name in names]
     options = ["-v", "-ra", "--tb=short", "--durations=10", "-W", "default", "-p", "no:cacheprovider", "-o", "addopts="]
-    if names != ["cuda"]:
-        options += ["-k", REHEARSED if rehearse else chosen]
+    options += ["-k", chosen] if chosen else []
     if not rehearse and importlib.util.find_spec("xdist") is not None:
-        options += ["-n", str(min(8, os.cpu_count() or 1))]
+        options += ["-n", str(min(16, os.cpu_count() or 1))]
     return _fixed([sys.executable, "-m", "pytest", *files, *options])
 
 
