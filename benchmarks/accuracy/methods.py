@@ -55,5 +55,19 @@ def learner(
     """Initialise by ``seed``, put VCL on where it is the method (``vcl`` over its own settings), add the optimizer."""
     torch.manual_seed(seed)
     initialise(model)
-    handle = vk.attach(model, example, **{**VCL[method], **vcl}) if method in VCL else None
+    handle = attach(model, method, example, **vcl)
     return Learner(model, handle, steps=steps, learning_rate=learning_rate, weight_decay=weight_decay)
+
+
+def attach(
+    model: nn.Module, method: str, example: Tensor, *, num_sub_batches: int | None = None, **vcl: Any
+) -> vk.VCLHandle | None:
+    """Put VCL on where it is the method, ``vcl`` over its own settings."""
+    if method not in VCL:
+        return None
+    handle = vk.attach(model, example, **{**VCL[method], **vcl})
+    if num_sub_batches is not None:
+        for module in model.modules():
+            if isinstance(module, vk.VCLActivation):
+                module.num_sub_batches = num_sub_batches
+    return handle

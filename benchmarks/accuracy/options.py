@@ -36,7 +36,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = studies.add_parser("images", parents=[shared], help="convolutional networks on images").add_argument
     add("--dataset", choices=DATASETS, default="mnist5k")
     add("--data-dir", type=Path, help="folder of fashion-mnist (IDX files) or cifar10, cifar100 (python version)")
-    add("--networks", nargs="+", default=["elu-11", "resnet"], choices=("elu-11", "resnet", "demo"))
+    add("--networks", nargs="+", default=["elu-11", "resnet"], choices=("elu-11", "resnet", "demo", "multilayer"))
     add("--activations", nargs="+", default=list(ACTIVATIONS), choices=tuple(ACTIVATIONS))
     add("--methods", nargs="+", default=[m for m in METHODS if m != "ln"], choices=[m for m in METHODS if m != "ln"])
     add("--batch-sizes", nargs="+", type=count, help="(100)")

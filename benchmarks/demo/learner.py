@@ -69,9 +69,13 @@ class Learner:
         self.optimizer.zero_grad()
         objective = self.objective(x, y)
         objective.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.clip()
         self.optimizer.step()
         return objective.detach()
+
+    def clip(self) -> None:
+        """Bound the norm of the gradient."""
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
 
 
 def demo_learner(

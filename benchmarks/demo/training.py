@@ -23,7 +23,14 @@ class Run:
 
 
 def train(
-    learner: Learner, data: Data, *, epochs: int, batch_size: int, seed: int, after: Callable[[Run], None]
+    learner: Learner,
+    data: Data,
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    after: Callable[[Run], None] = lambda run: None,
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
 ) -> Run:
     """Train in batches of equal size (what is left over waits for another epoch's order); call ``after`` each epoch."""
     order = torch.Generator().manual_seed(seed)
@@ -33,7 +40,8 @@ def train(
         losses = []
         for chosen in batches(len(data.train_x), batch_size, order):
             chosen = chosen.to(data.train_x.device)
-            losses.append(learner.step(data.train_x[chosen], data.train_y[chosen]))
+            x = data.train_x[chosen]
+            losses.append(learner.step(x if augment is None else augment(x, order), data.train_y[chosen]))
             learner.schedule.step()
         run.train_loss.append(float(torch.stack(losses).mean()))
         run.test_accuracy.append(accuracy(learner.model, data.test_x, data.test_y))

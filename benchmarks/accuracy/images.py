@@ -1,0 +1,125 @@
+"""Convolutional networks on images: error over seeds, and what a step costs."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.nn import functional as F
+
+from ..demo import data, measure
+from ..demo.learner import Learner, initialise
+from ..demo.training import train
+from . import results
+from .methods import attach
+from .methods import learner as short_learner
+from .networks import build
+from .recipe import RECIPES, Recipe, ReferenceLearner, crop_and_flip
+from .work import Record, do
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+    """Do the study; write ``images`` and ``images-cost``."""
+    quick, recipe = options.quick, RECIPES[options.recipe]
+    shared = {
+        "dataset": "digits" if quick else options.dataset,
+        "data_dir": None if options.data_dir is None else str(options.data_dir),
+        "recipe": options.recipe,
+        "images": options.limit or (200 if quick else None),
+        "epochs": options.epochs or (1 if quick else recipe.epochs),
+        "k": 0.02 if quick else options.k,
+        "device": options.device,
+    }
+    batches = options.batch_sizes or [recipe.batch]
+    cases: list[Record] = [
+        {**shared, "network": network, "activation": activation, "batch": batch}
+        for batch in batches
+        for network in options.networks
+        for activation in options.activations
+        if (network, activation) != ("demo", "relu")
+    ]
+    units = [
+        {**case, "method": method, "seed": seed}
+        for seed in range(options.seeds or (1 if quick else 5))
+        for case in cases
+        for method in options.methods
+    ]
+    arguments = {"processes": options.processes, "minutes": options.minutes}
+    records = do(units, work, options.out / "images.jsonl", console, **arguments)
+    results.write("images", records, vars(options), options.out)
+    costs = [{**case, "methods": options.methods, "rounds": 3 if quick else 30} for case in cases]
+    measured = do(costs, cost, options.out / "images-cost.jsonl", console, minutes=options.minutes)
+    rows = [
+        {**{k: v for k, v in r.items() if k not in ("methods", "costs")}, **row} for r in measured for row in r["costs"]
+    ]
+    results.write("images-cost", rows, vars(options), options.out)
+
+
+@lru_cache(1)
+def images(dataset: str, folder: str | None, count: int | None, pad_to: int, device: str) -> data.Data:
+    """The first ``count`` training images, and all for testing, with a border of zeros up to ``pad_to`` pixels."""
+    path = None if folder is None else Path(folder)
+    whole = data.load(dataset, path, validate=False, limit=None, device=torch.device(device))
+    border = 4 * [max(0, pad_to - whole.train_x.shape[-1]) // 2]
+    chosen = replace(whole, train_x=whole.train_x[:count], train_y=whole.train_y[:count])
+    return replace(chosen, train_x=F.pad(chosen.train_x, border), test_x=F.pad(chosen.test_x, border))
+
+
+def seen_by(unit: Record) -> data.Data:
+    pad_to = 32 if unit["network"] == "elu-11" else 0  # it halves the image five times
+    return images(unit["dataset"], unit["data_dir"], unit["images"], pad_to, unit["device"])
+
+
+def learner(unit: Record, seen: data.Data, **vcl: Any) -> Learner:
+    """The network, method and recipe of ``unit``; ``vcl`` over the method's settings for attach."""
+    recipe: Recipe = RECIPES[unit["recipe"]]
+    model = build(unit["network"], seen.train_x[:1], seen.classes, unit["method"], unit["activation"], unit["k"])
+    model = model.to(seen.train_x.device)
+    size = min(unit["batch"], len(seen.train_x))
+    an_epoch = len(seen.train_x) // size
+    settings = {
+        "steps": unit["epochs"] * an_epoch,
+        "learning_rate": recipe.learning_rate,
+        "weight_decay": recipe.weight_decay,
+    }
+    example = seen.train_x[:1]
+    if not recipe.reference:
+        seed = unit["seed"]
+        return short_learner(model, unit["method"], example, seed=seed, **settings, **{**recipe.vcl, **vcl})
+    torch.manual_seed(unit["seed"])
+    initialise(model)
+    handle = attach(model, unit["method"], example, **{**recipe.vcl, **vcl})
+    return ReferenceLearner(model, handle, steps_an_epoch=an_epoch, **settings)
+
+
+def work(unit: Record, **vcl: Any) -> Record:
+    """Train once; return the test error in per cent, after each epoch and at the end."""
+    seen = seen_by(unit)
+    learnt = learner(unit, seen, **vcl)
+    augment = crop_and_flip if RECIPES[unit["recipe"]].reference else None
+    trained = train(learnt, seen, epochs=unit["epochs"], batch_size=unit["batch"], seed=unit["seed"], augment=augment)
+    errors = [round(100 * (1 - found), 4) for found in trained.test_accuracy]
+    return {"error": errors[-1], "best_error": min(errors), "train_loss": trained.train_loss[-1]}
+
+
+def cost(unit: Record) -> Record:
+    """Median milliseconds of a step and bytes saved for backward, the methods taking turns."""
+    seen = seen_by(unit)
+    x, y = seen.train_x[: unit["batch"]].clone(), seen.train_y[: unit["batch"]].clone()
+    learners = {method: learner({**unit, "method": method, "seed": 0}, seen) for method in unit["methods"]}
+    times = measure.step_times(learners, x, y, unit["rounds"])
+    return {
+        "costs": [
+            {
+                "method": method,
+                "step_ms": measure.summary(times[method])["median_step_ms"],
+                "saved_bytes": measure.saved_bytes(learnt, x, y),
+            }
+            for method, learnt in learners.items()
+        ]
+    }

@@ -1,0 +1,64 @@
+"""One setting of VCL changed at a time, on digits: what n, weight, form, unit, K and beta matter."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rich.console import Console
+
+from . import images, results
+from .work import Record, do
+
+WEIGHTS = (0.001, 0.01, 0.1, 0.3, 1.0)
+SUB_BATCHES = (2, 3, 5, 8, 16, 32)
+BASE: dict[str, dict[str, Any]] = {
+    "ratio": {"form": "ratio", "learn_beta": True},
+    "relative_variance": {"form": "relative_variance", "learn_beta": False, "beta_init": 1e-3},
+}
+Variant = tuple[str, str, str, dict[str, Any]]
+
+
+def variants() -> list[Variant]:
+    """Return (network, what is changed, its value, settings of attach); no VCL, batch norm and the bases among them."""
+    found: list[Variant] = []
+    for network in ("multilayer", "demo"):
+        found += [(network, "method", "none", {}), (network, "method", "bn", {})]
+        found += [(network, "form", form, base) for form, base in BASE.items()]
+    for form, base in BASE.items():
+        found += [("multilayer", f"weight, {form}", str(weight), {**base, "weight": weight}) for weight in WEIGHTS]
+        found += [("multilayer", f"n, {form}", str(n), {**base, "sub_batch_size": n}) for n in SUB_BATCHES]
+        found += [("multilayer", f"K, {form}", str(K), {**base, "num_sub_batches": K}) for K in (2, 4, 10, 20)]
+        found += [("demo", f"unit, {form}", "activation", {**base, "unit": "activation"})]
+    found += [("multilayer", "form", "variance", {"form": "variance", "learn_beta": False})]
+    for beta in (0.01, 0.1, 1.0):
+        for learn in (True, False):
+            name = f"{beta:g}, {'learned' if learn else 'fixed'}"
+            settings = {"form": "ratio", "beta_init": beta, "learn_beta": learn}
+            found += [("multilayer", "beta, ratio", name, settings)]
+    return found
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+    """Do the study; write ``sensitivity``."""
+    quick = options.quick
+    shared = {"dataset": "digits", "images": 200 if quick else 400, "epochs": 1 if quick else 25, "batch": 100}
+    seeds = options.seeds or (1 if quick else 20)
+    units: list[Record] = [
+        {**shared, "network": network, "seed": seed, "changed": changed, "value": value, "vcl": settings}
+        for network, fewer in (("multilayer", 1), ("demo", 2))  # a convolution costs more
+        for seed in range(max(1, seeds // fewer))
+        for network_of, changed, value, settings in variants()
+        if network_of == network
+    ]
+    path = options.out / "sensitivity.jsonl"
+    records = do(units, work, path, console, processes=options.processes, minutes=options.minutes)
+    rows = [{k: v for k, v in record.items() if k != "vcl"} for record in records]
+    results.write("sensitivity", rows, shared, options.out)
+
+
+def work(unit: Record) -> Record:
+    """Train once under the variant."""
+    method = unit["value"] if unit["changed"] == "method" else "vcl-ratio"
+    asked = {"data_dir": None, "recipe": "short", "activation": "elu", "k": 1.0, "device": "cpu"}
+    return images.work({**unit, **asked, "method": method}, **unit["vcl"])
