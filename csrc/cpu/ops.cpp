@@ -272,9 +272,10 @@ Results run(const Request& q, Want want) {
   const Kernels kernels = kernels_for(t);
   const int64_t sample = v.K * v.n * v.P;
   int64_t blocks = (v.U + j.block - 1) / j.block;
-  // Too few blocks to share, or contiguous units whose samples are long: pieces in memory order instead.
+  // Too few blocks to share, or contiguous units whose samples are long or whose rows are written as well: pieces in
+  // memory order instead.
   const bool split = !want_dx && v.U * sample >= kSerial &&
-                     (blocks < 2 * int64_t(torch::stable::get_num_threads()) || (!v.spatial && v.P > 1));
+                     (blocks < 2 * int64_t(torch::stable::get_num_threads()) || (!v.spatial && (v.P > 1 || want_y)));
   if (split) j.block = 64, blocks = (v.U + 63) / 64;
   std::vector<double> sums(loss ? 2 * blocks : 0);
   if (loss && q.reduce) j.loss_sum = sums.data();
