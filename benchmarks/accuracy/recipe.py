@@ -32,7 +32,7 @@ class Recipe:
     reference: bool
 
 
-SHORT = Recipe(100, 10, 0.05, 5e-4, {}, False)
+SHORT = Recipe(100, 10, 0.05, 5e-4, {"unit": "activation"}, False)
 REFERENCE = Recipe(250, 282, 0.05, 1e-4, {"unit": "activation", "weight": 0.01, "sub_batch_size": 5}, True)
 RECIPES = {"short": SHORT, "reference": REFERENCE}
 

@@ -29,7 +29,10 @@ def variants() -> list[Variant]:
         found += [("multilayer", f"weight, {form}", str(weight), {**base, "weight": weight}) for weight in WEIGHTS]
         found += [("multilayer", f"n, {form}", str(n), {**base, "sub_batch_size": n}) for n in SUB_BATCHES]
         found += [("multilayer", f"K, {form}", str(K), {**base, "num_sub_batches": K}) for K in (2, 4, 10, 20)]
-        found += [("demo", f"unit, {form}", "activation", {**base, "unit": "activation"})]
+        found += [("demo", f"weight, {form}", str(weight), {**base, "weight": weight}) for weight in (0.1, 1.0, 10.0)]
+        per_activation = {**base, "unit": "activation"}
+        found += [("demo", f"unit, {form}", "activation", per_activation)]
+        found += [("demo", f"unit, {form}", "activation, weight 0.1", {**per_activation, "weight": 0.1})]
     found += [("multilayer", "form", "variance", {"form": "variance", "learn_beta": False})]
     for beta in (0.01, 0.1, 1.0):
         for learn in (True, False):
@@ -61,4 +64,4 @@ def work(unit: Record) -> Record:
     """Train once under the variant."""
     method = unit["value"] if unit["changed"] == "method" else "vcl-ratio"
     asked = {"data_dir": None, "recipe": "short", "activation": "elu", "k": 1.0, "device": "cpu"}
-    return images.work({**unit, **asked, "method": method}, **unit["vcl"])
+    return images.work({**unit, **asked, "method": method}, **{"unit": "channel", **unit["vcl"]})

@@ -35,13 +35,13 @@ def run(options: argparse.Namespace, console: Console) -> None:
     }
     path = options.out / "tabular.jsonl"
     records = do(units(**settings), work, path, console, processes=options.processes, minutes=options.minutes)
-    results.write("tabular", whole_splits(records), settings, options.out)
+    results.write("tabular", whole(records), settings, options.out)
 
 
-def whole_splits(records: list[Record]) -> list[Record]:
-    """Leave out splits that not every set and method has yet."""
-    sizes = Counter(record["split"] for record in records)
-    return [record for record in records if sizes[record["split"]] == sizes[0]]
+def whole(records: list[Record]) -> list[Record]:
+    """Leave out a split of a set that not every method has yet."""
+    sizes = Counter((record["set"], record["split"]) for record in records)
+    return [r for r in records if sizes[r["set"], r["split"]] == len(METHODS) * len(ACTIVATIONS)]
 
 
 def units(*, splits: int, trials: int, steps: int, sets: int | None = None) -> list[Record]:
@@ -66,8 +66,8 @@ def work(unit: Record) -> Record:
     trials = [_draw(unit, trial) for trial in range(unit["trials"])]
     scores = [_score(_learn(unit, drawn, searched, classes), searched) for drawn in trials]
     best = max(range(len(trials)), key=lambda trial: scores[trial])
-    whole = _tensors(x, y, train, test)
-    found = accuracy(_learn(unit, trials[best], whole, classes).model, whole[2], whole[3])
+    final = _tensors(x, y, train, test)
+    found = accuracy(_learn(unit, trials[best], final, classes).model, final[2], final[3])
     return {
         "accuracy": found,
         "tested": len(test),

@@ -1,0 +1,250 @@
+"""The page of findings: rendered from the results, so that no number in it is typed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from . import figures, mixture, results
+from .methods import ACTIVATIONS, METHODS
+from .statistics import compare
+from .work import Record
+
+HEAD = """# Findings
+
+Does VCL help, and with which settings? Every number on this page comes from a file in
+[benchmarks/results/accuracy](../benchmarks/results/accuracy), and the page itself from
+`python -m benchmarks.accuracy report`. ± is half of a 95 % confidence interval; a difference whose interval
+includes 0 is called undecided.
+"""
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+    """Write the page, and its figures beside it."""
+    options.page.parent.mkdir(parents=True, exist_ok=True)
+    options.page.write_text(render(options.results))
+    draw(options.results, options.page.with_suffix(""))
+    console.print(f"wrote {options.page}")
+
+
+def render(folder: Path) -> str:
+    """Return the page for the results in ``folder``."""
+    return "\n".join([HEAD, *tabular(folder), *images(folder), *sensitivity(folder), *modes(folder)]).rstrip() + "\n"
+
+
+def draw(folder: Path, out: Path) -> None:
+    """Draw each figure whose results are there."""
+    rows = results.read("tabular", folder)
+    if rows:
+        tables = {activation: errors(rows, activation) for activation in ACTIVATIONS}
+        figures.draw_profiles(tables, list(METHODS), out / "profiles.png")
+    rows = results.read("mixture", folder)
+    if rows:
+        figures.draw_mixture(rows, out / "mixture.png")
+    rows = results.read("layers", folder)
+    if rows:
+        histograms = json.loads((folder / "layers.json").read_text())["settings"]["histograms"]
+        figures.draw_layers(rows, histograms, out / "layers.png")
+        figures.draw_beta(rows, out / "beta.png")
+
+
+def verdict(difference: float, half: float, better: str, worse: str) -> str:
+    """Return which of two words the interval of a difference (first minus second, of what should be high) allows."""
+    if not abs(difference) > half:
+        return "undecided"
+    return better if difference > 0 else worse
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]] + [""]
+
+
+def none_yet(title: str, command: str) -> list[str]:
+    return [f"## {title}", "", f"Not measured yet: `{command}`.", ""]
+
+
+def by_set(rows: list[Record], activation: str, value: Any) -> np.ndarray:
+    """Return the mean over splits of ``value`` of a row, (sets, methods)."""
+    cells: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row["activation"] == activation:
+            cells.setdefault((row["set"], row["method"]), []).append(value(row))
+    sets = list(dict.fromkeys(name for name, _ in cells))
+    return np.array([[np.mean(cells[name, method]) for method in METHODS] for name in sets])
+
+
+def errors(rows: list[Record], activation: str) -> np.ndarray:
+    """Error rates with one more error on two more rows, so that none is 0."""
+    return by_set(rows, activation, lambda row: ((1 - row["accuracy"]) * row["tested"] + 1) / (row["tested"] + 2))
+
+
+def tabular(folder: Path) -> list[str]:
+    """Return the section of the tabular study."""
+    rows = results.read("tabular", folder)
+    title = "Fully connected networks on UCI and KEEL sets"
+    if not rows:
+        return none_yet(title, "python -m benchmarks.accuracy tabular")
+    settings = json.loads((folder / "tabular.json").read_text())["settings"]
+    counts = {row["set"]: len({r["split"] for r in rows if r["set"] == row["set"]}) for row in rows}
+    few, many = min(counts.values()), max(counts.values())
+    found = [
+        f"## {title}",
+        "",
+        f"{len(counts)} sets, {few if few == many else f'{few} to {many}'} stratified splits each; four hidden layers "
+        f"of 64; {settings['trials']} trials of a random search (learning rate, weight decay; for VCL its weight too), "
+        f"scored on a quarter of the training rows, then {settings['steps']} steps on all of them: the same for every "
+        "method. "
+        "`python -m benchmarks.accuracy tabular` makes "
+        "[tabular.csv](../benchmarks/results/accuracy/tabular.csv).",
+        "",
+    ]
+    for activation in ACTIVATIONS:
+        c = compare(by_set(rows, activation, lambda row: 100 * row["accuracy"]), list(METHODS))
+        lines = [
+            [METHODS[m], f"{c['mean_accuracy'][m]:.2f}", f"{c['mean_rank'][m]:.2f}", f"{c['wins'][m]:.1f}"]
+            for m in METHODS
+        ]
+        found += [f"### {activation}", "", f"Friedman's test over the five methods: p = {c['friedman_p']:.2g}.", ""]
+        found += table(["method", "mean accuracy, %", "mean rank", "wins (shared)"], lines)
+        found += table(
+            ["difference in accuracy, points", "mean over sets", "Nemenyi p", "Wilcoxon-Holm p", "the first is"],
+            [_pair(c["pairs"], a, b) for a in ("vcl-ratio", "vcl-relative") for b in ("none", "bn", "ln")],
+        )
+    return [*found, "![Performance profiles](findings/profiles.png)", ""]
+
+
+def _pair(pairs: dict[tuple[str, str], dict[str, Any]], a: str, b: str) -> list[str]:
+    pair, sign = (pairs[a, b], 1) if (a, b) in pairs else (pairs[b, a], -1)
+    mean, half = sign * pair["difference"][0], pair["difference"][1]
+    decided = verdict(mean, half, "better", "worse") if pair["wilcoxon_p"] < 0.05 else "undecided"
+    tests = [f"{pair['nemenyi_p']:.2g}", f"{pair['wilcoxon_p']:.2g}"]
+    return [f"{METHODS[a]} - {METHODS[b]}", f"{mean:+.2f} ± {half:.2f}", *tests, decided]
+
+
+def images(folder: Path) -> list[str]:
+    """Return the section of the image study."""
+    rows = results.read("images", folder)
+    title = "Convolutional networks on images"
+    if not rows:
+        return none_yet(title, "python -m benchmarks.accuracy images")
+    costs = {_case(row): row for row in results.read("images-cost", folder)}
+    lines = []
+    for case in dict.fromkeys(_case(row) for row in rows):
+        dataset, network, activation, batch, method = case
+        same = {row["seed"]: row["error"] for row in rows if _case(row) == case}
+        plain = {row["seed"]: row["error"] for row in rows if _case(row) == (*case[:-1], "none")}
+        mean, half = results.mean_and_error(list(same.values()))
+        gain, of_gain = results.mean_and_error([plain[seed] - same[seed] for seed in same if seed in plain])
+        said = "" if method == "none" else f"{-gain:+.2f} ± {of_gain:.2f}, {verdict(gain, of_gain, 'better', 'worse')}"
+        cost = costs.get(case)
+        lines.append(
+            [f"{dataset}, {network}, {activation}, batch {batch}", METHODS[method], f"{mean:.2f} ± {half:.2f}", said]
+            + (["", ""] if cost is None else [f"{cost['step_ms']:.1f}", f"{cost['saved_bytes'] / 1e6:.1f}"])
+        )
+    seeds = len({row["seed"] for row in rows})
+    text = (
+        f"{seeds} seeds, {rows[0]['epochs']} epochs. `python -m benchmarks.accuracy images` makes "
+        "[images.csv](../benchmarks/results/accuracy/images.csv); differences are paired by seed."
+    )
+    header = ["network", "method", "test error, %", "difference from none", "step, ms", "saved for backward, MB"]
+    return [f"## {title}", "", text, "", *table(header, lines)]
+
+
+def _case(row: Record) -> tuple[str, str, str, int, str]:
+    return row["dataset"], row["network"], row["activation"], row["batch"], row["method"]
+
+
+def sensitivity(folder: Path) -> list[str]:
+    """Return the section of the settings."""
+    rows = results.read("sensitivity", folder)
+    title = "Sensitivity to the settings"
+    if not rows:
+        return none_yet(title, "python -m benchmarks.accuracy sensitivity")
+    seen: dict[tuple[str, str, str], dict[int, float]] = {}
+    for row in rows:
+        seen.setdefault((row["network"], str(row["changed"]), str(row["value"])), {})[row["seed"]] = row["error"]
+    lines = []
+    for (network, changed, value), of in seen.items():
+        cells = []
+        for changed_in_other, other in (("method", "none"), ("form", "ratio")):
+            base = seen.get((network, changed_in_other, other), {})
+            gain, half = results.mean_and_error(
+                [base[seed] - of[seed] for seed in of if seed in base] or [float("nan")]
+            )
+            same = (changed, value) == (changed_in_other, other)
+            cells.append("" if same else f"{-gain:+.2f} ± {half:.2f}, {verdict(gain, half, 'better', 'worse')}")
+        mean, half = results.mean_and_error(list(of.values()))
+        lines.append([network, changed, value, str(len(of)), f"{mean:.2f} ± {half:.2f}", *cells])
+    text = (
+        f"Digits, {rows[0]['images']} training images, {rows[0]['epochs']} epochs, ELU; weight 0.01, n = 5 and channel "
+        "units but where changed, differences paired by seed. Many comparisons are made: one in twenty of those without "
+        "any effect would pass as decided. `python -m benchmarks.accuracy sensitivity` makes "
+        "[sensitivity.csv](../benchmarks/results/accuracy/sensitivity.csv)."
+    )
+    header = ["network", "changed", "value", "seeds", "test error, %", "difference from none", "from ratio as it is"]
+    return [f"## {title}", "", text, "", *table(header, lines)]
+
+
+def modes(folder: Path) -> list[str]:
+    """Return the sections of the modes."""
+    rows = results.read("mixture", folder)
+    found = ["## Two Gaussians through a linear unit", ""]
+    if not rows:
+        found = none_yet("Two Gaussians through a linear unit", "python -m benchmarks.accuracy modes")
+    else:
+        lines = []
+        for form in dict.fromkeys(row["form"] for row in rows):
+            of = [row for row in rows if row["form"] == form]
+            priors = sorted({row["prior"] for row in of})
+            place, half = mixture.threshold(priors, [[r["cosine"] for r in of if r["prior"] == p] for p in priors])
+            lines.append([form, f"{place:.4f} ± {half:.4f}", f"{place * (1 - place):.4f}"])
+        found += [
+            "A unit that learns by VCL alone separates the two where p (1 - p) > 1/6 = 0.1667, p > "
+            f"{mixture.THRESHOLD:.4f}, by the theory, and joins them below. The table has the prior at which "
+            f"{len({r['unit'] for r in rows})} units turned (± from a bootstrap over units; the priors tried there are "
+            "0.005 apart). The theory is of the variance of sample variances over their squared mean, which "
+            "relative_variance is; the ratio divides by a noisy sample variance, and its turning point is its own. `python -m benchmarks.accuracy modes` makes "
+            "[mixture.csv](../benchmarks/results/accuracy/mixture.csv).",
+            "",
+            *table(["form", "prior p at which units turn", "p (1 - p)"], lines),
+            "![Joined or separated](findings/mixture.png)",
+            "",
+        ]
+    rows = results.read("layers", folder)
+    if not rows:
+        return [*found, *none_yet("Layers through training", "python -m benchmarks.accuracy modes")]
+    lines = []
+    steps = sorted({row["step"] for row in rows})
+    for method in dict.fromkeys(row["method"] for row in rows):
+        for depth, layer in enumerate(dict.fromkeys(row["layer"] for row in rows)):
+            of = [r for r in rows if r["method"] == method and r["layer"] == layer]
+            first, last = ([r for r in of if r["step"] == step] for step in (steps[0], steps[-1]))
+            beta = "" if method != "vcl" else f"{_mean(first, 'beta')} → {_mean(last, 'beta')}"
+            kinds = [f"{_mean(first, name)} → {_mean(last, name)}" for name in ("kurtosis", "constancy", "variance")]
+            lines.append([method, str(depth + 1), *kinds, beta])
+    seeds = len({row["seed"] for row in rows})
+    return [
+        *found,
+        "## Layers through training",
+        "",
+        f"The demo's network on {seeds} seeds, as `VCLMonitor` sees it: from the first step to step {steps[-1]}, mean "
+        "of channels and seeds, ± between seeds. Constancy is the relative variance of the sub-batch variances (0 is "
+        "best); VCL is the ratio with weight 0.01 and channel units. "
+        "[layers.csv](../benchmarks/results/accuracy/layers.csv), by the same command.",
+        "",
+        *table(["method", "layer", "kurtosis", "constancy", "variance", "beta"], lines),
+        "![Kurtosis and histograms](findings/layers.png)",
+        "",
+        "![Path of beta](findings/beta.png)",
+        "",
+    ]
+
+
+def _mean(rows: list[Record], name: str) -> str:
+    mean, half = results.mean_and_error([row[name] for row in rows])
+    return f"{mean:.3g} ± {half:.1g}" if half == half else f"{mean:.3g}"
