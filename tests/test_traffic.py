@@ -1,0 +1,278 @@
+"""What every launcher reads and writes, counted in the interpreter, against the least that its job needs.
+
+Tensors of the size of x must be read and written exactly as often as the floor says; the few values of a unit
+(coefficients, partial moments) are counted together: little beside x where a unit has many positions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import GPU
+from torch import Tensor
+from traffic import counted
+
+import vcl_kernels as vk
+from vcl_kernels.geometry import Geometry
+from vcl_kernels.spec import ACTIVATIONS, FORMS, NO_MINIMUM, Activation, LossSpec
+
+pytestmark = pytest.mark.skipif(GPU, reason="counts come from the interpreter; a GPU runs the kernels themselves")
+
+n = 5
+
+
+def activation(name: str) -> Activation:
+    return Activation(ACTIVATIONS.index(name), 1.0)
+
+
+class Kind(NamedTuple):
+    """A tensor, whether its sub-batches are split over programs, and the share of all else in traffic, at most."""
+
+    shape: tuple[int, ...]
+    split: bool
+    others: float = 0.01
+    channels_last: bool = False
+    per_activation: bool = False
+
+    def tensor(self) -> Tensor:
+        torch.manual_seed(0)
+        x = torch.randn(self.shape)
+        return x.to(memory_format=torch.channels_last) if self.channels_last else x
+
+
+# A unit of n values has 2 coefficients, 4 partial moments written and read: as many as it has values, and more.
+KINDS = {
+    "spatial": Kind((20, 6, 40, 40), True),
+    "spatial, small P": Kind((20, 16, 7, 7), False, 0.1),
+    "unit": Kind((20, 24, 24, 24), True, 0.14, channels_last=True),
+    "unit, small P": Kind((20, 40, 2, 3), False, 0.5, channels_last=True),
+    "2-D": Kind((20, 300), False, 2.5),
+    "per activation": Kind((20, 6, 5, 7), False, 2.5, per_activation=True),
+}
+
+
+# Every activation where a tile is small, and one of them everywhere
+ACTIVATED = [
+    (kind, name) for kind in KINDS for name in ACTIVATIONS if name == "elu" or kind in ("2-D", "spatial, small P")
+]
+SAVED = [(*one, "x") for one in ACTIVATED]
+SAVED += [(*one, saved) for one in ACTIVATED for saved in ("y", "y and rows") if activation(one[1]).from_output]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return KINDS[request.param]
+
+
+@pytest.fixture
+def traffic():
+    with counted() as traffic:
+        yield traffic
+
+
+@pytest.fixture
+def launchers():
+    from vcl_kernels.backends.triton import launchers
+
+    return launchers
+
+
+def spec(kind: Kind, form: str) -> LossSpec:
+    K = 2 if form == "ratio" else kind.shape[0] // n
+    return LossSpec(0.5, NO_MINIMUM, n, K, FORMS.index(form), kind.per_activation, 1.0, True)
+
+
+def coefficients(kind: Kind, x: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (K, *(x.shape[1:] if kind.per_activation else x.shape[1:2]))
+    return torch.randn(shape), torch.randn(shape), torch.randn(shape)
+
+
+def assert_at_floor(traffic, kind: Kind, reads: dict[Tensor, int], writes: dict[Tensor, int], pilots=0) -> None:
+    """Each tensor as many elements as said, with so many of the first one's again; and little else."""
+    counts = []
+    for way, floors in (("read", reads), ("write", writes)):
+        for tensor, floor in floors.items():
+            again = pilots if way == "read" and not counts else 0
+            counts.append(traffic.of(way, tensor))
+            assert floor <= counts[-1] <= floor + again, (way, tuple(tensor.shape))
+    floor = sum(reads.values()) + sum(writes.values())
+    assert traffic.total() <= (1 + kind.others) * floor
+
+
+def pilots_of(kind: Kind, x: Tensor, K: int) -> int:
+    """One value of each unit, sub-batch and split is read ahead of the rest."""
+    from vcl_kernels.backends.triton import moments
+
+    g = Geometry.of(x, n, K, kind.per_activation)
+    return moments.plan(g, g, x.element_size())[1] * K * g.U
+
+
+def test_kinds_are_split_or_not(kind):
+    x = kind.tensor()
+    units = x[0].numel() if kind.per_activation else x.shape[1]
+    assert (pilots_of(kind, x, 2) > 2 * units) == kind.split
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_loss_reads_its_rows_once(traffic, launchers, kind, form):
+    x, given = kind.tensor(), spec(kind, form)
+    launchers.loss(x, None, *given)
+    assert_at_floor(traffic, kind, {x: given.K * n * x[0].numel()}, {x: 0}, pilots_of(kind, x, given.K))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_loss_and_dx_in_one_pass(traffic, launchers, kind, form):
+    x, given = kind.tensor(), spec(kind, form)
+    if not launchers.one_pass(x, n, given.K, kind.per_activation):
+        assert kind.split
+        return
+    _, dx, _ = launchers.loss_dx(x, None, *given, False)
+    assert_at_floor(traffic, kind, {x: given.K * n * x[0].numel()}, {dx: x.numel()})
+
+
+@pytest.mark.parametrize("beta_grad", [False, True])
+def test_coefficients_of_the_loss_cost_a_read(traffic, launchers, kind, beta_grad):
+    x, given = kind.tensor(), spec(kind, "relative_variance")
+    beta = torch.tensor(0.5) if beta_grad else None
+    launchers.loss_coefficients(x, beta, *given, beta_grad)
+    assert_at_floor(traffic, kind, {x: x.numel()}, {x: 0}, pilots_of(kind, x, given.K))
+
+
+def test_moments_cost_a_read(traffic, launchers, kind):
+    x, K = kind.tensor(), kind.shape[0] // n
+    launchers.moments(x, n, K, kind.per_activation)
+    assert_at_floor(traffic, kind, {x: x.numel()}, {x: 0}, pilots_of(kind, x, K))
+
+
+@pytest.mark.parametrize("rows", [20, 10])
+@pytest.mark.parametrize("with_shift", [False, True])
+@pytest.mark.parametrize("with_g", [False, True])
+def test_dx_of_moments_reads_the_rows_that_take_part(traffic, launchers, kind, rows, with_shift, with_g):
+    x, K = kind.tensor()[:rows], rows // n
+    mean, scale, shift = coefficients(kind, x, K)
+    g = torch.tensor(2.0) if with_g else None
+    dx = launchers.moments_dx(x, mean, scale, shift if with_shift else None, g, n, 20, kind.per_activation)
+    assert_at_floor(traffic, kind, {x: x.numel()}, {dx: dx.numel()})
+
+
+@pytest.mark.parametrize(("kind", "name"), ACTIVATED, indirect=["kind"])
+@pytest.mark.parametrize("keep_rows", [False, True])
+def test_activation_reads_x_and_writes_y(traffic, launchers, kind, name, keep_rows):
+    x, given, chosen = kind.tensor(), spec(kind, "ratio"), activation(name)
+    y, *_, rows = launchers.activation(x, None, *given, False, *chosen, keep_rows)
+    assert rows.numel() == keep_rows * given.K * n * x[0].numel()
+    writes = {y: x.numel(), **({rows: rows.numel()} if keep_rows else {})}
+    assert_at_floor(traffic, kind, {x: x.numel()}, writes, pilots_of(kind, x, given.K))
+
+
+@pytest.mark.parametrize(("kind", "name", "saved"), SAVED, indirect=["kind"])
+@pytest.mark.parametrize("upstream", ["both", "dy", "g"])
+def test_activation_gradient_reads_what_it_needs(traffic, launchers, kind, name, saved, upstream):
+    x, K, chosen = kind.tensor(), 2, activation(name)
+    mean, scale, _ = coefficients(kind, x, K)
+    taking_part = x[: K * n].clone(memory_format=torch.preserve_format)
+    rows = taking_part if saved == "y and rows" else None
+    dy = torch.randn_like(x) if upstream != "g" else None
+    g = torch.tensor(2.0) if upstream != "dy" else None
+    of_loss = mean, scale, g, n, x.shape[0], kind.per_activation
+    dx = launchers.activation_dx(x, saved != "x", rows, dy, *of_loss, *chosen)
+    E, few = x.numel(), taking_part.numel()
+    for_derivative = dy is not None and name != "identity"
+    for_loss = g is not None and rows is None
+    reads = {x: E if for_derivative else few if for_loss else 0}
+    if dy is not None:
+        reads[dy] = E
+    if rows is not None:
+        reads[rows] = few if g is not None else 0
+    assert_at_floor(traffic, kind, reads, {dx: E})
+
+
+@pytest.mark.parametrize("elements", [1, 5000, 70000])
+def test_upstream_of_one_leaves_dx_alone(traffic, launchers, elements):
+    dx = torch.randn(elements)
+    kept = dx.clone()
+    launchers.multiply_(dx, torch.tensor(1.0))
+    assert traffic.of("read", dx) == traffic.of("write", dx) == 0
+    launchers.multiply_(dx, torch.tensor(0.5))
+    assert torch.equal(dx, kept / 2)
+    assert traffic.of("read", dx) == traffic.of("write", dx) == elements
+
+
+@pytest.mark.parametrize("shape", [(22, 6, 7, 7), (40, 70), (11, 5, 9, 9), (21, 4, 30)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_loss_and_gradient_in_one_pass(traffic, shape, channels_last):
+    x = torch.randn(shape)
+    if channels_last and len(shape) == 4:
+        x = x.to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    loss = vk.vcl_loss(x, form="relative_variance", sub_batch_size=5, backend="triton")
+    (dx,) = torch.autograd.grad(loss, x)
+    taking_part = x.numel() // shape[0] * (shape[0] // 5 * 5)
+    assert taking_part <= traffic.of("read", x) <= 1.05 * taking_part
+    assert x.numel() <= traffic.of("write", dx) <= 1.05 * x.numel()
+    total = traffic.total()
+    assert total <= 1.05 * (taking_part + x.numel()) + 4 * math.prod(shape[1:])
+
+
+def test_pair_reads_its_rows_only(traffic):
+    x = torch.randn(64, 6, 20, requires_grad=True)
+    loss = vk.vcl_loss(x, backend="triton")
+    (dx,) = torch.autograd.grad(loss, x)
+    assert traffic.total("read") < 3 * 10 * 6 * 20
+    assert traffic.of("write", dx) == x.numel()
+
+
+def activation_there_and_back(launchers, x, form, name, keep_rows):
+    """Forward and backward of an activation with its loss; return y, dy, dx, and the elements of the kept rows."""
+    chosen = activation(name)
+    K = 2 if form == "ratio" else x.shape[0] // n
+    given = LossSpec(1.0, NO_MINIMUM, n, K, FORMS.index(form), False, 1.0, True)
+    y, loss, mean, scale, _, rows = launchers.activation(x, None, *given, False, *chosen, keep_rows)
+    dy, kept = torch.ones_like(x), rows if keep_rows else None
+    of_loss = mean, scale, torch.ones_like(loss), n, x.shape[0], False
+    dx = launchers.activation_dx(y if keep_rows else x, keep_rows, kept, dy, *of_loss, *chosen)
+    return y, dy, dx, rows.numel()
+
+
+# (64, 6, 28, 28): the coefficients and partial moments are as small beside a channel's values as in a real network
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_activation_of_a_pair_costs_its_rows(traffic, launchers, channels_last):
+    x = torch.randn(250, 6, 28, 28)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    y, dy, dx, kept = activation_there_and_back(launchers, x, "ratio", "elu", keep_rows=True)
+    E = x.numel()
+    assert kept == 10 * 6 * 28 * 28
+    assert E <= traffic.of("read", x) <= 1.001 * E  # pilots are read twice
+    assert traffic.of("read", y) == traffic.of("read", dy) == E
+    assert traffic.of("write", y) == traffic.of("write", dx) == E
+    assert traffic.total() <= 1.01 * 5 * E + 2 * kept
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_activation_of_all_sub_batches_reads_three_tensors(traffic, launchers, channels_last):
+    x = torch.randn(64, 6, 28, 28)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    y, _, dx, _ = activation_there_and_back(launchers, x, "relative_variance", "gelu", keep_rows=False)
+    E = x.numel()
+    assert traffic.of("read", y) == 0
+    assert traffic.of("write", y) == traffic.of("write", dx) == E
+    assert traffic.total() <= 1.03 * 5 * E
+
+
+@pytest.mark.parametrize("U", [3, 1024, 1025])
+@pytest.mark.parametrize("scalar", [False, True])
+def test_sum_over_units_needs_no_launch_of_its_own(traffic, launchers, U, scalar):
+    x = torch.randn(10, U, dtype=torch.float64)
+    beta = torch.rand(() if scalar else U, dtype=torch.float64)
+    results = []
+    for reduce in (False, True):
+        given = LossSpec(0.0, NO_MINIMUM, 5, 2, 0, False, 1.0, reduce)
+        results.append(launchers.loss_coefficients(x, beta, *given, True))
+    each, reduced = results
+    assert reduced[0].shape == ()
+    assert torch.allclose(reduced[0], each[0].sum(), rtol=1e-12)
+    assert torch.allclose(reduced[3], each[3].sum() if scalar else each[3], rtol=1e-12)
+    assert traffic.of("write", reduced[0]) == (U <= 1024)  # else PyTorch adds the units
