@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ...geometry import Geometry
 from .activations import IDENTITY, times_derivative
-from .launch import Launch, cdiv, dense_units, positions_constant, power_of_2, warps_for
+from .launch import Launch, Settings, cdiv, dense_units, positions_constant, power_of_2, warps_for
 
 TILE = 4096
 
@@ -147,23 +147,29 @@ def loss_gradient(x, mean_ptr, scale_ptr, shift_ptr, g_ptr, at, valid):
     return dx
 
 
-def plan(saved: Geometry, dx: Geometry, itemsize: int) -> Launch:
-    """Decide the launch; ``dx.N`` rows are written. A thread has 16 elements of each of four tensors; 8 if float64."""
+def rule(dx: Geometry, itemsize: int) -> Settings:
+    """Choose settings: a thread has 16 elements of each of four tensors; 8 if float64."""
     weight = 2 if itemsize < 8 else 4
-    if saved.spatial:
+    if dx.spatial:
         PB = min(power_of_2(dx.P), 1024)
         UB = min(power_of_2(dx.U), TILE // PB)
+        return Settings({"UB": UB, "PB": PB}, warps_for(weight * UB * PB))
+    UB = min(power_of_2(dx.U), 512 // itemsize)
+    MB = min(power_of_2(dx.M), max(1, TILE // UB))
+    return Settings({"MB": MB, "UB": UB}, warps_for(weight * MB * UB))
+
+
+def plan(saved: Geometry, dx: Geometry, itemsize: int, settings: Settings | None = None) -> Launch:
+    """Decide the launch; ``dx.N`` rows are written."""
+    tile, warps, _ = settings or rule(dx, itemsize)
+    blocks = cdiv(dx.U, tile["UB"])
+    if dx.spatial:
         constants = {
             "P_CONSTANT": positions_constant(dx.P),
             "SAVED_DENSE": dense_units(saved),
             "DX_DENSE": dense_units(dx),
-            "UB": UB,
-            "PB": PB,
+            **tile,
         }
-        grid = (cdiv(dx.P, PB) * cdiv(dx.U, UB) * dx.N,)
-        return Launch(apply_spatial, grid, constants, warps_for(weight * UB * PB))
-    UB = min(power_of_2(dx.U), 512 // itemsize)
-    MB = min(power_of_2(dx.M), max(1, TILE // UB))
+        return Launch(apply_spatial, (cdiv(dx.P, tile["PB"]) * blocks * dx.N,), constants, warps)
     groups = cdiv(dx.N, dx.n)  # sub-batches, and as many more as hold the remaining rows
-    grid = (cdiv(dx.U, UB) * cdiv(dx.M, MB) * groups,)
-    return Launch(apply_unit, grid, {"MB": MB, "UB": UB}, warps_for(weight * MB * UB))
+    return Launch(apply_unit, (blocks * cdiv(dx.M, tile["MB"]) * groups,), dict(tile), warps)

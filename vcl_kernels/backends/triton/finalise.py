@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ...geometry import Geometry
 from .formulas import coefficients, merge_moments
-from .launch import Launch, cdiv, power_of_2, warps_for
+from .launch import Launch, Settings, cdiv, power_of_2, warps_for
 
 ONE_PROGRAM = 2048  # values (K, U) that the threads of one program hold in registers, in float64
 
@@ -83,11 +83,16 @@ def arguments(x: Geometry, splits: int) -> tuple[int, ...]:
     return x.K, x.M, x.U, splits * x.K * x.U, splits
 
 
-def plan(x: Geometry, reduce: bool) -> Launch:
-    """Decide the launch. ``reduce``: wanted is the sum over units; REDUCE says whether the launch gives it."""
-    KB = power_of_2(x.K)
-    UB = power_of_2(x.U)
-    in_one = reduce and KB * UB <= ONE_PROGRAM
-    if not in_one:
+def rule(x: Geometry, reduce: bool) -> Settings:
+    """Choose settings: one program where its sum over units is wanted and it can hold them."""
+    KB, UB = power_of_2(x.K), power_of_2(x.U)
+    if not (reduce and KB * UB <= ONE_PROGRAM):
         UB = min(UB, max(1, min(16, 128 // KB)))  # few: float64 takes many registers
-    return Launch(finalise, (cdiv(x.U, UB),), {"KB": KB, "UB": UB, "REDUCE": in_one}, warps_for(16 * KB * UB))
+    return Settings({"KB": KB, "UB": UB}, warps_for(16 * KB * UB))
+
+
+def plan(x: Geometry, reduce: bool, settings: Settings | None = None) -> Launch:
+    """Decide the launch. ``reduce``: wanted is the sum over units; REDUCE says whether the launch gives it."""
+    tile, warps, _ = settings or rule(x, reduce)
+    programs = cdiv(x.U, tile["UB"])
+    return Launch(finalise, (programs,), {**tile, "REDUCE": reduce and programs == 1}, warps)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ...geometry import Geometry
 from .formulas import coefficients
-from .launch import Launch, cdiv, dense_units, positions_constant, power_of_2, warps_for
+from .launch import Launch, Settings, cdiv, dense_units, positions_constant, power_of_2, warps_for
 
 # Elements of a tile, padding included, of which 16 warps hold 32 or 16 a thread in registers: where units are
 # contiguous, addresses take as many again, and more would spill.
@@ -156,22 +156,23 @@ def fits(g: Geometry, itemsize: int) -> bool:
     return padded_sample(g) * min(32 // itemsize, power_of_2(g.U)) <= MOST_UNIT
 
 
-def plan(x: Geometry, dx: Geometry, itemsize: int) -> Launch:
-    """Decide the launch for a unit that fits."""
-    sample = padded_sample(x)
+def rule(x: Geometry, itemsize: int) -> Settings:
+    """Choose settings for a unit that fits: of them UB and warps are free."""
+    sample, KB = padded_sample(x), power_of_2(x.K)
     if x.spatial:
         UB = min(power_of_2(x.U), max(1, 4096 // sample))
-        constants = {
-            "P_CONSTANT": positions_constant(x.P),
-            "X_DENSE": dense_units(x),
-            "DX_DENSE": dense_units(dx),
-            "KB": power_of_2(x.K),
-            "NB": power_of_2(x.n),
-            "UB": UB,
-            "PB": power_of_2(x.P),
-        }
-        return Launch(one_pass_spatial, (cdiv(x.U, UB),), constants, warps_for(sample * UB))
-    KB = power_of_2(x.K)  # coefficients are float64, [KB, UB] of them
+        return Settings({"KB": KB, "NB": power_of_2(x.n), "UB": UB, "PB": power_of_2(x.P)}, warps_for(sample * UB))
+    # coefficients are float64, [KB, UB] of them
     UB = min(power_of_2(x.U), max(32 // itemsize, min(128, 8192 // sample, 256 // KB)))
-    constants = {"KB": KB, "MB": power_of_2(x.M), "UB": UB}
-    return Launch(one_pass_unit, (cdiv(x.U, UB),), constants, max(4, min(8, KB * UB // 64), warps_for(sample * UB)))
+    warps = max(4, min(8, KB * UB // 64), warps_for(sample * UB))
+    return Settings({"KB": KB, "MB": power_of_2(x.M), "UB": UB}, warps)
+
+
+def plan(x: Geometry, dx: Geometry, itemsize: int, settings: Settings | None = None) -> Launch:
+    """Decide the launch for a unit that fits."""
+    tile, warps, _ = settings or rule(x, itemsize)
+    grid = (cdiv(x.U, tile["UB"]),)
+    if not x.spatial:
+        return Launch(one_pass_unit, grid, dict(tile), warps)
+    constants = {"P_CONSTANT": positions_constant(x.P), "X_DENSE": dense_units(x), "DX_DENSE": dense_units(dx), **tile}
+    return Launch(one_pass_spatial, grid, constants, warps)

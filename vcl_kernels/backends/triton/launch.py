@@ -30,6 +30,14 @@ class _nowhere:  # noqa: N801
     def __exit__(self, *_: object) -> None: ...
 
 
+class Settings(NamedTuple):
+    """What a launch is free to choose: its tile (axes to powers of two), its warps, and programs to split data over."""
+
+    tile: dict[str, int]
+    warps: int
+    splits: int = 1
+
+
 def power_of_2(value: int) -> int:
     """Return the least power of two that is not below ``value``."""
     return 1 << max(0, value - 1).bit_length()

@@ -3,13 +3,16 @@
 With an activation, the same pass over x also writes y, for all rows, and keeps the rows that take part.
 """
 
+import math
+from typing import Any
+
 import triton
 import triton.language as tl
 
 from ...geometry import Geometry
 from .activations import NO_ACTIVATION, activate
 from .formulas import merge_moments
-from .launch import Launch, cdiv, dense_units, positions_constant, power_of_2, warps_for
+from .launch import Launch, Settings, cdiv, dense_units, positions_constant, power_of_2, warps_for
 
 TILE = 4096
 FEW = 256  # values of a unit in a tile, at most, of which no rounding errors average out: squares are float64
@@ -192,36 +195,45 @@ def store_partial(partial_ptr, start, plane, units, U, count, mean, m2, pilot):
     tl.store(at + 3 * plane, pilot, mask=units < U)
 
 
-def plan(x: Geometry, y: Geometry | None, itemsize: int) -> tuple[Launch, int, int]:
-    """Decide the launch, for moments alone if y is None; also return splits and tiles in each."""
-    rest = 0 if y is None else x.N - x.K * x.n
+def rule(x: Geometry, itemsize: int) -> Settings:
+    """Choose settings."""
     if x.spatial:
         PB = min(power_of_2(x.P), TILE)
         NB = min(power_of_2(x.n), max(1, TILE // PB))
         UB = min(power_of_2(x.U), max(1, TILE // (NB * PB)))
-        values = NB * PB
-        tiles, rest_tiles = cdiv(x.n, NB) * cdiv(x.P, PB), cdiv(rest, NB) * cdiv(x.P, PB)
+        tile = {"NB": NB, "UB": UB, "PB": PB}
+    else:
+        UB = min(power_of_2(x.U), 256 // itemsize)
+        tile = {"MB": min(power_of_2(x.M), TILE_UNIT // UB), "UB": UB}
+    weight = 2 if squares_in_float64(tile, itemsize) else 1
+    splits = max(1, PROGRAMS // (cdiv(x.U, UB) * x.K))
+    return Settings(tile, warps_for(weight * math.prod(tile.values())), splits)
+
+
+def squares_in_float64(tile: dict[str, int], itemsize: int) -> bool:
+    """Whether a tile has so few values of a unit that their rounding errors do not average out."""
+    return itemsize == 8 or math.prod(tile.values()) // tile["UB"] <= FEW
+
+
+def plan(x: Geometry, y: Geometry | None, itemsize: int, settings: Settings | None = None) -> tuple[Launch, int, int]:
+    """Decide the launch, for moments alone if y is None; also return splits and tiles in each."""
+    tile, warps, splits = settings or rule(x, itemsize)
+    rest = 0 if y is None else x.N - x.K * x.n
+    constants: dict[str, Any] = dict(tile)
+    if x.spatial:
+        by_pos = cdiv(x.P, tile["PB"])
+        tiles, rest_tiles = cdiv(x.n, tile["NB"]) * by_pos, cdiv(rest, tile["NB"]) * by_pos
         kernel = moments_spatial
-        constants = {
+        constants |= {
             "P_CONSTANT": positions_constant(x.P),
             "X_DENSE": dense_units(x),
             "Y_DENSE": dense_units(y or x),
-            "NB": NB,
-            "UB": UB,
-            "PB": PB,
         }
     else:
-        UB = min(power_of_2(x.U), 256 // itemsize)
-        MB = values = min(power_of_2(x.M), TILE_UNIT // UB)
-        tiles, rest_tiles = cdiv(x.M, MB), cdiv(rest * x.P, MB)
+        tiles, rest_tiles = cdiv(x.M, tile["MB"]), cdiv(rest * x.P, tile["MB"])
         kernel = moments_unit
-        constants = {"MB": MB, "UB": UB}
-    wide = itemsize == 8 or values <= FEW
-    constants["SQUARES"] = tl.float64 if wide else tl.float32
-    warps = warps_for(values * UB * (2 if wide else 1))
-    blocks = cdiv(x.U, UB)
-    splits = min(tiles, max(1, PROGRAMS // (blocks * x.K)))
-    per_split = cdiv(tiles, splits)
+    constants["SQUARES"] = tl.float64 if squares_in_float64(tile, itemsize) else tl.float32
+    per_split = cdiv(tiles, min(tiles, splits))
     splits = cdiv(tiles, per_split)
-    grid = (blocks * (x.K * splits + rest_tiles),)
+    grid = (cdiv(x.U, tile["UB"]) * (x.K * splits + rest_tiles),)
     return Launch(kernel, grid, constants, warps), splits, per_split

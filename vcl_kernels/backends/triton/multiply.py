@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .launch import Launch, cdiv, warps_for
+from .launch import Launch, Settings, cdiv, warps_for
 
 TILE = 4096
 
@@ -18,6 +18,12 @@ def multiply(dx_ptr, g_ptr, E, ACC: tl.constexpr, EB: tl.constexpr):
         tl.store(dx_ptr + at, (dx * g).to(dx_ptr.dtype.element_ty), mask=at < E)
 
 
-def plan(elements: int) -> Launch:
+def rule() -> Settings:
+    """Choose settings."""
+    return Settings({"EB": TILE}, warps_for(TILE))
+
+
+def plan(elements: int, settings: Settings | None = None) -> Launch:
     """Decide the launch."""
-    return Launch(multiply, (cdiv(elements, TILE),), {"EB": TILE}, warps_for(TILE))
+    tile, warps, _ = settings or rule()
+    return Launch(multiply, (cdiv(elements, tile["EB"]),), dict(tile), warps)

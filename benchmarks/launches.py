@@ -1,0 +1,108 @@
+"""What each op launches: the calls of the Triton launchers that training makes, and a record of their launches.
+
+On meta tensors nothing runs, so that launches can be compiled ahead of time; elsewhere the kernels run as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from vcl_kernels.backends.triton import fused, launchers
+from vcl_kernels.backends.triton.launch import Launch
+from vcl_kernels.geometry import Geometry, accumulation_dtype, empty_rows, empty_units
+from vcl_kernels.spec import ACTIVATIONS, FORMS, NO_MINIMUM, Activation, LossSpec, sub_batches
+
+Job = Callable[[], Any]
+SUB_BATCH_SIZE = {"ratio": 5, "variance": 8, "relative_variance": 8}
+
+
+class Recorded(NamedTuple):
+    """A launch and the arguments that it was given."""
+
+    launch: Launch
+    args: tuple[Any, ...]
+
+
+def recorded(job: Job) -> list[Recorded]:
+    """Call ``job``; return its launches in order."""
+    found = []
+    run = Launch.__call__
+
+    def record(launch: Launch, *args: Any) -> None:
+        found.append(Recorded(launch, args))
+        if not any(isinstance(a, Tensor) and a.is_meta for a in args):
+            run(launch, *args)
+
+    with mock.patch.object(Launch, "__call__", record):
+        job()
+    return found
+
+
+def spec_of(x: Tensor, form: str, unit: str = "channel", n: int | None = None) -> LossSpec:
+    """The loss as a user gets it by default, of sub-batches of 5 for "ratio" and of 8 for the others."""
+    n = n or SUB_BATCH_SIZE[form]
+    K = sub_batches(form, x.shape[0], n, None)
+    units = math.prod(x.shape[1:]) if unit == "activation" else x.shape[1]
+    return LossSpec(1.0, NO_MINIMUM, n, K, FORMS.index(form), unit == "activation", 1 / units, True)
+
+
+def beta_of(x: Tensor, spec: LossSpec) -> Tensor | None:
+    """A learned beta as the form takes it: one for each unit of "ratio", one value for "relative_variance"."""
+    one = {"ratio": empty_units(x, spec.per_activation), "relative_variance": x.new_empty(())}.get(FORMS[spec.form])
+    return None if one is None else one.to(accumulation_dtype(x.dtype)).fill_(0.5)
+
+
+def loss_jobs(x: Tensor, spec: LossSpec) -> dict[str, Job]:
+    """What vcl_loss calls, by what it is called for."""
+    beta, g = beta_of(x, spec), x.new_full((), 0.5, dtype=accumulation_dtype(x.dtype))
+    rows = x[: spec.K * spec.n] if 2 * spec.K * spec.n <= x.shape[0] else x  # what autograd keeps
+    with_grad = beta is not None
+    mean, scale = (empty_units(x, spec.per_activation, spec.K).fill_(0.5) for _ in range(2))
+    same = spec.n, x.shape[0], spec.per_activation
+    jobs: dict[str, Job] = {"loss": lambda: launchers.loss(x, beta, *spec)}
+    if rows is x and fused.fits(Geometry.of(x, spec.n, spec.K, spec.per_activation), x.element_size()):
+        dx = empty_rows(x, x.shape[0])
+        jobs["loss and dx"] = lambda: launchers.loss_dx(x, beta, *spec, with_grad)
+        jobs["dx times g"] = lambda: launchers.multiply_(dx, g)
+    else:
+        jobs["loss, to be differentiated"] = lambda: launchers.loss_coefficients(rows, beta, *spec, with_grad)
+        jobs["dx of loss"] = lambda: launchers.moments_dx(rows, mean, scale, None, g, *same)
+    return jobs
+
+
+def moments_jobs(x: Tensor, spec: LossSpec) -> dict[str, Job]:
+    """What sub_batch_moments calls."""
+    mean, scale, shift = (empty_units(x, spec.per_activation, spec.K).fill_(0.5) for _ in range(3))
+    return {
+        "moments": lambda: launchers.moments(x, spec.n, spec.K, spec.per_activation),
+        "dx of moments": lambda: launchers.moments_dx(
+            x, mean, scale, shift, None, spec.n, x.shape[0], spec.per_activation
+        ),
+    }
+
+
+def activation_jobs(x: Tensor, spec: LossSpec, name: str) -> dict[str, Job]:
+    """What vcl_activation calls: forward, and backward with the upstream gradients of both, of y, of the loss."""
+    chosen = Activation(ACTIVATIONS.index(name), 1.0)
+    beta, g = beta_of(x, spec), x.new_full((), 0.5, dtype=accumulation_dtype(x.dtype))
+    keep = chosen.from_output and 2 * spec.K * spec.n <= x.shape[0]
+    rows = x[: spec.K * spec.n] if keep else None
+    dy = torch.full_like(x, 0.5)
+    mean, scale = (empty_units(x, spec.per_activation, spec.K).fill_(0.5) for _ in range(2))
+
+    def backward(dy: Tensor | None, g: Tensor | None) -> Tensor:
+        of_loss = mean, scale, g, spec.n, x.shape[0], spec.per_activation
+        return launchers.activation_dx(x, keep, rows, dy, *of_loss, *chosen)
+
+    return {
+        f"{name}": lambda: launchers.activation(x, beta, *spec, beta is not None, *chosen, keep),
+        f"dx of {name} and loss": lambda: backward(dy, g),
+        f"dx of {name}": lambda: backward(dy, None),
+        f"dx of {name}'s loss": lambda: backward(None, g),
+    }

@@ -1,0 +1,143 @@
+"""From looks to records: each distinct kernel compiled once for each target, with its launch of fewest programs."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import triton
+
+from benchmarks.launches import Recorded
+from vcl_kernels.backends.triton.activations import IDENTITY
+
+from .build import Specialised, build, specialise
+from .code import Code
+from .shapes import Look, launches
+from .targets import TARGETS, occupancy
+
+Record = dict[str, Any]
+_TILE = {"KB": "K", "NB": "n", "MB": "M", "UB": "U", "PB": "P", "EB": "E"}  # an axis of a tile, and what it covers
+_pending: list[tuple[Any, Specialised, str, bool]] = []  # that worker processes inherit
+
+
+def collect(looks: Iterable[Look], targets: list[str], sass: list[str], jobs: int) -> Record:
+    """Compile and describe; ``sass``: targets whose binaries are disassembled too."""
+    found: dict[Specialised, Record] = {}
+    kernels: dict[Specialised, Any] = {}
+    for look in looks:
+        for name, one in launches(look):
+            of = specialise(one)
+            row = _described(look, name, one)
+            if of not in found:
+                found[of] = {**row, "launches": 0}
+                kernels[of] = one.launch.kernel
+            elif row["programs"] < found[of]["programs"]:
+                found[of].update(row)
+            found[of]["launches"] += 1
+    work = [(of, target) for of in found for target in targets]
+    _pending[:] = [(kernels[of], of, target, target in sass) for of, target in work]
+    for (of, target), built in zip(work, _all_built(jobs), strict=True):
+        found[of][target] = _for_target(target, found[of], *built)
+    _pending.clear()
+    versions = {"torch": torch.__version__.partition("+")[0], "triton": triton.__version__}
+    return {"versions": versions, "targets": targets, "kernels": list(found.values())}
+
+
+def _all_built(jobs: int) -> Iterable[tuple[Code, Any]]:
+    if jobs == 1:
+        for index in range(len(_pending)):
+            yield _built(index)
+        return
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        yield from pool.imap(_built, range(len(_pending)), chunksize=4)
+
+
+def _built(index: int) -> tuple[Code, Any]:
+    if index % 100 == 0:
+        print(f"{index} of {len(_pending)}", file=sys.stderr)
+    return build(*_pending[index])
+
+
+def _described(look: Look, name: str, one: Recorded) -> Record:
+    launch = one.launch
+    return {
+        "kernel": launch.kernel.__name__,
+        "case": str(look),
+        "call": name,
+        "tile": {axis: launch.constants[axis] for axis in _TILE if axis in launch.constants},
+        "warps": launch.warps,
+        "programs": math.prod(launch.grid),
+        "bytes": bytes_of_tile(one),
+        "wide": allows_128_bits(one),
+        "writes": any(_values(one).get(name) is not None for name in ("y_ptr", "dx_ptr")),
+    }
+
+
+def _values(one: Recorded) -> dict[str, Any]:
+    found = dict(zip(one.launch.kernel.arg_names, one.args, strict=False))
+    found.setdefault("P", found.get("P_run_time"))
+    if "n" in found:
+        found.setdefault("M", found["n"] * found["P"])
+    return found
+
+
+def _tensors_read(one: Recorded) -> list[Any]:
+    given = _values(one)
+    kernel = one.launch.kernel.__name__
+    if kernel.startswith("apply"):
+        activation = one.launch.constants["ACTIVATION"] != IDENTITY.value
+        with_saved = activation if given["dy_ptr"] is not None else given["mean_ptr"] is not None
+        return [given["dy_ptr"]] * (given["dy_ptr"] is not None) + [given["saved_ptr"]] * with_saved
+    if kernel == "finalise":
+        return [given["partial_ptr"]] * 3
+    return [given["dx_ptr" if kernel == "multiply" else "x_ptr"]]
+
+
+def bytes_of_tile(one: Recorded) -> int:
+    """Bytes that a program reads at once: its tile without padding, of each tensor read."""
+    given = _values(one)
+    elements = math.prod(
+        min(one.launch.constants[axis], given[size]) for axis, size in _TILE.items() if axis in one.launch.constants
+    )
+    return elements * sum(t.element_size() for t in _tensors_read(one) if t is not None)
+
+
+def allows_128_bits(one: Recorded) -> bool:
+    """Whether a row of the tile, and every distance between rows, is a multiple of 16 bytes."""
+    given, launch = _values(one), one.launch
+    if launch.kernel.__name__ in ("finalise", "multiply"):
+        return launch.kernel.__name__ == "multiply"
+    spatial = launch.kernel.__name__.endswith("_spatial")
+    if spatial and not launch.constants["P_CONSTANT"]:
+        return False
+    size = min(t.element_size() for t in _tensors_read(one) if t is not None)
+    steps = [value for name, value in given.items() if name.endswith(("_row", "_unit", "_pos")) and value != 1]
+    return all(step * size % 16 == 0 for step in [given["P" if spatial else "U"], *steps])
+
+
+def _for_target(target: str, row: Record, code: Code, sass: Any) -> Record:
+    at_once = occupancy(target, row["warps"], code.registers, code.shared, code.occupancy)
+    of = TARGETS[target]
+    resident = min(at_once.blocks, row["programs"] / of.multiprocessors)
+    found = {
+        "registers": code.registers,
+        "shared": code.shared,
+        "spills": code.spills,
+        "loads": code.loads,
+        "stores": code.stores,
+        "blocks": at_once.blocks,
+        "resident_warps": at_once.warps,
+        "limit": at_once.limit,
+        "waves": round(row["programs"] / (at_once.blocks * of.multiprocessors), 3),
+        "in_flight": int(resident * row["bytes"]),
+        "in_flight_when_full": at_once.blocks * row["bytes"],
+    }
+    if code.occupancy is not None:
+        found["compiler_warps_of_partition"] = code.occupancy
+    if sass is not None:
+        found["sass"] = sass._asdict()
+    return found
