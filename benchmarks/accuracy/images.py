@@ -75,7 +75,7 @@ def seen_by(unit: Record) -> data.Data:
     return images(unit["dataset"], unit["data_dir"], unit["images"], pad_to, unit["device"])
 
 
-def learner(unit: Record, seen: data.Data, **vcl: Any) -> Learner:
+def learner(unit: Record, seen: data.Data, vcl: dict[str, Any] | None = None) -> Learner:
     """The network, method and recipe of ``unit``; ``vcl`` over the method's settings for attach."""
     recipe: Recipe = RECIPES[unit["recipe"]]
     model = build(unit["network"], seen.train_x[:1], seen.classes, unit["method"], unit["activation"], unit["k"])
@@ -87,20 +87,20 @@ def learner(unit: Record, seen: data.Data, **vcl: Any) -> Learner:
         "learning_rate": recipe.learning_rate,
         "weight_decay": recipe.weight_decay,
     }
-    example = seen.train_x[:1]
+    example, chosen = seen.train_x[:1], recipe.vcl | (vcl or {})
     if not recipe.reference:
         seed = unit["seed"]
-        return short_learner(model, unit["method"], example, seed=seed, **settings, **{**recipe.vcl, **vcl})
+        return short_learner(model, unit["method"], example, seed=seed, **settings, **chosen)
     torch.manual_seed(unit["seed"])
     initialise(model)
-    handle = attach(model, unit["method"], example, **{**recipe.vcl, **vcl})
+    handle = attach(model, unit["method"], example, **chosen)
     return ReferenceLearner(model, handle, steps_an_epoch=an_epoch, **settings)
 
 
-def work(unit: Record, **vcl: Any) -> Record:
+def work(unit: Record, vcl: dict[str, Any] | None = None) -> Record:
     """Train once; return the test error in per cent, after each epoch and at the end."""
     seen = seen_by(unit)
-    learnt = learner(unit, seen, **vcl)
+    learnt = learner(unit, seen, vcl)
     augment = crop_and_flip if RECIPES[unit["recipe"]].reference else None
     trained = train(learnt, seen, epochs=unit["epochs"], batch_size=unit["batch"], seed=unit["seed"], augment=augment)
     errors = [round(100 * (1 - found), 4) for found in trained.test_accuracy]

@@ -59,7 +59,7 @@ def rounded(values: Tensor) -> list[float]:
 
 
 def threshold(priors: list[float], cosines: list[list[float]]) -> tuple[float, float]:
-    """Return the prior at which units turn to separating, and its 95 % interval's half width over seeds (bootstrap).
+    """Return the prior at which units turn to separating (NaN: nowhere), and half of its 95 % interval (bootstrap).
 
     It is where the share of units that separate, made monotonic in the prior, passes 1/2.
     """
@@ -78,6 +78,9 @@ def threshold(priors: list[float], cosines: list[list[float]]) -> tuple[float, f
         return float(brentq(lambda prior: share.predict([prior])[0] - 0.5, priors[0], priors[-1]))
 
     units = np.arange(fate.shape[1])
+    place = turning(units)
+    if math.isnan(place):
+        return place, place
     interval = bootstrap((units,), turning, vectorized=False, method="percentile", n_resamples=500, rng=0)
     low, high = interval.confidence_interval
-    return turning(units), (high - low) / 2
+    return place, (high - low) / 2

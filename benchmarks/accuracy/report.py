@@ -182,8 +182,8 @@ def sensitivity(folder: Path) -> list[str]:
         lines.append([network, changed, value, str(len(of)), f"{mean:.2f} ± {half:.2f}", *cells])
     text = (
         f"Digits, {rows[0]['images']} training images, {rows[0]['epochs']} epochs, ELU; weight 0.01, n = 5 and channel "
-        "units but where changed, differences paired by seed. Many comparisons are made: one in twenty of those without "
-        "any effect would pass as decided. `python -m benchmarks.accuracy sensitivity` makes "
+        "units but where changed, differences paired by seed. Of so many comparisons, one in twenty "
+        "without any effect would pass as decided. `python -m benchmarks.accuracy sensitivity` makes "
         "[sensitivity.csv](../benchmarks/results/accuracy/sensitivity.csv)."
     )
     header = ["network", "changed", "value", "seeds", "test error, %", "difference from none", "from ratio as it is"]
@@ -208,7 +208,8 @@ def modes(folder: Path) -> list[str]:
             f"{mixture.THRESHOLD:.4f}, by the theory, and joins them below. The table has the prior at which "
             f"{len({r['unit'] for r in rows})} units turned (± from a bootstrap over units; the priors tried there are "
             "0.005 apart). The theory is of the variance of sample variances over their squared mean, which "
-            "relative_variance is; the ratio divides by a noisy sample variance, and its turning point is its own. `python -m benchmarks.accuracy modes` makes "
+            "relative_variance is; the ratio divides by a noisy sample variance, and its turning point is its own. "
+            "`python -m benchmarks.accuracy modes` makes "
             "[mixture.csv](../benchmarks/results/accuracy/mixture.csv).",
             "",
             *table(["form", "prior p at which units turn", "p (1 - p)"], lines),

@@ -64,4 +64,4 @@ def work(unit: Record) -> Record:
     """Train once under the variant."""
     method = unit["value"] if unit["changed"] == "method" else "vcl-ratio"
     asked = {"data_dir": None, "recipe": "short", "activation": "elu", "k": 1.0, "device": "cpu"}
-    return images.work({**unit, **asked, "method": method}, **{"unit": "channel", **unit["vcl"]})
+    return images.work({**unit, **asked, "method": method}, {"unit": "channel", **unit["vcl"]})

