@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter
 
 from . import reference
 from .checks import check_activation, check_choice, check_count
@@ -129,13 +129,13 @@ class VCLActivation(nn.Module):
             return None
         if self.beta is None:
             return max(self.beta_init, self.beta_min)
-        if is_lazy(self.beta):
+        if isinstance(self.beta, UninitializedParameter):
             self.materialize(x.shape, x.device, accumulation_dtype(x.dtype))
         return self.beta
 
     def materialize(self, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> None:
         """Give a beta without a shape the one that x of ``shape`` has it."""
-        if self.beta is not None and is_lazy(self.beta):
+        if self.beta is not None and isinstance(self.beta, UninitializedParameter):
             self._make(shape[1:2] if self.unit == "channel" else shape[1:], device, dtype)
 
     def _make(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
@@ -147,7 +147,7 @@ class VCLActivation(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         given = state_dict.get(prefix + "beta")
-        if given is not None and self.beta is not None and is_lazy(self.beta):
+        if given is not None and self.beta is not None and isinstance(self.beta, UninitializedParameter):
             self._make(tuple(given.shape), self.beta.device, given.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -157,8 +157,9 @@ class VCLActivation(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the settings that differ from the paper's."""
-        beta = self.beta
-        shape = "none" if beta is None else "from the first batch" if is_lazy(beta) else str(tuple(beta.shape))
+        beta, shape = self.beta, "none"
+        if beta is not None:
+            shape = "from the first batch" if isinstance(beta, UninitializedParameter) else str(tuple(beta.shape))
         activation = "" if self.activation.name == "identity" else f"{self.activation.name}, "
         settings = f"form={self.form}, n={self.sub_batch_size}, unit={self.unit}, weight={self.weight:g}"
         return f"{activation}{settings}, beta={shape}"
