@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +28,10 @@ def _threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+def run(tmp_path, *arguments):
+    assert main([*arguments, "--quick", "--out", str(tmp_path)]) == 0
 
 
 def test_holm_raises_each_p_by_the_number_still_open():
@@ -90,11 +96,19 @@ def test_no_unit_begins_after_the_time_is_over(tmp_path, capsys):
 
 
 def test_processes_find_what_one_process_finds(tmp_path):
-    units = [{"prior": prior, "form": "ratio", "seeds": 2, "steps": 3} for prior in (0.1, 0.3, 0.5)]
-    torch.set_num_threads(1)
-    alone, together = (do(units, modes.mixture_work, tmp_path / f"{p}.jsonl", QUIET, processes=p) for p in (1, 2))
+    command = ["images", "--networks", "multilayer", "--activations", "elu", "--methods", "none", "bn"]
+    run(tmp_path / "alone", *command)
+    out = ["--quick", "--processes", "2", "--out", str(tmp_path / "together")]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.accuracy", *command, *out],
+        capture_output=True,
+        text=True,
+        cwd=PAGE.parents[1],
+    )
+    assert done.returncode == 0, done.stderr
+    alone, together = (results.read("images", tmp_path / name) for name in ("alone", "together"))
     assert together == alone
-    assert len({record["cosine"][0] for record in alone}) == 3
+    assert [row["method"] for row in alone] == ["none", "bn"]
 
 
 def test_tables_keep_numbers_and_names(tmp_path):
@@ -192,10 +206,6 @@ def test_the_threshold_is_where_half_of_the_units_turn():
     place, half = mixture.threshold(priors, [[0] * 10, [0] * 10, [1] * 10, [1] * 10])
     assert (place, half) == (pytest.approx(0.25), pytest.approx(0, abs=1e-6))
     assert math.isnan(mixture.threshold(priors, [[1] * 4] * 4)[0])
-
-
-def run(tmp_path, *arguments):
-    assert main([*arguments, "--quick", "--out", str(tmp_path)]) == 0
 
 
 def test_tabular_study(tmp_path):
