@@ -292,7 +292,7 @@ def test_a_small_folder_of_cifar_is_learnt_from(tmp_path):
     [(1, 0.5, "better"), (-1, 0.5, "worse"), (1, 1.5, "undecided"), (1, math.nan, "undecided")],
 )
 def test_a_verdict_needs_an_interval_without_zero(difference, half, said):
-    assert report.verdict(difference, half, "better", "worse") == said
+    assert report.verdict(difference, half) == said
 
 
 def test_the_page_is_what_the_results_render():

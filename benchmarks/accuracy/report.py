@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from . import figures, mixture, results
-from .methods import ACTIVATIONS, METHODS
+from .methods import ACTIVATIONS, METHODS, VCL
 from .statistics import compare
 from .work import Record
 
@@ -34,7 +36,43 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
 def render(folder: Path) -> str:
     """Return the page for the results in ``folder``."""
-    return "\n".join([HEAD, *tabular(folder), *images(folder), *sensitivity(folder), *modes(folder)]).rstrip() + "\n"
+    sections = [*tabular(folder), *images(folder), *sensitivity(folder), *modes(folder)]
+    return "\n".join([HEAD, *in_short(folder), *sections]).rstrip() + "\n"
+
+
+def in_short(folder: Path) -> list[str]:
+    """Return how often VCL is better, worse, or neither for certain."""
+    counts = Counter(verdicts(folder))
+    if not counts:
+        return []
+    rows = [
+        [study, METHODS[other], *(str(counts[study, other, said]) for said in ("better", "worse", "undecided"))]
+        for study, other in dict.fromkeys(key[:2] for key in counts)
+    ]
+    header = ["study", "VCL against", "better", "worse", "undecided"]
+    return ["## In short", "", "Counts of the comparisons in the tables below.", "", *table(header, rows)]
+
+
+def verdicts(folder: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield study, other method and verdict of each comparison of a VCL with another method."""
+    rows = results.read("tabular", folder)
+    for activation in ACTIVATIONS if rows else ():
+        pairs = compare(by_set(rows, activation, percent), list(METHODS))["pairs"]
+        for a in VCL:
+            for b in ("none", "bn"):
+                yield f"UCI and KEEL sets, {activation}", b, _pair(pairs, a, b)[-1]
+    images_seen = image_errors(results.read("images", folder))
+    for case, of in images_seen.items():
+        for b in ("none", "bn") if case[-1] in VCL else ():
+            found = gain(of, images_seen.get((*case[:-1], b), {}))
+            if found is not None:
+                yield "images", b, verdict(*found)
+    settings_seen = setting_errors(results.read("sensitivity", folder))
+    for (network, changed, _), of in settings_seen.items():
+        for b in ("none", "bn") if changed != "method" else ():
+            found = gain(of, settings_seen.get((network, "method", b), {}))
+            if found is not None:
+                yield f"settings, {network}", b, verdict(*found)
 
 
 def draw(folder: Path, out: Path) -> None:
@@ -53,11 +91,23 @@ def draw(folder: Path, out: Path) -> None:
         figures.draw_beta(rows, out / "beta.png")
 
 
-def verdict(difference: float, half: float, better: str, worse: str) -> str:
-    """Return which of two words the interval of a difference (first minus second, of what should be high) allows."""
-    if not abs(difference) > half:
+def verdict(gain: float, half: float) -> str:
+    """Return what the interval of a gain allows to say."""
+    if not abs(gain) > half:
         return "undecided"
-    return better if difference > 0 else worse
+    return "better" if gain > 0 else "worse"
+
+
+def gain(errors: dict[int, float], base: dict[int, float]) -> tuple[float, float] | None:
+    """Return how much lower errors (by seed) are than those of another method, with the half interval."""
+    gains = [base[seed] - errors[seed] for seed in errors if seed in base]
+    return results.mean_and_error(gains) if gains else None
+
+
+def difference(errors: dict[int, float], base: dict[int, float]) -> str:
+    """Return the mean difference of errors from those of another method, and what it allows to say."""
+    found = gain(errors, base)
+    return "" if found is None else f"{-found[0]:+.2f} ± {found[1]:.2f}, {verdict(*found)}"
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -76,6 +126,10 @@ def by_set(rows: list[Record], activation: str, value: Any) -> np.ndarray:
             cells.setdefault((row["set"], row["method"]), []).append(value(row))
     sets = list(dict.fromkeys(name for name, _ in cells))
     return np.array([[np.mean(cells[name, method]) for method in METHODS] for name in sets])
+
+
+def percent(row: Record) -> float:
+    return 100 * float(row["accuracy"])
 
 
 def errors(rows: list[Record], activation: str) -> np.ndarray:
@@ -104,7 +158,7 @@ def tabular(folder: Path) -> list[str]:
         "",
     ]
     for activation in ACTIVATIONS:
-        c = compare(by_set(rows, activation, lambda row: 100 * row["accuracy"]), list(METHODS))
+        c = compare(by_set(rows, activation, percent), list(METHODS))
         lines = [
             [METHODS[m], f"{c['mean_accuracy'][m]:.2f}", f"{c['mean_rank'][m]:.2f}", f"{c['wins'][m]:.1f}"]
             for m in METHODS
@@ -121,7 +175,7 @@ def tabular(folder: Path) -> list[str]:
 def _pair(pairs: dict[tuple[str, str], dict[str, Any]], a: str, b: str) -> list[str]:
     pair, sign = (pairs[a, b], 1) if (a, b) in pairs else (pairs[b, a], -1)
     mean, half = sign * pair["difference"][0], pair["difference"][1]
-    decided = verdict(mean, half, "better", "worse") if pair["wilcoxon_p"] < 0.05 else "undecided"
+    decided = verdict(mean, half) if pair["wilcoxon_p"] < 0.05 else "undecided"
     tests = [f"{pair['nemenyi_p']:.2g}", f"{pair['wilcoxon_p']:.2g}"]
     return [f"{METHODS[a]} - {METHODS[b]}", f"{mean:+.2f} ± {half:.2f}", *tests, decided]
 
@@ -134,25 +188,40 @@ def images(folder: Path) -> list[str]:
         return none_yet(title, "python -m benchmarks.accuracy images")
     costs = {_case(row): row for row in results.read("images-cost", folder)}
     lines = []
-    for case in dict.fromkeys(_case(row) for row in rows):
+    seen = image_errors(rows)
+    for case, same in seen.items():
         dataset, network, activation, batch, method = case
-        same = {row["seed"]: row["error"] for row in rows if _case(row) == case}
-        plain = {row["seed"]: row["error"] for row in rows if _case(row) == (*case[:-1], "none")}
         mean, half = results.mean_and_error(list(same.values()))
-        gain, of_gain = results.mean_and_error([plain[seed] - same[seed] for seed in same if seed in plain])
-        said = "" if method == "none" else f"{-gain:+.2f} ± {of_gain:.2f}, {verdict(gain, of_gain, 'better', 'worse')}"
+        cells = []
+        for other in ("none", "bn"):
+            cells.append("" if method == other else difference(same, seen.get((*case[:-1], other), {})))
         cost = costs.get(case)
         lines.append(
-            [f"{dataset}, {network}, {activation}, batch {batch}", METHODS[method], f"{mean:.2f} ± {half:.2f}", said]
+            [f"{dataset}, {network}, {activation}, batch {batch}", METHODS[method], f"{mean:.2f} ± {half:.2f}", *cells]
             + (["", ""] if cost is None else [f"{cost['step_ms']:.1f}", f"{cost['saved_bytes'] / 1e6:.1f}"])
         )
     seeds = len({row["seed"] for row in rows})
+    asked = json.loads((folder / "images.json").read_text())["settings"]
+    epochs = rows[0]["epochs"]
+    command = f"images --dataset {asked['dataset']} --networks {' '.join(asked['networks'])} --epochs {epochs}"
     text = (
-        f"{seeds} seeds, {rows[0]['epochs']} epochs. `python -m benchmarks.accuracy images` makes "
-        "[images.csv](../benchmarks/results/accuracy/images.csv); differences are paired by seed."
+        f"{seeds} seeds, {epochs} epochs, VCL with weight 0.01, n = 5 and one statistic for each activation, as in the "
+        "paper; times on one core of a machine that others used too. Differences are paired by seed. "
+        f"`python -m benchmarks.accuracy {command} --seeds {seeds}` makes "
+        "[images.csv](../benchmarks/results/accuracy/images.csv) and "
+        "[images-cost.csv](../benchmarks/results/accuracy/images-cost.csv)."
     )
-    header = ["network", "method", "test error, %", "difference from none", "step, ms", "saved for backward, MB"]
+    differences = ["difference from none", "from batch norm"]
+    header = ["network", "method", "test error, %", *differences, "step, ms", "saved for backward, MB"]
     return [f"## {title}", "", text, "", *table(header, lines)]
+
+
+def image_errors(rows: list[Record]) -> dict[tuple[Any, ...], dict[int, float]]:
+    """Errors by case (the method last) and seed."""
+    found: dict[tuple[Any, ...], dict[int, float]] = {}
+    for row in rows:
+        found.setdefault(_case(row), {})[row["seed"]] = row["error"]
+    return found
 
 
 def _case(row: Record) -> tuple[str, str, str, int, str]:
@@ -165,19 +234,12 @@ def sensitivity(folder: Path) -> list[str]:
     title = "Sensitivity to the settings"
     if not rows:
         return none_yet(title, "python -m benchmarks.accuracy sensitivity")
-    seen: dict[tuple[str, str, str], dict[int, float]] = {}
-    for row in rows:
-        seen.setdefault((row["network"], str(row["changed"]), str(row["value"])), {})[row["seed"]] = row["error"]
+    seen = setting_errors(rows)
     lines = []
     for (network, changed, value), of in seen.items():
         cells = []
-        for changed_in_other, other in (("method", "none"), ("form", "ratio")):
-            base = seen.get((network, changed_in_other, other), {})
-            gain, half = results.mean_and_error(
-                [base[seed] - of[seed] for seed in of if seed in base] or [float("nan")]
-            )
-            same = (changed, value) == (changed_in_other, other)
-            cells.append("" if same else f"{-gain:+.2f} ± {half:.2f}, {verdict(gain, half, 'better', 'worse')}")
+        for other in (("method", "none"), ("method", "bn"), ("form", "ratio")):
+            cells.append("" if (changed, value) == other else difference(of, seen.get((network, *other), {})))
         mean, half = results.mean_and_error(list(of.values()))
         lines.append([network, changed, value, str(len(of)), f"{mean:.2f} ± {half:.2f}", *cells])
     text = (
@@ -186,8 +248,25 @@ def sensitivity(folder: Path) -> list[str]:
         "without any effect would pass as decided. `python -m benchmarks.accuracy sensitivity` makes "
         "[sensitivity.csv](../benchmarks/results/accuracy/sensitivity.csv)."
     )
-    header = ["network", "changed", "value", "seeds", "test error, %", "difference from none", "from ratio as it is"]
+    header = [
+        "network",
+        "changed",
+        "value",
+        "seeds",
+        "test error, %",
+        "difference from none",
+        "from batch norm",
+        "from ratio as it is",
+    ]
     return [f"## {title}", "", text, "", *table(header, lines)]
+
+
+def setting_errors(rows: list[Record]) -> dict[tuple[str, str, str], dict[int, float]]:
+    """Errors by network, what is changed and its value, and seed."""
+    found: dict[tuple[str, str, str], dict[int, float]] = {}
+    for row in rows:
+        found.setdefault((row["network"], str(row["changed"]), str(row["value"])), {})[row["seed"]] = row["error"]
+    return found
 
 
 def modes(folder: Path) -> list[str]:
