@@ -26,8 +26,8 @@ includes 0 is called undecided.
 """
 
 LIMITS = [
-    "These are short trainings of small networks on small data. The paper's claim is of long ones: its 11-layer network",
-    "on CIFAR-10 and CIFAR-100, trained for hundreds of epochs. That is not measured here, and neither confirmed nor",
+    "These are short trainings of small networks on small data. The paper's claim is of long ones: its 11-layer",
+    "network on CIFAR-10 and CIFAR-100, for hundreds of epochs. That is not measured here, and neither confirmed nor",
     "refuted: `python -m benchmarks.accuracy images --recipe reference --dataset cifar10 --data-dir FOLDER` does it.",
     "",
 ]
@@ -61,8 +61,9 @@ def in_short(folder: Path) -> list[str]:
     for (_, _, said), count in counts.items():
         total[said] += count
     text = (
-        f"Of the {total.total()} comparisons of VCL with no normalisation and with batch norm in the tables below, VCL is "
-        f"decided to be better in {total['better']}, worse in {total['worse']}, and {total['undecided']} are undecided."
+        f"Of the {total.total()} comparisons of VCL with no normalisation and with batch norm in the tables below, VCL "
+        f"is decided to be better in {total['better']}, worse in {total['worse']}, "
+        f"and {total['undecided']} are undecided."
     )
     return ["## In short", "", text, "", *table(header, rows), *LIMITS]
 
@@ -163,8 +164,9 @@ def tabular(folder: Path) -> list[str]:
     found = [
         f"## {title}",
         "",
-        f"{len(counts)} sets, {few if few == many else f'{few} to {many}'} stratified split(s) of each; four hidden layers "
-        f"of 64; {settings['trials']} trials of a random search (learning rate, weight decay; for VCL its weight too), "
+        f"{len(counts)} sets, {few if few == many else f'{few} to {many}'} stratified split(s) of each; four "
+        f"hidden layers of 64; {settings['trials']} trials of a random search (learning rate, weight decay; for VCL its weight "
+        "too), "
         f"scored on a quarter of the training rows, then {settings['steps']} steps on all of them: the same for every "
         "method. "
         "`python -m benchmarks.accuracy tabular` makes "
