@@ -164,12 +164,11 @@ def tabular(folder: Path) -> list[str]:
     found = [
         f"## {title}",
         "",
-        f"{len(counts)} sets, {few if few == many else f'{few} to {many}'} stratified split(s) of each; four "
-        f"hidden layers of 64; {settings['trials']} trials of a random search (learning rate, weight decay; for VCL its weight "
-        "too), "
-        f"scored on a quarter of the training rows, then {settings['steps']} steps on all of them: the same for every "
-        "method. "
-        "`python -m benchmarks.accuracy tabular` makes "
+        f"{len(counts)} sets, {few if few == many else f'{few} to {many}'} stratified split(s) of each; four hidden "
+        f"layers of 64; {settings['trials']} trials of a random search (learning rate, weight decay; for VCL its "
+        "weight too), scored on a quarter of the training rows, then "
+        f"{settings['steps']} steps on all of them: the same for every method. "
+        f"`python -m benchmarks.accuracy tabular --splits {many}` makes "
         "[tabular.csv](../benchmarks/results/accuracy/tabular.csv).",
         "",
     ]
