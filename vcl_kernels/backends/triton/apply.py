@@ -147,23 +147,23 @@ def loss_gradient(x, mean_ptr, scale_ptr, shift_ptr, g_ptr, at, valid):
     return dx
 
 
-def rule(dx: Geometry, itemsize: int) -> Settings:
+def rule(saved: Geometry, dx: Geometry, itemsize: int) -> Settings:
     """Choose settings: a thread has 16 elements of each of four tensors; 8 if float64."""
     weight = 2 if itemsize < 8 else 4
-    if dx.spatial:
+    if saved.spatial:
         PB = min(power_of_2(dx.P), 1024)
         UB = min(power_of_2(dx.U), TILE // PB)
         return Settings({"UB": UB, "PB": PB}, warps_for(weight * UB * PB))
-    UB = min(power_of_2(dx.U), 512 // itemsize)
+    UB = min(power_of_2(dx.U), 128, 512 // itemsize)
     MB = min(power_of_2(dx.M), max(1, TILE // UB))
     return Settings({"MB": MB, "UB": UB}, warps_for(weight * MB * UB))
 
 
 def plan(saved: Geometry, dx: Geometry, itemsize: int, settings: Settings | None = None) -> Launch:
     """Decide the launch; ``dx.N`` rows are written."""
-    tile, warps, _ = settings or rule(dx, itemsize)
+    tile, warps, _ = settings or rule(saved, dx, itemsize)
     blocks = cdiv(dx.U, tile["UB"])
-    if dx.spatial:
+    if saved.spatial:
         constants = {
             "P_CONSTANT": positions_constant(dx.P),
             "SAVED_DENSE": dense_units(saved),

@@ -86,8 +86,9 @@ def arguments(x: Geometry, splits: int) -> tuple[int, ...]:
 def rule(x: Geometry, reduce: bool) -> Settings:
     """Choose settings: one program where its sum over units is wanted and it can hold them."""
     KB, UB = power_of_2(x.K), power_of_2(x.U)
-    if not (reduce and KB * UB <= ONE_PROGRAM):
-        UB = min(UB, max(1, min(16, 128 // KB)))  # few: float64 takes many registers
+    if reduce and KB * UB <= ONE_PROGRAM:
+        return Settings({"KB": KB, "UB": UB}, warps_for(8 * KB * UB))
+    UB = min(UB, max(1, min(16, 128 // KB)))  # few: float64 takes many registers
     return Settings({"KB": KB, "UB": UB}, warps_for(16 * KB * UB))
 
 

@@ -8,7 +8,7 @@ from .formulas import coefficients
 from .launch import Launch, Settings, cdiv, dense_units, positions_constant, power_of_2, warps_for
 
 # Elements of a tile, padding included, of which 16 warps hold 32 or 16 a thread in registers: where units are
-# contiguous, addresses take as many again, and more would spill.
+# contiguous, or P is odd, addresses take as many again, and more would spill.
 MOST_SPATIAL = 16384
 MOST_UNIT = 8192
 
@@ -152,7 +152,7 @@ def padded_sample(g: Geometry) -> int:
 def fits(g: Geometry, itemsize: int) -> bool:
     """Whether a unit, or 32 bytes of contiguous units, fits on chip."""
     if g.spatial:
-        return padded_sample(g) <= MOST_SPATIAL
+        return padded_sample(g) <= MOST_SPATIAL // (1 + g.P % 2)
     return padded_sample(g) * min(32 // itemsize, power_of_2(g.U)) <= MOST_UNIT
 
 
@@ -161,10 +161,11 @@ def rule(x: Geometry, itemsize: int) -> Settings:
     sample, KB = padded_sample(x), power_of_2(x.K)
     if x.spatial:
         UB = min(power_of_2(x.U), max(1, 4096 // sample))
-        return Settings({"KB": KB, "NB": power_of_2(x.n), "UB": UB, "PB": power_of_2(x.P)}, warps_for(sample * UB))
+        warps = warps_for(sample * UB * (1 + x.P % 2))
+        return Settings({"KB": KB, "NB": power_of_2(x.n), "UB": UB, "PB": power_of_2(x.P)}, warps)
     # coefficients are float64, [KB, UB] of them
     UB = min(power_of_2(x.U), max(32 // itemsize, min(128, 8192 // sample, 256 // KB)))
-    warps = max(4, min(8, KB * UB // 64), warps_for(sample * UB))
+    warps = max(4, min(16, KB * UB // min(16 * itemsize, 64)), warps_for(sample * UB))
     return Settings({"KB": KB, "MB": power_of_2(x.M), "UB": UB}, warps)
 
 

@@ -15,8 +15,8 @@ from .formulas import merge_moments
 from .launch import Launch, Settings, cdiv, dense_units, positions_constant, power_of_2, warps_for
 
 TILE = 4096
-FEW = 256  # values of a unit in a tile, at most, of which no rounding errors average out: squares are float64
-TILE_UNIT = 2048  # they mostly are, of two registers each, where few values of many units make a tile
+FEW = 256  # values of a unit in a sub-batch, at most, whose rounding errors do not average out: squares are float64
+TILE_UNIT = 2048  # where units are contiguous: a thread has the sums of several
 PROGRAMS = 1024  # wanted at least: several for each of a GPU's multiprocessors
 
 
@@ -67,7 +67,7 @@ def moments_spatial(
         split = pid % splits
         k = pid // splits % K
         first = (pid // splits // K).to(tl.int64) * UB
-        count = tl.zeros([UB], ACC)
+        count = tl.full([], 0.0, ACC)  # the same for every unit
         mean = tl.zeros([UB], ACC)
         m2 = tl.zeros([UB], tl.float64)
         units = first + tl.arange(0, UB)
@@ -95,7 +95,6 @@ def moments_spatial(
             d = tl.where(mask, d.to(SQUARES) - error.to(SQUARES)[None, :, None], 0.0)
             groups = tl.reshape(d * d, [NB, UB, PB // GROUP, GROUP])
             spread = tl.sum(tl.sum(tl.sum(groups, 3).to(tl.float64), 2), 0)
-            here += tl.zeros([UB], ACC)
             count, mean, m2 = merge_moments(count, mean, m2, here, centre - pilot + error, spread)
         store_partial(partial_ptr, (split.to(tl.int64) * K + k) * U, plane, units, U, count, mean, m2, pilot)
     elif ACTIVATION != NO_ACTIVATION:
@@ -144,7 +143,7 @@ def moments_unit(
         units = (pid // splits // K).to(tl.int64) * UB + tl.arange(0, UB)
         u = units[None, :]
         M = n * P
-        count = tl.zeros([UB], ACC)
+        count = tl.full([], 0.0, ACC)  # the same for every unit
         mean = tl.zeros([UB], ACC)
         m2 = tl.zeros([UB], tl.float64)
         # one value of each sample is taken off first: |mean| >> std costs nothing
@@ -169,7 +168,6 @@ def moments_unit(
             error = tl.sum(d, 0) / here
             d = tl.where(mask, d.to(SQUARES) - error.to(SQUARES)[None, :], 0.0)
             spread = tl.sum(d * d, 0)
-            here += tl.zeros([UB], ACC)
             count, mean, m2 = merge_moments(count, mean, m2, here, centre - pilot + error, spread)
         store_partial(partial_ptr, (split.to(tl.int64) * K + k) * U, plane, units, U, count, mean, m2, pilot)
     elif ACTIVATION != NO_ACTIVATION:
@@ -189,35 +187,37 @@ def moments_unit(
 def store_partial(partial_ptr, start, plane, units, U, count, mean, m2, pilot):
     """Store a partial sample of each unit: four planes, in each of which it begins at ``start``."""
     at = partial_ptr + start + units
-    tl.store(at, count, mask=units < U)
+    tl.store(at, count + tl.zeros_like(mean), mask=units < U)
     tl.store(at + plane, mean, mask=units < U)
     tl.store(at + 2 * plane, m2, mask=units < U)
     tl.store(at + 3 * plane, pilot, mask=units < U)
 
 
-def rule(x: Geometry, itemsize: int) -> Settings:
-    """Choose settings."""
+def rule(x: Geometry, with_y: bool, itemsize: int) -> Settings:
+    """Choose settings; with y, a thread has half as many elements of x, and their y beside them."""
     if x.spatial:
-        PB = min(power_of_2(x.P), TILE)
-        NB = min(power_of_2(x.n), max(1, TILE // PB))
-        UB = min(power_of_2(x.U), max(1, TILE // (NB * PB)))
+        most = TILE // 2 if with_y else TILE
+        PB = min(power_of_2(x.P), most)
+        NB = min(power_of_2(x.n), most // PB)
+        UB = min(power_of_2(x.U), most // (NB * PB))
         tile = {"NB": NB, "UB": UB, "PB": PB}
     else:
-        UB = min(power_of_2(x.U), 256 // itemsize)
-        tile = {"MB": min(power_of_2(x.M), TILE_UNIT // UB), "UB": UB}
-    weight = 2 if squares_in_float64(tile, itemsize) else 1
+        most = TILE_UNIT if with_y or itemsize > 2 else 2 * TILE_UNIT
+        UB = min(power_of_2(x.U), 256 // itemsize, max(64, most // power_of_2(x.M)))
+        tile = {"MB": min(power_of_2(x.M), most // UB), "UB": UB}
+    weight = 2 if with_y or squares_in_float64(x, itemsize) else 1
     splits = max(1, PROGRAMS // (cdiv(x.U, UB) * x.K))
     return Settings(tile, warps_for(weight * math.prod(tile.values())), splits)
 
 
-def squares_in_float64(tile: dict[str, int], itemsize: int) -> bool:
-    """Whether a tile has so few values of a unit that their rounding errors do not average out."""
-    return itemsize == 8 or math.prod(tile.values()) // tile["UB"] <= FEW
+def squares_in_float64(x: Geometry, itemsize: int) -> bool:
+    """Whether a sub-batch has so few values of a unit that their rounding errors do not average out."""
+    return itemsize == 8 or x.M <= FEW
 
 
 def plan(x: Geometry, y: Geometry | None, itemsize: int, settings: Settings | None = None) -> tuple[Launch, int, int]:
     """Decide the launch, for moments alone if y is None; also return splits and tiles in each."""
-    tile, warps, splits = settings or rule(x, itemsize)
+    tile, warps, splits = settings or rule(x, y is not None, itemsize)
     rest = 0 if y is None else x.N - x.K * x.n
     constants: dict[str, Any] = dict(tile)
     if x.spatial:
@@ -232,7 +232,7 @@ def plan(x: Geometry, y: Geometry | None, itemsize: int, settings: Settings | No
     else:
         tiles, rest_tiles = cdiv(x.M, tile["MB"]), cdiv(rest * x.P, tile["MB"])
         kernel = moments_unit
-    constants["SQUARES"] = tl.float64 if squares_in_float64(tile, itemsize) else tl.float32
+    constants["SQUARES"] = tl.float64 if squares_in_float64(x, itemsize) else tl.float32
     per_split = cdiv(tiles, min(tiles, splits))
     splits = cdiv(tiles, per_split)
     grid = (cdiv(x.U, tile["UB"]) * (x.K * splits + rest_tiles),)
