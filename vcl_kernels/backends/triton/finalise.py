@@ -7,7 +7,8 @@ from ...geometry import Geometry
 from .formulas import coefficients, merge_moments
 from .launch import Launch, Settings, cdiv, power_of_2, warps_for
 
-ONE_PROGRAM = 2048  # values (K, U) that the threads of one program hold in registers, in float64
+ONE_PROGRAM = 2048  # values (split, K, U) that the threads of one program hold in registers, in float64
+READ_BY_ONE = 8 * ONE_PROGRAM  # such values that one program reads rather than that another launch adds the units
 
 
 @triton.jit
@@ -31,10 +32,11 @@ def finalise(
     BETA: tl.constexpr,
     REDUCE: tl.constexpr,
     ACC: tl.constexpr,
+    SB: tl.constexpr,
     KB: tl.constexpr,
     UB: tl.constexpr,
 ):
-    """Program: UB units, all sub-batches. REDUCE: it is the only one, and sums over units too."""
+    """Program: UB units, all sub-batches, SB splits at a time. REDUCE: it is the only one, and sums over units too."""
     units = tl.program_id(0).to(tl.int64) * UB + tl.arange(0, UB)
     k = tl.arange(0, KB)[:, None]
     mask = (k < K) & (units[None, :] < U)
@@ -43,16 +45,17 @@ def finalise(
     mean = tl.zeros([KB, UB], tl.float64)
     m2 = tl.zeros([KB, UB], tl.float64)
     pilot = tl.load(at + 3 * plane, mask=mask, other=0.0).to(tl.float64)
-    for _ in range(0, splits):
-        count, mean, m2 = merge_moments(
-            count,
-            mean,
-            m2,
-            tl.load(at, mask=mask, other=0.0).to(tl.float64),
-            tl.load(at + plane, mask=mask, other=0.0).to(tl.float64),
-            tl.load(at + 2 * plane, mask=mask, other=0.0).to(tl.float64),
-        )
-        at += K * U
+    s = tl.arange(0, SB)[:, None, None]
+    for start in range(0, splits, SB):
+        here = at[None, :, :] + (start + s).to(tl.int64) * (K * U)
+        real = mask[None, :, :] & (start + s < splits)
+        counts = tl.load(here, mask=real, other=0.0).to(tl.float64)
+        means = tl.load(here + plane, mask=real, other=0.0).to(tl.float64)
+        spreads = tl.load(here + 2 * plane, mask=real, other=0.0).to(tl.float64)
+        total = tl.sum(counts, 0)
+        centre = tl.sum(counts * means, 0) / tl.maximum(total, 1)
+        d = means - centre[None, :, :]
+        count, mean, m2 = merge_moments(count, mean, m2, total, centre, tl.sum(spreads + counts * (d * d), 0))
     out = k.to(tl.int64) * U + units[None, :]
     if mean_ptr is not None:
         tl.store(mean_ptr + out, (pilot + mean).to(ACC), mask=mask)
@@ -83,17 +86,18 @@ def arguments(x: Geometry, splits: int) -> tuple[int, ...]:
     return x.K, x.M, x.U, splits * x.K * x.U, splits
 
 
-def rule(x: Geometry, reduce: bool) -> Settings:
-    """Choose settings: one program where its sum over units is wanted and it can hold them."""
+def rule(x: Geometry, splits: int, reduce: bool) -> Settings:
+    """Choose settings: one program where its sum over units is wanted and there is little to read."""
     KB, UB = power_of_2(x.K), power_of_2(x.U)
-    if reduce and KB * UB <= ONE_PROGRAM:
-        return Settings({"KB": KB, "UB": UB}, warps_for(8 * KB * UB))
-    UB = min(UB, max(1, min(16, 128 // KB)))  # few: float64 takes many registers
-    return Settings({"KB": KB, "UB": UB}, warps_for(16 * KB * UB))
+    in_one = reduce and KB * UB <= ONE_PROGRAM and KB * UB * splits <= READ_BY_ONE
+    if not in_one:
+        UB = min(UB, max(1, min(16, 128 // KB)))  # few: float64 takes many registers
+    SB = min(power_of_2(splits), max(1, ONE_PROGRAM // (KB * UB)))
+    return Settings({"SB": SB, "KB": KB, "UB": UB}, warps_for((8 if in_one else 16) * SB * KB * UB))
 
 
-def plan(x: Geometry, reduce: bool, settings: Settings | None = None) -> Launch:
+def plan(x: Geometry, splits: int, reduce: bool, settings: Settings | None = None) -> Launch:
     """Decide the launch. ``reduce``: wanted is the sum over units; REDUCE says whether the launch gives it."""
-    tile, warps, _ = settings or rule(x, reduce)
+    tile, warps, _ = settings or rule(x, splits, reduce)
     programs = cdiv(x.U, tile["UB"])
     return Launch(finalise, (programs,), {**tile, "REDUCE": reduce and programs == 1}, warps)

@@ -56,7 +56,7 @@ def moments(x, n, K, per_activation) -> tuple[Tensor, Tensor]:
     partial = _partial_moments(x, n, K, per_activation)
     mean, var = empty_units(x, per_activation, K), empty_units(x, per_activation, K)
     g = Geometry.of(x, n, K, per_activation)
-    launch = finalise.plan(g, reduce=False)
+    launch = finalise.plan(g, partial.shape[1], reduce=False)
     launch.constants.update(FORM=-1, BETA=0, ACC=_accumulation(x))
     launch(partial, mean, var, None, None, None, None, 0.0, 0.0, 1.0, *finalise.arguments(g, partial.shape[1]))
     return mean, var
@@ -125,7 +125,7 @@ def _coefficients(
     g = Geometry.of(x, n, K, per_activation)
     mean = empty_units(x, per_activation, K) if want_coefficients else None
     scale = empty_units(x, per_activation, K) if want_coefficients else None
-    launch = finalise.plan(g, reduce)
+    launch = finalise.plan(g, partial.shape[1], reduce)
     reduced = launch.constants["REDUCE"]
     reduce_dbeta = reduce and _beta_kind(beta) == 1
     loss = _empty_sum(x) if reduced else empty_units(x, per_activation)

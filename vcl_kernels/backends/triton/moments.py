@@ -14,9 +14,8 @@ from .activations import NO_ACTIVATION, activate
 from .formulas import merge_moments
 from .launch import Launch, Settings, cdiv, dense_units, positions_constant, power_of_2, warps_for
 
-TILE = 4096
+TILE = 2048
 FEW = 256  # values of a unit in a sub-batch, at most, whose rounding errors do not average out: squares are float64
-TILE_UNIT = 2048  # where units are contiguous: a thread has the sums of several
 PROGRAMS = 1024  # wanted at least: several for each of a GPU's multiprocessors
 
 
@@ -194,18 +193,18 @@ def store_partial(partial_ptr, start, plane, units, U, count, mean, m2, pilot):
 
 
 def rule(x: Geometry, with_y: bool, itemsize: int) -> Settings:
-    """Choose settings; with y, a thread has half as many elements of x, and their y beside them."""
+    """Choose settings: a thread has 16 elements, and their y; 32 of two bytes alone."""
+    few = with_y or itemsize > 2
+    most = TILE if few else 2 * TILE
     if x.spatial:
-        most = TILE // 2 if with_y else TILE
         PB = min(power_of_2(x.P), most)
         NB = min(power_of_2(x.n), most // PB)
         UB = min(power_of_2(x.U), most // (NB * PB))
         tile = {"NB": NB, "UB": UB, "PB": PB}
     else:
-        most = TILE_UNIT if with_y or itemsize > 2 else 2 * TILE_UNIT
         UB = min(power_of_2(x.U), 256 // itemsize, max(64, most // power_of_2(x.M)))
         tile = {"MB": min(power_of_2(x.M), most // UB), "UB": UB}
-    weight = 2 if with_y or squares_in_float64(x, itemsize) else 1
+    weight = 2 if few or squares_in_float64(x, itemsize) else 1
     splits = max(1, PROGRAMS // (cdiv(x.U, UB) * x.K))
     return Settings(tile, warps_for(weight * math.prod(tile.values())), splits)
 
