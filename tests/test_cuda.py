@@ -6,7 +6,7 @@ import pytest
 import torch
 from common import LAYOUTS, assert_within_budget, oracle
 from conftest import FORMS, GPU, UNITS
-from cuda import DEVICE, memory_of_nan, needs_device, needs_gpu, no_sync, replayed, sized, skip_unless_free
+from on_cuda import DEVICE, memory_of_nan, needs_device, needs_gpu, no_sync, replayed, sized, skip_unless_free
 from test_activation_triton import act, assert_all_within_budget, spec
 from test_loss import beta_for, check, per_unit
 from torch import nn
