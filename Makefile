@@ -29,11 +29,13 @@ check: build
 RESULTS ?= out
 
 bench: build
-	mkdir -p $(RESULTS)
-	for suite in loss activation; do \
-	  $(KEEP) $(BIN)/python -m benchmarks.cpu $$suite --out $(RESULTS)/vcl_$$suite.json $(ARGS) && \
-	  $(BIN)/python -m benchmarks.cpu $$suite --out $(RESULTS)/vcl_$$suite-default-allocator.json $(ARGS) || exit 1; \
+	for suite in loss activation launch networks; do \
+	  $(KEEP) $(BIN)/python -m benchmarks.run $$suite --out $(RESULTS) $(ARGS) || exit 1; \
 	done
+	for suite in loss activation; do \
+	  $(BIN)/python -m benchmarks.run $$suite --out $(RESULTS)/default-allocator $(ARGS) || exit 1; \
+	done
+	$(BIN)/python -m benchmarks.plots $(RESULTS)
 
 # On a machine with CUDA, which may be offline: its own Python, torch and triton.
 gpu-check:

@@ -5,17 +5,30 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL.PngImagePlugin import PngImageFile
 
 import vcl_kernels as vk
-from benchmarks.table import table
+from benchmarks.plots import digest
+from benchmarks.report import SHOWN, ratios, render
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results"
+RECORDS = [p for p in RESULTS.rglob("*.json") if p.stem in ("loss", "activation", "launch", "networks")]
 
 
-@pytest.mark.parametrize("suite", ["loss", "activation"])
+@pytest.mark.parametrize("suite", ["loss", "activation", "networks"])
 def test_tables_come_from_the_results(suite):
-    record = json.loads((ROOT / f"benchmarks/results/cpu-avx512/vcl_{suite}.json").read_text())
-    assert table(record) in (ROOT / "README.md").read_text()
+    record = json.loads((RESULTS / f"cpu-avx512/{suite}.json").read_text())
+    assert ratios(record, SHOWN) in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda path: str(path.relative_to(RESULTS)))
+def test_reports_are_what_their_records_say(record):
+    assert record.with_suffix(".md").read_text() == render(json.loads(record.read_text()))
+
+
+def test_the_picture_is_made_from_the_results():
+    assert PngImageFile(ROOT / "docs/speed.png").info["Source"] == digest(RESULTS / "cpu-avx512")
 
 
 def test_what_it_equals():
