@@ -20,7 +20,8 @@ from .shapes import Look, launches
 from .targets import TARGETS, occupancy
 
 Record = dict[str, Any]
-_TILE = {"SB": "splits", "KB": "K", "NB": "n", "MB": "M", "UB": "U", "PB": "P", "EB": "E"}  # an axis of a tile, and what it covers
+# An axis of a tile, and what it covers.
+_TILE = {"SB": "splits", "KB": "K", "NB": "n", "MB": "M", "UB": "U", "PB": "P", "EB": "E"}
 _pending: list[tuple[Any, Specialised, str, bool]] = []  # that worker processes inherit
 
 
