@@ -7,8 +7,9 @@ from ...geometry import Geometry
 from .formulas import coefficients, merge_moments
 from .launch import Launch, Settings, cdiv, power_of_2, warps_for
 
-ONE_PROGRAM = 2048  # values (split, K, U) that the threads of one program hold in registers, in float64
-READ_BY_ONE = 8 * ONE_PROGRAM  # such values that one program reads rather than that another launch adds the units
+ONE_PROGRAM = 2048  # values (K, U) that the threads of one program hold in registers, in float64
+AT_ONCE = 512  # values (split, K, U) that it reads before it merges them
+READ_BY_ONE = 16384  # such values that one program reads rather than that another launch adds the units
 
 
 @triton.jit
@@ -92,8 +93,9 @@ def rule(x: Geometry, splits: int, reduce: bool) -> Settings:
     in_one = reduce and KB * UB <= ONE_PROGRAM and KB * UB * splits <= READ_BY_ONE
     if not in_one:
         UB = min(UB, max(1, min(16, 128 // KB)))  # few: float64 takes many registers
-    SB = min(power_of_2(splits), max(1, ONE_PROGRAM // (KB * UB)))
-    return Settings({"SB": SB, "KB": KB, "UB": UB}, warps_for((8 if in_one else 16) * SB * KB * UB))
+    SB = min(power_of_2(splits), AT_ONCE // (KB * UB))
+    SB = SB if SB >= 4 else 1
+    return Settings({"SB": SB, "KB": KB, "UB": UB}, warps_for((8 if in_one or SB > 1 else 16) * SB * KB * UB))
 
 
 def plan(x: Geometry, splits: int, reduce: bool, settings: Settings | None = None) -> Launch:
