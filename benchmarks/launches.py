@@ -1,6 +1,6 @@
 """What each op launches: the calls of the Triton launchers that training makes, and a record of their launches.
 
-On meta tensors nothing runs, so that launches can be compiled ahead of time; elsewhere the kernels run as well.
+Recording works on meta tensors too, so that launches can be compiled ahead of time without a device.
 """
 
 from __future__ import annotations
@@ -30,17 +30,32 @@ class Recorded(NamedTuple):
 
 
 def recorded(job: Job) -> list[Recorded]:
-    """Call ``job``; return its launches in order."""
+    """Call ``job`` with nothing launched; return what it would have launched, in order."""
     found = []
-    run = Launch.__call__
 
     def record(launch: Launch, *args: Any) -> None:
         found.append(Recorded(launch, args))
-        if not any(isinstance(a, Tensor) and a.is_meta for a in args):
-            run(launch, *args)
 
     with mock.patch.object(Launch, "__call__", record):
         job()
+    return found
+
+
+# An axis of a tile, and the size that it covers
+AXES = {"SB": "splits", "KB": "K", "NB": "n", "MB": "M", "UB": "U", "PB": "P", "EB": "E"}
+
+
+def tile_of(launch: Launch) -> dict[str, int]:
+    """The tile's axes among the constants of a launch."""
+    return {axis: launch.constants[axis] for axis in AXES if axis in launch.constants}
+
+
+def values_of(one: Recorded) -> dict[str, Any]:
+    """The arguments by name, and P and M, which some kernels are not given."""
+    found = dict(zip(one.launch.kernel.arg_names, one.args, strict=False))
+    found.setdefault("P", found.get("P_run_time"))
+    if "n" in found:
+        found.setdefault("M", found["n"] * found["P"])
     return found
 
 
@@ -68,8 +83,13 @@ def loss_jobs(x: Tensor, spec: LossSpec) -> dict[str, Job]:
     jobs: dict[str, Job] = {"loss": lambda: launchers.loss(x, beta, *spec)}
     if rows is x and fused.fits(Geometry.of(x, spec.n, spec.K, spec.per_activation), x.element_size()):
         dx = empty_rows(x, x.shape[0])
+
+        def multiplied() -> Tensor:
+            launchers.multiply_(dx.fill_(2.0), g)
+            return dx
+
         jobs["loss and dx"] = lambda: launchers.loss_dx(x, beta, *spec, with_grad)
-        jobs["dx times g"] = lambda: launchers.multiply_(dx, g)
+        jobs["dx times g"] = multiplied
     else:
         jobs["loss, to be differentiated"] = lambda: launchers.loss_coefficients(rows, beta, *spec, with_grad)
         jobs["dx of loss"] = lambda: launchers.moments_dx(rows, mean, scale, None, g, *same)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.launches import Recorded
+from benchmarks.launches import AXES, Recorded, tile_of, values_of
 from vcl_kernels.backends.triton.activations import IDENTITY
 
 from .build import Specialised, build, specialise
@@ -21,7 +21,6 @@ from .targets import TARGETS, occupancy
 
 Record = dict[str, Any]
 # An axis of a tile, and what it covers.
-_TILE = {"SB": "splits", "KB": "K", "NB": "n", "MB": "M", "UB": "U", "PB": "P", "EB": "E"}
 _pending: list[tuple[Any, Specialised, str, bool]] = []  # that worker processes inherit
 
 
@@ -69,25 +68,17 @@ def _described(look: Look, name: str, one: Recorded) -> Record:
         "kernel": launch.kernel.__name__,
         "case": str(look),
         "call": name,
-        "tile": {axis: launch.constants[axis] for axis in _TILE if axis in launch.constants},
+        "tile": tile_of(launch),
         "warps": launch.warps,
         "programs": math.prod(launch.grid),
         "bytes": bytes_of_tile(one),
         "wide": allows_128_bits(one),
-        "writes": any(_values(one).get(name) is not None for name in ("y_ptr", "dx_ptr")),
+        "writes": any(values_of(one).get(name) is not None for name in ("y_ptr", "dx_ptr")),
     }
 
 
-def _values(one: Recorded) -> dict[str, Any]:
-    found = dict(zip(one.launch.kernel.arg_names, one.args, strict=False))
-    found.setdefault("P", found.get("P_run_time"))
-    if "n" in found:
-        found.setdefault("M", found["n"] * found["P"])
-    return found
-
-
 def _tensors_read(one: Recorded) -> list[Any]:
-    given = _values(one)
+    given = values_of(one)
     kernel = one.launch.kernel.__name__
     if kernel.startswith("apply"):
         activation = one.launch.constants["ACTIVATION"] != IDENTITY.value
@@ -100,16 +91,14 @@ def _tensors_read(one: Recorded) -> list[Any]:
 
 def bytes_of_tile(one: Recorded) -> int:
     """Bytes that a program reads at once: its tile without padding, of each tensor read."""
-    given = _values(one)
-    elements = math.prod(
-        min(one.launch.constants[axis], given[size]) for axis, size in _TILE.items() if axis in one.launch.constants
-    )
+    given = values_of(one)
+    elements = math.prod(min(size, given[AXES[axis]]) for axis, size in tile_of(one.launch).items())
     return elements * sum(t.element_size() for t in _tensors_read(one) if t is not None)
 
 
 def allows_128_bits(one: Recorded) -> bool:
     """Whether a row of the tile, and every distance between rows, is a multiple of 16 bytes."""
-    given, launch = _values(one), one.launch
+    given, launch = values_of(one), one.launch
     if launch.kernel.__name__ in ("finalise", "multiply"):
         return launch.kernel.__name__ == "multiply"
     spatial = launch.kernel.__name__.endswith("_spatial")
