@@ -1,4 +1,4 @@
-"""Machine code of every kernel for four targets, without a GPU: no spills, 128-bit accesses where P or C allow."""
+"""Machine code of kernels for four targets, without a GPU: a sample of the launches that benchmarks.structure lists."""
 
 import json
 import os
@@ -8,35 +8,96 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.structure.table import markdown
+from benchmarks.structure.targets import TARGETS, bytes_to_keep_in_flight, occupancy
+
+ROOT = Path(__file__).parents[1]
+KERNELS = {"one_pass_spatial", "one_pass_unit", "moments_spatial", "moments_unit", "finalise"}
+KERNELS |= {"apply_spatial", "apply_unit", "multiply"}
+STREAMING = KERNELS - {"finalise"}
+
 
 @pytest.fixture(scope="module")
-def compiled():
-    """Kernels compiled in a process without the interpreter, as a list of records."""
+def record(tmp_path_factory):
+    """A sample compiled in a process without the interpreter, for every target."""
+    path = tmp_path_factory.mktemp("structure") / "sample.json"
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, Path(__file__).with_name("compiled.py")], env=env, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "benchmarks.structure", "--sample", "--json", path]
+    run = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout)
+    return json.loads(path.read_text())
 
 
-def test_every_kernel_for_every_target(compiled):
-    assert {r["target"] for r in compiled} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    kernels = {"one_pass_spatial", "one_pass_unit", "moments_spatial", "moments_unit", "finalise"}
-    assert {r["kernel"] for r in compiled} == kernels | {"apply_spatial", "apply_unit", "multiply"}
+def each(record):
+    return [(row, target, row[target]) for row in record["kernels"] for target in record["targets"]]
 
 
-def test_no_spills(compiled):
-    assert [r for r in compiled if r["spills"]] == []
+def test_every_kernel_for_every_target(record):
+    assert record["targets"] == list(TARGETS) == ["sm_80", "sm_90", "sm_100", "gfx942"]
+    assert {row["kernel"] for row in record["kernels"]} == KERNELS
 
 
-def test_wide_accesses(compiled):
-    wide = [r for r in compiled if r["wide"] and r["target"].startswith("sm") and r["kernel"] != "finalise"]
-    assert len(wide) > 30
-    for record in wide:
-        assert 128 in record["loads"], record
-        writes_y = record["kernel"].startswith("moments") and record["activation"] >= 0
-        if writes_y or record["kernel"].startswith(("one_pass", "apply", "multiply")):
-            assert 128 in record["stores"], record
-        if writes_y or record["kernel"].startswith("apply"):
-            assert 16 not in record["stores"], record
+def test_no_spills(record):
+    assert [(row, target) for row, target, at in each(record) if at["spills"]] == []
+
+
+def test_registers(record):
+    assert all(0 < at["registers"] <= 255 for _, _, at in each(record))
+
+
+def test_wide_accesses(record):
+    """128 bits where rows of the tile and their distances are multiples of 16 bytes (gfx: of what it loads at once)."""
+    wide = [found for found in each(record) if found[0]["wide"]]
+    assert {row["kernel"] for row, _, _ in wide} == STREAMING
+    for row, target, at in wide:
+        assert "128" in at["loads"] or "256" in at["loads"], (row, target)
+        if row["writes"]:
+            assert "128" in at["stores"] or "256" in at["stores"], (row, target)
+
+
+def test_enough_is_in_flight(record):
+    """Little's law, or a quarter of the warps, which can have four 128-bit loads each on their way: 32 KiB."""
+    for row, target, at in each(record):
+        if row["kernel"] in STREAMING:
+            enough = at["in_flight_when_full"] >= bytes_to_keep_in_flight(target)
+            assert enough or at["resident_warps"] >= TARGETS[target].warps / 4, (row, target)
+
+
+def test_occupancy_agrees_with_llvm(record):
+    """LLVM counts scalar registers too, of which more than 100 cost a warp; and no shared memory."""
+    for row, target, at in each(record):
+        if target == "gfx942":
+            ours = occupancy(target, 1, at["registers"], 0).warps // 4
+            assert 0 <= ours - at["compiler_warps_of_partition"] <= 1, row
+
+
+@pytest.mark.parametrize(
+    ("target", "warps", "registers", "shared", "blocks", "limit"),
+    [
+        ("sm_90", 4, 32, 0, 16, "warps"),
+        ("sm_90", 1, 32, 0, 32, "blocks"),
+        ("sm_90", 8, 128, 0, 2, "registers"),
+        ("sm_90", 8, 129, 0, 1, "registers"),  # 136 with the granule: 3 warps of each partition
+        ("sm_90", 4, 32, 32768, 6, "shared memory"),  # 228 KiB / 33 KiB
+        ("sm_80", 4, 32, 32768, 4, "shared memory"),
+        ("gfx942", 1, 64, 0, 32, "warps"),  # of one warp: no limit of blocks
+        ("gfx942", 4, 65, 0, 7, "registers"),
+        ("gfx942", 4, 32, 20000, 3, "shared memory"),
+    ],
+)
+def test_occupancy_by_hand(target, warps, registers, shared, blocks, limit):
+    found = occupancy(target, warps, registers, shared)
+    assert (found.blocks, found.warps, found.limit) == (blocks, blocks * warps, limit)
+
+
+def test_a_table_has_a_row_for_each_launch(record):
+    lines = markdown(record).splitlines()
+    assert sum(line.startswith("|") for line in lines) >= len(record["kernels"])
+
+
+def test_the_interpreter_is_refused():
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "benchmarks.structure", "--sample"]
+    run = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert "TRITON_INTERPRET" in run.stderr
