@@ -46,13 +46,14 @@ def test_registers(record):
 
 
 def test_wide_accesses(record):
-    """128 bits where rows of the tile and their distances are multiples of 16 bytes (gfx: of what it loads at once)."""
+    """128 bits where rows of the tile and their distances are multiples of 16 bytes; on gfx942 at least 64."""
     wide = [found for found in each(record) if found[0]["wide"]]
     assert {row["kernel"] for row, _, _ in wide} == STREAMING
     for row, target, at in wide:
-        assert "128" in at["loads"] or "256" in at["loads"], (row, target)
+        enough = {"128", "256"} if target.startswith("sm") else {"64", "128", "256"}
+        assert enough & set(at["loads"]), (row, target)
         if row["writes"]:
-            assert "128" in at["stores"] or "256" in at["stores"], (row, target)
+            assert enough & set(at["stores"]), (row, target)
 
 
 def test_enough_is_in_flight(record):
