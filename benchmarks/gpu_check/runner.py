@@ -22,6 +22,11 @@ PASSED, FAILED, TIMED_OUT = "passed", "failed", "timed out"
 NOT_STARTED, NOT_AVAILABLE = "not started", "not available"
 
 
+def heed_interruptions() -> None:
+    """In a stage, before it begins: a background shell has its children ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Stage(NamedTuple):
     """A command, made when the seconds that it gets are known.
 
@@ -104,6 +109,7 @@ def _run(stage: Stage, seconds: float, log: Path, folder: Path, environment: dic
                 cwd=folder,
                 env=environment,
                 start_new_session=True,
+                preexec_fn=heed_interruptions,
             )
         except OSError as error:
             return Result(stage.name, FAILED, f"not startable: {error}")
