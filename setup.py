@@ -39,7 +39,8 @@ def vector_math():
 
 
 def native():
-    flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-ignored-attributes"]
+    flags = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden"]
+    flags += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-ignored-attributes"]
     flags += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC 12 on its own AVX-512 headers
     flags += [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", f"-DPy_LIMITED_API={PYTHON_ABI}"]
     mvec = vector_math()

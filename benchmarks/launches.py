@@ -76,7 +76,8 @@ def beta_of(x: Tensor, spec: LossSpec) -> Tensor | None:
 def loss_jobs(x: Tensor, spec: LossSpec) -> dict[str, Job]:
     """What vcl_loss calls, by what it is called for."""
     beta, g = beta_of(x, spec), x.new_full((), 0.5, dtype=accumulation_dtype(x.dtype))
-    rows = x[: spec.K * spec.n] if 2 * spec.K * spec.n <= x.shape[0] else x  # what autograd keeps
+    keep = 2 * spec.K * spec.n <= x.shape[0]  # as autograd does
+    rows = x[: spec.K * spec.n] if keep else x
     with_grad = beta is not None
     mean, scale = (empty_units(x, spec.per_activation, spec.K).fill_(0.5) for _ in range(2))
     same = spec.n, x.shape[0], spec.per_activation
@@ -91,7 +92,7 @@ def loss_jobs(x: Tensor, spec: LossSpec) -> dict[str, Job]:
         jobs["loss and dx"] = lambda: launchers.loss_dx(x, beta, *spec, with_grad)
         jobs["dx times g"] = multiplied
     else:
-        jobs["loss, to be differentiated"] = lambda: launchers.loss_coefficients(rows, beta, *spec, with_grad)
+        jobs["loss, to be differentiated"] = lambda: launchers.loss_coefficients(x, beta, *spec, with_grad, keep)
         jobs["dx of loss"] = lambda: launchers.moments_dx(rows, mean, scale, None, g, *same)
     return jobs
 

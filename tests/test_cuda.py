@@ -327,7 +327,7 @@ def test_ops_as_registered():
     for x in (sample((16, 5, 3, 4)), sample((16, 5, 3, 4), layout="channels_last"), sample((16, 7), torch.bfloat16)):
         beta, given = check_loss(x, torch.ones(x.shape[1], device=DEVICE), 4, "ratio", "channel", None, "mean")
         torch.library.opcheck(ops.loss_dx, (x, beta, *given, True))
-        torch.library.opcheck(ops.loss_coefficients, (x, beta, *given, True))
+        torch.library.opcheck(ops.loss_coefficients, (x, beta, *given, True, True))
         torch.library.opcheck(ops.activation, (x, beta, *given, True, *check_activation("elu"), True))
         mean, var = ops.moments(x, 4, 3, False)
         torch.library.opcheck(ops.moments_dx, (x, mean, var, None, torch.tensor(0.5, device=DEVICE), 4, 20, False))

@@ -28,7 +28,8 @@ def test_opcheck(form, unit):
         for s in (spec, spec._replace(reduce=False)):
             torch.library.opcheck(ops.loss, (x, beta, *s))
             torch.library.opcheck(ops.loss_dx, (x, beta, *s, False))
-            torch.library.opcheck(ops.loss_coefficients, (x, beta, *s, False))
+            for keep_rows in (False, True):
+                torch.library.opcheck(ops.loss_coefficients, (x, beta, *s, False, keep_rows))
             if form != "variance":
                 torch.library.opcheck(ops.loss_dx, (x, torch.tensor(0.5), *s, True))
         per_activation = unit == "activation"

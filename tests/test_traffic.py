@@ -134,11 +134,14 @@ def test_loss_and_dx_in_one_pass(traffic, launchers, kind, form):
 
 
 @pytest.mark.parametrize("beta_grad", [False, True])
-def test_coefficients_of_the_loss_cost_a_read(traffic, launchers, kind, beta_grad):
-    x, given = kind.tensor(), spec(kind, "relative_variance")
+@pytest.mark.parametrize("form", ["ratio", "relative_variance"])
+def test_coefficients_of_the_loss_cost_a_read_and_the_rows_that_are_kept(traffic, launchers, kind, form, beta_grad):
+    x, given = kind.tensor(), spec(kind, form)
     beta = torch.tensor(0.5) if beta_grad else None
-    launchers.loss_coefficients(x, beta, *given, beta_grad)
-    assert_at_floor(traffic, kind, {x: x.numel()}, {x: 0}, pilots_of(kind, x, given.K))
+    *_, rows = launchers.loss_coefficients(x, beta, *given, beta_grad, form == "ratio")
+    taking_part = given.K * n * x[0].numel()
+    assert rows.numel() == (taking_part if form == "ratio" else 0)
+    assert_at_floor(traffic, kind, {x: taking_part}, {rows: rows.numel()}, pilots_of(kind, x, given.K))
 
 
 def test_moments_cost_a_read(traffic, launchers, kind):
@@ -270,7 +273,7 @@ def test_sum_over_units_needs_no_launch_of_its_own(traffic, launchers, U, scalar
     results = []
     for reduce in (False, True):
         given = LossSpec(0.0, NO_MINIMUM, 5, 2, 0, False, 1.0, reduce)
-        results.append(launchers.loss_coefficients(x, beta, *given, True))
+        results.append(launchers.loss_coefficients(x, beta, *given, True, False))
     each, reduced = results
     assert reduced[0].shape == ()
     assert torch.allclose(reduced[0], each[0].sum(), rtol=1e-12)

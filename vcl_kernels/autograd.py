@@ -73,13 +73,12 @@ class DeferredLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         """Save the rows that take part and the (K, U) coefficients."""
         ctx.set_materialize_grads(False)
-        count = spec.K * spec.n
-        rows = empty_rows(x, count).copy_(x[:count]) if keep_rows else None
-        kept = x if rows is None else rows
-        loss, mean, scale, dbeta = backend.loss_coefficients(kept, kernel_beta, *spec, ctx.needs_input_grad[1])
-        ctx.save_for_backward(kept, beta, mean, scale, dbeta)
+        loss, mean, scale, dbeta, rows = backend.loss_coefficients(
+            x, kernel_beta, *spec, ctx.needs_input_grad[1], keep_rows
+        )
+        ctx.save_for_backward(rows if keep_rows else x, beta, mean, scale, dbeta)
         ctx.spec, ctx.backend, ctx.rows = spec, backend, x.shape[0]
-        return loss, rows
+        return loss, rows if keep_rows else None
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g_rows: Tensor | None) -> tuple[Tensor | None, ...]:

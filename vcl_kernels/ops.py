@@ -30,8 +30,8 @@ _library = torch.library.Library("vcl_kernels", "DEF")
 _library.define(f"loss(Tensor x, Tensor? beta, {_SPEC}) -> Tensor")
 _library.define(f"loss_dx(Tensor x, Tensor? beta, {_SPEC}, bool beta_grad) -> (Tensor loss, Tensor dx, Tensor dbeta)")
 _library.define(
-    f"loss_coefficients(Tensor x, Tensor? beta, {_SPEC}, bool beta_grad) "
-    "-> (Tensor loss, Tensor mean, Tensor scale, Tensor dbeta)"
+    f"loss_coefficients(Tensor x, Tensor? beta, {_SPEC}, bool beta_grad, bool keep_rows) "
+    "-> (Tensor loss, Tensor mean, Tensor scale, Tensor dbeta, Tensor rows)"
 )
 _library.define("moments(Tensor x, SymInt n, SymInt K, bool per_activation) -> (Tensor mean, Tensor var)")
 _library.define(
@@ -81,9 +81,10 @@ def _(x, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce,
 
 
 @torch.library.register_fake("vcl_kernels::loss_coefficients", lib=_library)
-def _(x, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce, beta_grad):  # type: ignore[no-untyped-def]
+def _(x, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce, beta_grad, keep):  # type: ignore[no-untyped-def]
     loss, dbeta = _loss_and_dbeta(x, beta, per_activation, reduce, beta_grad)
-    return loss, empty_units(x, per_activation, K), empty_units(x, per_activation, K), dbeta
+    mean, scale = empty_units(x, per_activation, K), empty_units(x, per_activation, K)
+    return loss, mean, scale, dbeta, empty_rows(x, K * n) if keep else x.new_empty(0)
 
 
 @torch.library.register_fake("vcl_kernels::moments", lib=_library)

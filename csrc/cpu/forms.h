@@ -8,13 +8,13 @@ inline Vec<A> form_and_derivatives(Form form, Vec<A>* var, int64_t step, int64_t
   const Vec<A> zero = {};
   *dbeta = zero;
   if (form == Form::ratio) {  // mean over pairs (a, b) of (1 - r)^2, r = v_a / (v_b + beta)
-    const A pairs = A(K / 2);
+    const A share = A(1) / A(K / 2);
     Vec<A> loss = zero;
     for (int64_t k = 0; k + 1 < K; k += 2) {
       Vec<A>&va = var[k * step], &vb = var[(k + 1) * step];
       const Vec<A> inverse = A(1) / (vb + beta), r = va * inverse, rest = A(1) - r;
-      loss += rest * rest / pairs;
-      const Vec<A> slope = A(2) * rest * inverse / pairs;
+      loss += rest * rest * share;
+      const Vec<A> slope = A(2) * share * rest * inverse;
       va = -slope;
       vb = slope * r;
       *dbeta += vb;

@@ -79,8 +79,8 @@ struct Job {
   Activation activation;
   double parameter;
   bool from_output;  // saved is y
-  void* y;           // null: loss alone
-  void* rows;        // dense copy of the rows that take part: written by forward, read by backward
+  void* y;           // null: loss alone. Without its activation (identity): the rows that take part
+  void* rows;        // dense copy of the rows that take part beside y: written by forward, read by backward
   const void *dy, *g;  // upstream gradients of y and of the loss (one value)
 
   void *piece_mean, *piece_m2;  // split runs, in float64: [K, pieces, U]

@@ -172,10 +172,23 @@ constexpr int64_t kUnitBlockBytes = 256 << 10;  // where units are contiguous: r
 constexpr int64_t kStreamLater = 4 << 20;
 constexpr int64_t kStreamNext = 16 << 20;
 constexpr int64_t kJoinedRun = 8192;       // values in a run of units, with their coefficients in cache
+constexpr int64_t kFinish = 8;             // elements whose pass takes as long as a unit's coefficients, per piece
 
 template <class F> void parallel(int64_t tasks, int64_t elements_per_task, const F& f) {
   if (tasks * elements_per_task < kSerial) return f(0, tasks);
   torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, kSerial / 2 / std::max<int64_t>(1, elements_per_task)), f);
+}
+
+// Two kinds of tasks at once, of each of which every thread takes the same share.
+template <class F, class G>
+void parallel_both(int64_t a, const F& f, int64_t b, const G& g, int64_t elements) {
+  const int64_t shares = elements < kSerial ? 1 : torch::stable::get_num_threads();
+  const auto share = [&](int64_t begin, int64_t end) {
+    f(a * begin / shares, a * end / shares);
+    g(b * begin / shares, b * end / shares);
+  };
+  if (shares == 1) return share(0, 1);
+  torch::stable::parallel_for(0, shares, 1, share);
 }
 
 int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
@@ -226,7 +239,7 @@ enum class Want { loss, dx, moments, coefficients, activation };
 
 // Moments, or with a form the loss, and what else is wanted.
 Results run(const Request& q, Want want) {
-  const bool want_dx = want == Want::dx, want_y = want == Want::activation;
+  const bool want_dx = want == Want::dx, want_y = want == Want::activation, keep_rows = q.keep_rows;
   const bool want_scale = want_y || want == Want::coefficients, want_mean = want_scale || want == Want::moments;
   const DType t = dtype_of(q.x);
   const Shape shape(q.x);
@@ -249,16 +262,18 @@ Results run(const Request& q, Want want) {
     j.ds = strides_of(to, q.per_activation);
     j.dx = out.dx->data_ptr();
   }
-  if (want_y) {
-    out.y = empty_rows(q.x, shape, v.N);
-    out.rows = q.keep_rows ? empty_rows(q.x, shape, v.K * v.n) : empty_vector(0, dtype_code(q.x));
-    j.ds = strides_of(Shape(*out.y), q.per_activation);
-    j.y = out.y->data_ptr();
-    j.rows = q.keep_rows ? out.rows->data_ptr() : nullptr;
+  if (want_scale) out.rows = keep_rows ? empty_rows(q.x, shape, v.K * v.n) : empty_vector(0, dtype_code(q.x));
+  if (want_y) out.y = empty_rows(q.x, shape, v.N);
+  const bool writes_y = want_y || (want_scale && keep_rows);
+  if (writes_y) {  // the rows alone: the identity of those that take part
+    const Tensor& y = want_y ? *out.y : *out.rows;
+    j.ds = strides_of(Shape(y), q.per_activation);
+    j.y = y.data_ptr();
+    j.rows = want_y && keep_rows ? out.rows->data_ptr() : nullptr;
     j.activation = q.activation, j.parameter = q.parameter;
   }
   j.block = block_units(v, bytes(t));
-  j.joined = (want_dx || want_y) && v.spatial && v.P % 16 && j.xs.unit == v.P && j.ds.unit == v.P &&
+  j.joined = (want_dx || writes_y) && v.spatial && v.P % 16 && j.xs.unit == v.P && j.ds.unit == v.P &&
              v.P <= piece_values(v) && j.block * v.P <= kJoinedRun;
   j.stream = (want_dx && streams(j, j.dx, block_run(j), bytes(t), kStreamLater)) ||
              (want_y && streams(j, j.y, block_run(j), bytes(t), kStreamNext));
@@ -275,24 +290,23 @@ Results run(const Request& q, Want want) {
   // Too few blocks to share, or contiguous units whose samples are long or whose rows are written as well: pieces in
   // memory order instead.
   const bool split = !want_dx && v.U * sample >= kSerial &&
-                     (blocks < 2 * int64_t(torch::stable::get_num_threads()) || (!v.spatial && (v.P > 1 || want_y)));
+                     (blocks < 2 * int64_t(torch::stable::get_num_threads()) || (!v.spatial && (v.P > 1 || writes_y)));
   if (split) j.block = 64, blocks = (v.U + 63) / 64;
   std::vector<double> sums(loss ? 2 * blocks : 0);
   if (loss && q.reduce) j.loss_sum = sums.data();
   if (sum_dbeta) j.dbeta_sum = sums.data() + blocks;
+  const int64_t first = v.K * v.n, rest = want_y ? v.N - first : 0;  // rows whose activation alone is wanted
+  const int64_t elements = v.U * (sample + rest * v.P);
+  const auto activations = [&](int64_t b, int64_t e) { kernels.activations(j, first + b, first + e); };
   if (split) {
     const int64_t tasks = v.K * Pieces(v, piece_values(v)).size();
     Tensor partial = empty_vector(2 * tasks * round_up(v.U, 16) * 8, aoti_torch_dtype_uint8());
     j.piece_mean = partial.data_ptr();
     j.piece_m2 = (char*)j.piece_mean + tasks * round_up(v.U, 16) * 8;
-    parallel(tasks, v.U * sample / tasks, [&](int64_t b, int64_t e) { kernels.pieces(j, b, e); });
-    parallel(blocks, 64 * tasks, [&](int64_t b, int64_t e) { kernels.finish(j, b, e); });
+    parallel_both(tasks, [&](int64_t b, int64_t e) { kernels.pieces(j, b, e); }, rest, activations, elements);
+    parallel(blocks, kFinish * j.block * tasks, [&](int64_t b, int64_t e) { kernels.finish(j, b, e); });
   } else {
-    parallel(blocks, j.block * sample, [&](int64_t b, int64_t e) { kernels.blocks(j, b, e); });
-  }
-  if (want_y) {
-    const int64_t first = v.K * v.n;
-    parallel(v.N - first, v.U * v.P, [&](int64_t b, int64_t e) { kernels.activations(j, first + b, first + e); });
+    parallel_both(blocks, [&](int64_t b, int64_t e) { kernels.blocks(j, b, e); }, rest, activations, elements);
   }
   const auto total = [&](const double* part) {
     double sum = 0;
@@ -322,13 +336,13 @@ std::tuple<Tensor, Tensor, Tensor> loss_dx(const Tensor& x, const std::optional<
   return {*r.loss, *r.dx, *r.dbeta};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> loss_coefficients(const Tensor& x, const std::optional<Tensor>& beta,
-                                                             double beta_value, double beta_min, int64_t n, int64_t K,
-                                                             int64_t form, bool per_activation, double factor,
-                                                             bool reduce, bool beta_grad) {
-  Results r = run({x, beta, beta_value, beta_min, n, K, Form(form), per_activation, factor, reduce, beta_grad},
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_coefficients(
+    const Tensor& x, const std::optional<Tensor>& beta, double beta_value, double beta_min, int64_t n, int64_t K,
+    int64_t form, bool per_activation, double factor, bool reduce, bool beta_grad, bool keep_rows) {
+  Results r = run({x, beta, beta_value, beta_min, n, K, Form(form), per_activation, factor, reduce, beta_grad,
+                   Activation::identity, 0, keep_rows},
                   Want::coefficients);
-  return {*r.loss, *r.mean, *r.scale, *r.dbeta};
+  return {*r.loss, *r.mean, *r.scale, *r.dbeta, *r.rows};
 }
 
 std::tuple<Tensor, Tensor> moments(const Tensor& x, int64_t n, int64_t K, bool per_activation) {

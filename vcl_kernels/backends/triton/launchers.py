@@ -44,11 +44,13 @@ def loss_dx(
 
 
 def loss_coefficients(
-    x, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce, beta_grad
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, and the mean and scale from which backward makes dx."""
+    x, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce, beta_grad, keep_rows
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, the mean and scale from which backward makes dx, and the rows that take part, from one read of them."""
+    rows = empty_rows(x, K * n) if keep_rows else None
+    partial = _partial_moments(x, n, K, per_activation, rows=rows)
     given = beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce
-    return _coefficients(x, _partial_moments(x, n, K, per_activation), *given, beta_grad)
+    return *_coefficients(x, partial, *given, beta_grad), x.new_empty(0) if rows is None else rows
 
 
 def moments(x, n, K, per_activation) -> tuple[Tensor, Tensor]:
