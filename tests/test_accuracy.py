@@ -106,8 +106,8 @@ def test_processes_find_what_one_process_finds(tmp_path):
         cwd=PAGE.parents[1],
     )
     assert done.returncode == 0, done.stderr
-    alone, together = (results.read("images", tmp_path / name) for name in ("alone", "together"))
-    assert together == alone
+    alone, together = (results.read("images-digits", tmp_path / name) for name in ("alone", "together"))
+    assert [{**row, "step_ms": 0} for row in together] == [{**row, "step_ms": 0} for row in alone]
     assert [row["method"] for row in alone] == ["none", "bn"]
 
 
@@ -226,19 +226,32 @@ def test_tabular_study(tmp_path):
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # the paper's 2x2 kernels
 def test_image_study(tmp_path):
     run(tmp_path, "images", "--networks", "elu-11", "resnet", "--activations", "elu", "--methods", "none", "vcl-ratio")
-    rows, costs = results.read("images", tmp_path), results.read("images-cost", tmp_path)
+    rows = results.read("images-digits", tmp_path)
     assert [(row["network"], row["method"]) for row in rows] == [
         (network, method) for network in ("elu-11", "resnet") for method in ("none", "vcl-ratio")
     ]
-    assert len(costs) == 4
-    assert all(row["step_ms"] > 0 and row["saved_bytes"] > 0 for row in costs)
-    assert "digits, resnet, elu, batch 100" in report.render(tmp_path)
+    assert all(row["step_ms"] > 0 and row["saved_bytes"] > 0 for row in rows)
+    page = report.render(tmp_path)
+    assert "| resnet, elu, batch 100 | VCL, ratio | 1 |" in page
+    assert "`python -m benchmarks.accuracy images --quick --activations elu --methods none vcl-ratio`" in page
+
+
+def test_image_studies_have_their_own_results(tmp_path):
+    for name, methods_ in (("first", ["none"]), ("second", ["vcl-ratio", "vcl-channel"])):
+        arguments = ("--networks", "demo", "--activations", "elu", "--methods", *methods_, "--name", name)
+        run(tmp_path, "images", *arguments)
+        assert [row["method"] for row in results.read(f"images-{name}", tmp_path)] == methods_
+    by_unit = results.read("images-second", tmp_path)
+    assert by_unit[0]["error"] != by_unit[1]["error"] or by_unit[0]["train_loss"] != by_unit[1]["train_loss"]
+    page = report.render(tmp_path)
+    assert page.index("images-first.csv") < page.index("images-second.csv")
+    assert "VCL, ratio, channel units" in page
 
 
 def test_the_reference_recipe_runs(tmp_path):
     arguments = ("--networks", "resnet", "--activations", "relu", "--methods", "vcl-relative", "--epochs", "1")
     run(tmp_path, "images", "--recipe", "reference", *arguments)
-    (row,) = results.read("images", tmp_path)
+    (row,) = results.read("images-digits", tmp_path)
     assert row["recipe"] == "reference"
     assert 0 <= row["error"] <= 100
 

@@ -16,7 +16,7 @@ from ..demo import data, measure
 from ..demo.learner import Learner, initialise
 from ..demo.training import train
 from . import results
-from .methods import attach
+from .methods import VCL, attach
 from .methods import learner as short_learner
 from .networks import build
 from .recipe import RECIPES, Recipe, ReferenceLearner, crop_and_flip
@@ -24,7 +24,7 @@ from .work import Record, do
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-    """Do the study; write ``images`` and ``images-cost``."""
+    """Do the study; write ``images-NAME``: a row for each training, with what a step of its method costs."""
     quick, recipe = options.quick, RECIPES[options.recipe]
     shared = {
         "dataset": "digits" if quick else options.dataset,
@@ -49,15 +49,17 @@ def run(options: argparse.Namespace, console: Console) -> None:
         for case in cases
         for method in options.methods
     ]
-    arguments = {"processes": options.processes, "minutes": options.minutes}
-    records = do(units, work, options.out / "images.jsonl", console, **arguments)
-    results.write("images", records, vars(options), options.out)
+    name = f"images-{options.name or shared['dataset']}"
     costs = [{**case, "methods": options.methods, "rounds": 3 if quick else 30} for case in cases]
-    measured = do(costs, cost, options.out / "images-cost.jsonl", console, minutes=options.minutes)
-    rows = [
-        {**{k: v for k, v in r.items() if k not in ("methods", "costs")}, **row} for r in measured for row in r["costs"]
-    ]
-    results.write("images-cost", rows, vars(options), options.out)
+    measured = do(costs, cost, options.out / f"{name}-cost.jsonl", console, minutes=options.minutes)
+    by_method = {(*_case(r), row["method"]): row for r in measured for row in r["costs"]}
+    path, arguments = options.out / f"{name}.jsonl", {"processes": options.processes, "minutes": options.minutes}
+    records = do(units, work, path, console, **arguments)
+    results.write(name, [r | by_method.get((*_case(r), r["method"]), {}) for r in records], vars(options), options.out)
+
+
+def _case(unit: Record) -> tuple[Any, ...]:
+    return unit["network"], unit["activation"], unit["batch"]
 
 
 @lru_cache(1)
@@ -87,7 +89,7 @@ def learner(unit: Record, seen: data.Data, vcl: dict[str, Any] | None = None) ->
         "learning_rate": recipe.learning_rate,
         "weight_decay": recipe.weight_decay,
     }
-    example, chosen = seen.train_x[:1], recipe.vcl | (vcl or {})
+    example, chosen = seen.train_x[:1], recipe.vcl | VCL.get(unit["method"], {}) | (vcl or {})
     if not recipe.reference:
         seed = unit["seed"]
         return short_learner(model, unit["method"], example, seed=seed, **settings, **chosen)

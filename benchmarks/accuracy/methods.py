@@ -19,11 +19,16 @@ METHODS = {
     "vcl-ratio": "VCL, ratio",
     "vcl-relative": "VCL, relative_variance",
 }
+IMAGE_METHODS = {  # where a channel has many activations; layer norm is for fully connected networks
+    **{method: name for method, name in METHODS.items() if method != "ln"},
+    "vcl-channel": "VCL, ratio, channel units",
+}
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU}
 
 # The paper's form learns beta from 1; relative_variance needs none where no unit is dead, so its guard stays small.
 VCL: dict[str, dict[str, Any]] = {
     "vcl-ratio": {"form": "ratio"},
+    "vcl-channel": {"form": "ratio", "unit": "channel"},
     "vcl-relative": {"form": "relative_variance", "learn_beta": False, "beta_init": 1e-3},
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..demo.data import DATASETS
 from ..demo.options import count
-from .methods import ACTIVATIONS, METHODS
+from .methods import ACTIVATIONS, IMAGE_METHODS
 
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
 PAGE = Path(__file__).parents[2] / "docs" / "findings.md"
@@ -38,7 +38,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data-dir", type=Path, help="folder of fashion-mnist (IDX files) or cifar10, cifar100 (python version)")
     add("--networks", nargs="+", default=["elu-11", "resnet"], choices=("elu-11", "resnet", "demo", "multilayer"))
     add("--activations", nargs="+", default=list(ACTIVATIONS), choices=tuple(ACTIVATIONS))
-    add("--methods", nargs="+", default=[m for m in METHODS if m != "ln"], choices=[m for m in METHODS if m != "ln"])
+    add("--methods", nargs="+", default=list(IMAGE_METHODS), choices=tuple(IMAGE_METHODS))
     add("--batch-sizes", nargs="+", type=count, help="(100)")
     add("--seeds", type=count, help="(5)")
     add("--epochs", type=count, help="(10)")
@@ -46,6 +46,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--limit", type=count, help="training images")
     add("--recipe", choices=("short", "reference"), default="short", help="reference: that of the authors' code")
     add("--device", default="cpu")
+    add("--name", help="of the results, images-NAME (that of the data set)")
 
     for name, text in (
         ("sensitivity", "to n, weight, form, unit, sub-batches and the learning of beta"),

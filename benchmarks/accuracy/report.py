@@ -13,7 +13,8 @@ import numpy as np
 from rich.console import Console
 
 from . import figures, mixture, results
-from .methods import ACTIVATIONS, METHODS, VCL
+from .methods import ACTIVATIONS, IMAGE_METHODS, METHODS, VCL
+from .options import parse
 from .statistics import compare
 from .work import Record
 
@@ -24,6 +25,9 @@ Does VCL help, and with which settings? Every number on this page comes from a f
 `python -m benchmarks.accuracy report`. ± is half of a 95 % confidence interval; a difference whose interval
 includes 0 is called undecided.
 """
+
+SHOWN = "../benchmarks/results/accuracy"  # from the page
+UNSAID = ("study", "out", "processes", "minutes")  # of a study's settings: they do not change its results
 
 LIMITS = [
     "These are short trainings of small networks on small data. The paper's claim is of long ones: its 11-layer",
@@ -73,15 +77,16 @@ def verdicts(folder: Path) -> Iterator[tuple[str, str, str]]:
     rows = results.read("tabular", folder)
     for activation in ACTIVATIONS if rows else ():
         pairs = compare(by_set(rows, activation, percent), list(METHODS))["pairs"]
-        for a in VCL:
+        for a in (method for method in METHODS if method in VCL):
             for b in ("none", "bn"):
                 yield f"UCI and KEEL sets, {activation}", b, _pair(pairs, a, b)[-1]
-    images_seen = image_errors(results.read("images", folder))
-    for case, of in images_seen.items():
-        for b in ("none", "bn") if case[-1] in VCL else ():
-            found = gain(of, images_seen.get((*case[:-1], b), {}))
-            if found is not None:
-                yield "images", b, verdict(*found)
+    for name in image_studies(folder):
+        images_seen = image_errors(results.read(name, folder))
+        for case, of in images_seen.items():
+            for b in ("none", "bn") if case[-1] in VCL else ():
+                found = gain(of, images_seen.get((*case[:-1], b), {}))
+                if found is not None:
+                    yield name.replace("-", ", ", 1), b, verdict(*found)
     settings_seen = setting_errors(results.read("sensitivity", folder))
     for (network, changed, _), of in settings_seen.items():
         for b in ("none", "bn") if changed != "method" else ():
@@ -195,40 +200,52 @@ def _pair(pairs: dict[tuple[str, str], dict[str, Any]], a: str, b: str) -> list[
     return [f"{METHODS[a]} - {METHODS[b]}", f"{mean:+.2f} ± {half:.2f}", *tests, decided]
 
 
+def image_studies(folder: Path) -> list[str]:
+    """Return the names of the image studies that have results."""
+    return sorted(path.stem for path in folder.glob("images-*.json"))
+
+
 def images(folder: Path) -> list[str]:
-    """Return the section of the image study."""
-    rows = results.read("images", folder)
+    """Return the section of the image studies."""
     title = "Convolutional networks on images"
-    if not rows:
+    found = [line for name in image_studies(folder) for line in image_study(name, folder)]
+    if not found:
         return none_yet(title, "python -m benchmarks.accuracy images")
-    costs = {_case(row): row for row in results.read("images-cost", folder)}
+    text = (
+        "VCL with weight 0.01, n = 5 and one statistic for each activation, as in the paper, but where it says channel "
+        "units; differences paired by seed; times on one core of a machine that others used too."
+    )
+    return [f"## {title}", "", text, "", *found]
+
+
+def image_study(name: str, folder: Path) -> list[str]:
+    """Return what one image study found."""
+    rows, asked = results.read(name, folder), json.loads((folder / f"{name}.json").read_text())["settings"]
+    seen, costs = image_errors(rows), {_case(row): row for row in rows}
     lines = []
-    seen = image_errors(rows)
     for case, same in seen.items():
-        dataset, network, activation, batch, method = case
+        network, activation, batch, method = case
         mean, half = results.mean_and_error(list(same.values()))
         cells = []
         for other in ("none", "bn"):
             cells.append("" if method == other else difference(same, seen.get((*case[:-1], other), {})))
-        cost = costs.get(case)
-        lines.append(
-            [f"{dataset}, {network}, {activation}, batch {batch}", METHODS[method], f"{mean:.2f} ± {half:.2f}", *cells]
-            + (["", ""] if cost is None else [f"{cost['step_ms']:.1f}", f"{cost['saved_bytes'] / 1e6:.1f}"])
-        )
-    seeds = len({row["seed"] for row in rows})
-    asked = json.loads((folder / "images.json").read_text())["settings"]
-    epochs = rows[0]["epochs"]
-    command = f"images --dataset {asked['dataset']} --networks {' '.join(asked['networks'])} --epochs {epochs}"
-    text = (
-        f"{seeds} seeds, {epochs} epochs, VCL with weight 0.01, n = 5 and one statistic for each activation, as in the "
-        "paper; times on one core of a machine that others used too. Differences are paired by seed. "
-        f"`python -m benchmarks.accuracy {command} --seeds {seeds}` makes "
-        "[images.csv](../benchmarks/results/accuracy/images.csv) and "
-        "[images-cost.csv](../benchmarks/results/accuracy/images-cost.csv)."
-    )
-    differences = ["difference from none", "from batch norm"]
-    header = ["network", "method", "test error, %", *differences, "step, ms", "saved for backward, MB"]
-    return [f"## {title}", "", text, "", *table(header, lines)]
+        cost = costs[case]
+        spent = [f"{cost['step_ms']:.1f}", f"{cost['saved_bytes'] / 1e6:.1f}"] if cost.get("step_ms") else ["", ""]
+        which = f"{network}, {activation}, batch {batch}"
+        lines.append([which, IMAGE_METHODS[method], str(len(same)), f"{mean:.2f} ± {half:.2f}", *cells, *spent])
+    header = ["network", "method", "seeds", "test error, %", "difference from none", "from batch norm"]
+    text = f"`python -m benchmarks.accuracy images {asked_for(asked)}` makes [{name}.csv]({SHOWN}/{name}.csv)."
+    title = f"### {rows[0]['dataset']}, {rows[0]['epochs']} epochs"
+    return [title, "", text, "", *table([*header, "step, ms", "saved for backward, MB"], lines)]
+
+
+def asked_for(settings: dict[str, Any]) -> str:
+    """Return the options of an image study that are not the default."""
+    default = vars(parse(["images"]))
+    given = {k: v for k, v in settings.items() if k in default and v not in (None, default[k]) and k not in UNSAID}
+    given |= {"data_dir": "FOLDER"} if "data_dir" in given else {}
+    words = {k: " ".join(map(str, v)) if isinstance(v, list) else "" if v is True else str(v) for k, v in given.items()}
+    return " ".join(f"--{k.replace('_', '-')} {v}".strip() for k, v in words.items())
 
 
 def image_errors(rows: list[Record]) -> dict[tuple[Any, ...], dict[int, float]]:
@@ -239,8 +256,8 @@ def image_errors(rows: list[Record]) -> dict[tuple[Any, ...], dict[int, float]]:
     return found
 
 
-def _case(row: Record) -> tuple[str, str, str, int, str]:
-    return row["dataset"], row["network"], row["activation"], row["batch"], row["method"]
+def _case(row: Record) -> tuple[str, str, int, str]:
+    return row["network"], row["activation"], row["batch"], row["method"]
 
 
 def sensitivity(folder: Path) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-CHANNELS = (192, 192, 240, 240, 260, 260, 280, 280, 300, 300)  # times k, but for the first
+CHANNELS = (192, 192, 240, 240, 260, 260, 280, 280, 300, 300)  # times k, but for the first where k > 1
 KERNELS = (5, 1, 3, 1, 2, 1, 2, 1, 2, 1, 1)
 DROPOUT = (0.1, 0.2, 0.3, 0.4, 0.5)  # after every second layer, with the pooling one layer earlier
 
@@ -24,12 +24,12 @@ def elu_11(
 ) -> nn.Sequential:
     """Ten convolutions with an activation, pooled after layers 1, 3, 5, 7 and 9, and a 1x1 convolution to classes.
 
-    ``k`` is the width; images of 32x32 end as one position.
+    ``k`` is the width; the paper's, 1 or 2, leave the first layer as it is. Images of 32x32 end as one position.
     """
     layers: list[nn.Module] = []
     before = inputs
     for index, (channels, kernel) in enumerate(zip(CHANNELS, KERNELS, strict=False)):
-        width = channels if index == 0 else max(1, round(k * channels))
+        width = max(1, round((min(k, 1) if index == 0 else k) * channels))
         layers.append(nn.Conv2d(before, width, kernel, padding="same", bias=not batch_norm))
         if batch_norm:
             layers.append(nn.BatchNorm2d(width))
