@@ -18,6 +18,7 @@ from benchmarks.accuracy.options import PAGE, RESULTS
 from benchmarks.accuracy.recipe import ReferenceLearner, crop_and_flip
 from benchmarks.accuracy.statistics import compare, holm, nemenyi, profiles
 from benchmarks.accuracy.work import do, load
+from benchmarks.demo.learner import initialise
 from vcl_kernels import VCLActivation
 
 QUIET = Console(quiet=True)
@@ -269,9 +270,32 @@ def test_variants_are_different_and_name_settings_that_run():
     found = [json.dumps(variant) for variant in sensitivity.variants()]
     assert len(set(found)) == len(found)
     unit = {"dataset": "digits", "images": 128, "epochs": 1, "batch": 64, "seed": 0}
-    network, changed, value, settings = next(v for v in sensitivity.variants() if v[1].startswith("unit"))
-    result = sensitivity.work({**unit, "network": network, "changed": changed, "value": value, "vcl": settings})
-    assert 0 <= result["error"] <= 100
+    errors = {}
+    for start in ("unit, ratio", "learning rate 0.2", "relu, PyTorch's initialisation"):
+        network, changed, value, settings = next(
+            v for v in sensitivity.variants() if v[1] == start and v[2] not in ("none", "bn")
+        )
+        result = sensitivity.work({**unit, "network": network, "changed": changed, "value": value, **settings})
+        errors[start] = result["train_loss"]
+    assert all(math.isfinite(loss) for loss in errors.values())
+    assert errors["learning rate 0.2"] != errors["unit, ratio"]
+
+
+def test_a_method_is_compared_under_the_same_training():
+    seen = {("n", "method", "none"): {0: 1.0}, ("n", "learning rate 1", "none"): {0: 2.0}}
+    assert report.beside(seen, "n", "learning rate 1", "none") == {0: 2.0}
+    assert report.beside(seen, "n", "weight", "none") == {0: 1.0}
+    assert report.beside(seen, "n", "weight", "bn") == {}
+
+
+def test_initialisations_differ_by_their_variance():
+    model = nn.Sequential(nn.Linear(300, 400))
+    variances = []
+    for he in (True, False):
+        initialise(model, he=he)
+        variances.append(float(model[0].weight.detach().var()))
+    assert variances[0] == pytest.approx(2 / 300, rel=0.05)
+    assert variances[1] == pytest.approx(1 / 900, rel=0.05)
 
 
 def test_modes_study(tmp_path, monkeypatch):

@@ -86,13 +86,13 @@ def learner(unit: Record, seen: data.Data, vcl: dict[str, Any] | None = None) ->
     an_epoch = len(seen.train_x) // size
     settings = {
         "steps": unit["epochs"] * an_epoch,
-        "learning_rate": recipe.learning_rate,
+        "learning_rate": unit.get("learning_rate", recipe.learning_rate),
         "weight_decay": recipe.weight_decay,
     }
     example, chosen = seen.train_x[:1], recipe.vcl | VCL.get(unit["method"], {}) | (vcl or {})
     if not recipe.reference:
-        seed = unit["seed"]
-        return short_learner(model, unit["method"], example, seed=seed, **settings, **chosen)
+        start = {"seed": unit["seed"], "he": unit.get("he", True)}
+        return short_learner(model, unit["method"], example, **start, **settings, **chosen)
     torch.manual_seed(unit["seed"])
     initialise(model)
     handle = attach(model, unit["method"], example, **chosen)

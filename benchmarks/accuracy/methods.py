@@ -55,11 +55,12 @@ def learner(
     steps: int,
     learning_rate: float,
     weight_decay: float,
+    he: bool = True,
     **vcl: Any,
 ) -> Learner:
     """Initialise by ``seed``, put VCL on where it is the method (``vcl`` over its own settings), add the optimizer."""
     torch.manual_seed(seed)
-    initialise(model)
+    initialise(model, he=he)
     handle = attach(model, method, example, **vcl)
     return Learner(model, handle, steps=steps, learning_rate=learning_rate, weight_decay=weight_decay)
 

@@ -14,13 +14,14 @@ from .methods import ACTIVATIONS, multilayer
 def build(name: str, example: Tensor, classes: int, method: str, activation: str, k: float) -> nn.Module:
     """Return a network with its normalisation, if that is the method, for images like ``example``.
 
-    Fully connected, the paper's of width ``k``, a small ResNet, or the demo's (ELU).
+    Fully connected (``multilayer-12`` has 12 hidden layers), the paper's of width ``k``, a small ResNet, or the demo's
+    (ELU).
     """
     inputs = example.shape[1]
-    if name == "multilayer":
-        return nn.Sequential(
-            nn.Flatten(), *multilayer(example[0].numel(), classes, method, activation, depth=4, width=64)
-        )
+    if name.startswith("multilayer"):
+        depth = int(name.removeprefix("multilayer").removeprefix("-") or 4)
+        layers = multilayer(example[0].numel(), classes, method, activation, depth=depth, width=64)
+        return nn.Sequential(nn.Flatten(), *layers)
     batch_norm, act = method == "bn", ACTIVATIONS[activation]
     if name == "elu-11":
         return elu_11(classes, inputs=inputs, k=k, batch_norm=batch_norm, activation=act)

@@ -88,9 +88,9 @@ def verdicts(folder: Path) -> Iterator[tuple[str, str, str]]:
                 if found is not None:
                     yield name.replace("-", ", ", 1), b, verdict(*found)
     settings_seen = setting_errors(results.read("sensitivity", folder))
-    for (network, changed, _), of in settings_seen.items():
-        for b in ("none", "bn") if changed != "method" else ():
-            found = gain(of, settings_seen.get((network, "method", b), {}))
+    for (network, changed, value), of in settings_seen.items():
+        for b in ("none", "bn") if value not in ("none", "bn") else ():
+            found = gain(of, beside(settings_seen, network, changed, b))
             if found is not None:
                 yield f"settings, {network}", b, verdict(*found)
 
@@ -270,14 +270,17 @@ def sensitivity(folder: Path) -> list[str]:
     lines = []
     for (network, changed, value), of in seen.items():
         cells = []
-        for other in (("method", "none"), ("method", "bn"), ("form", "ratio")):
-            cells.append("" if (changed, value) == other else difference(of, seen.get((network, *other), {})))
+        for other in ("none", "bn"):
+            cells.append("" if value == other else difference(of, beside(seen, network, changed, other)))
+        as_it_is = {} if (changed, value) == ("form", "ratio") else seen.get((network, "form", "ratio"), {})
+        cells.append("" if (network, changed, "none") in seen and changed != "method" else difference(of, as_it_is))
         mean, half = results.mean_and_error(list(of.values()))
         lines.append([network, changed, value, str(len(of)), f"{mean:.2f} ± {half:.2f}", *cells])
     text = (
-        f"Digits, {rows[0]['images']} training images, {rows[0]['epochs']} epochs, ELU; weight 0.01, n = 5 and channel "
-        "units but where changed, differences paired by seed. Of so many comparisons, one in twenty "
-        "without any effect would pass as decided. `python -m benchmarks.accuracy sensitivity` makes "
+        f"Digits, {rows[0]['images']} training images, {rows[0]['epochs']} epochs; ELU, He's initialisation, learning "
+        "rate 0.05, weight 0.01, n = 5 and channel units but where changed; a method beside others under the same "
+        "learning rate, activation and initialisation; differences paired by seed. Of so many comparisons, one in "
+        "twenty without any effect would pass as decided. `python -m benchmarks.accuracy sensitivity` makes "
         "[sensitivity.csv](../benchmarks/results/accuracy/sensitivity.csv)."
     )
     header = [
@@ -291,6 +294,13 @@ def sensitivity(folder: Path) -> list[str]:
         "from ratio as it is",
     ]
     return [f"## {title}", "", text, "", *table(header, lines)]
+
+
+def beside(
+    seen: dict[tuple[str, str, str], dict[int, float]], network: str, changed: str, method: str
+) -> dict[int, float]:
+    """Return the errors of a method under the same change of the training, or else as it is."""
+    return seen.get((network, changed, method)) or seen.get((network, "method", method), {})
 
 
 def setting_errors(rows: list[Record]) -> dict[tuple[str, str, str], dict[int, float]]:

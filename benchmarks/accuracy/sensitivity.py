@@ -17,29 +17,49 @@ BASE: dict[str, dict[str, Any]] = {
     "relative_variance": {"form": "relative_variance", "learn_beta": False, "beta_init": 1e-3},
 }
 COUNTS = {"ratio": (4, 10, 20), "relative_variance": (2, 4, 10)}  # beside 2 and all 20
+RATES = (0.01, 0.2)  # beside 0.05
 Variant = tuple[str, str, str, dict[str, Any]]
 
 
 def variants() -> list[Variant]:
-    """Return (network, what is changed, its value, settings of attach); no VCL, batch norm and the bases among them."""
+    """Return (network, what is changed, its value, what is special in the unit of work).
+
+    No VCL, batch norm and the bases are among them. Where the training itself is changed, the values are methods.
+    """
     found: list[Variant] = []
     for network in ("multilayer", "demo"):
-        found += [(network, "method", "none", {}), (network, "method", "bn", {})]
-        found += [(network, "form", form, base) for form, base in BASE.items()]
+        found += [(network, "method", method, {"method": method}) for method in ("none", "bn")]
+        found += [(network, "form", form, {"vcl": base}) for form, base in BASE.items()]
     for form, base in BASE.items():
-        found += [("multilayer", f"weight, {form}", str(weight), {**base, "weight": weight}) for weight in WEIGHTS]
-        found += [("multilayer", f"n, {form}", str(n), {**base, "sub_batch_size": n}) for n in SUB_BATCHES]
-        found += [("multilayer", f"K, {form}", str(K), {**base, "num_sub_batches": K}) for K in COUNTS[form]]
-        found += [("demo", f"weight, {form}", str(weight), {**base, "weight": weight}) for weight in (0.1, 1.0, 10.0)]
+        one_change: list[tuple[str, float, dict[str, Any]]] = [
+            *(("weight", weight, {"weight": weight}) for weight in WEIGHTS),
+            *(("n", n, {"sub_batch_size": n}) for n in SUB_BATCHES),
+            *(("K", K, {"num_sub_batches": K}) for K in COUNTS[form]),
+        ]
+        found += [("multilayer", f"{name}, {form}", str(v), {"vcl": base | change}) for name, v, change in one_change]
         per_activation = {**base, "unit": "activation"}
-        found += [("demo", f"unit, {form}", "activation", per_activation)]
-        found += [("demo", f"unit, {form}", "activation, weight 0.1", {**per_activation, "weight": 0.1})]
-    found += [("multilayer", "form", "variance", {"form": "variance", "learn_beta": False})]
+        for weight in (0.1, 1.0, 10.0):
+            found += [("demo", f"weight, {form}", str(weight), {"vcl": {**base, "weight": weight}})]
+        found += [("demo", f"unit, {form}", "activation", {"vcl": per_activation})]
+        found += [("demo", f"unit, {form}", "activation, weight 0.1", {"vcl": {**per_activation, "weight": 0.1}})]
+    found += [("multilayer", "form", "variance", {"vcl": {"form": "variance", "learn_beta": False}})]
     for beta, learn in ((0.01, True), (0.01, False), (0.1, True), (0.1, False), (1.0, False)):
         name = f"{beta:g}, {'learned' if learn else 'fixed'}"
         settings = {"form": "ratio", "beta_init": beta, "learn_beta": learn}
-        found += [("multilayer", "beta, ratio", name, settings)]
+        found += [("multilayer", "beta, ratio", name, {"vcl": settings})]
+    for rate in RATES:
+        found += by_method("demo", f"learning rate {rate}", learning_rate=rate)
+    for activation in ("elu", "relu"):
+        for he in (True, False):
+            start = "He's initialisation" if he else "PyTorch's initialisation"
+            found += by_method("multilayer-12", f"{activation}, {start}", activation=activation, he=he)
     return found
+
+
+def by_method(network: str, changed: str, **settings: Any) -> list[Variant]:
+    """Return each method under the same change of the training."""
+    found: list[Variant] = [(network, changed, method, {"method": method, **settings}) for method in ("none", "bn")]
+    return [*found, *((network, changed, form, {"vcl": base, **settings}) for form, base in BASE.items())]
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
@@ -48,8 +68,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
     shared = {"dataset": "digits", "images": 200 if quick else 400, "epochs": 1 if quick else 25, "batch": 100}
     seeds = options.seeds or (1 if quick else 20)
     units: list[Record] = [
-        {**shared, "network": network, "seed": seed, "changed": changed, "value": value, "vcl": settings}
-        for network, fewer in (("multilayer", 1), ("demo", 2))  # a convolution costs more
+        {**shared, "network": network, "seed": seed, "changed": changed, "value": value, **settings}
+        for network, fewer in (("multilayer", 1), ("multilayer-12", 1), ("demo", 2))  # a convolution costs more
         for seed in range(max(1, seeds // fewer))
         for network_of, changed, value, settings in variants()
         if network_of == network
@@ -62,6 +82,5 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
 def work(unit: Record) -> Record:
     """Train once under the variant."""
-    method = unit["value"] if unit["changed"] == "method" else "vcl-ratio"
-    asked = {"data_dir": None, "recipe": "short", "activation": "elu", "k": 1.0, "device": "cpu"}
-    return images.work({**unit, **asked, "method": method}, {"unit": "channel", **unit["vcl"]})
+    asked = {"data_dir": None, "recipe": "short", "activation": "elu", "k": 1.0, "device": "cpu", "method": "vcl-ratio"}
+    return images.work({**asked, **unit}, {"unit": "channel", **unit.get("vcl", {})})

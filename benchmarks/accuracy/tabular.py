@@ -93,7 +93,7 @@ def _tensors(x: Any, y: np.ndarray, train: np.ndarray, test: np.ndarray) -> tupl
     return torch.from_numpy(a), torch.from_numpy(y[train]), torch.from_numpy(b), torch.from_numpy(y[test])
 
 
-def _draw(unit: Record, trial: int) -> dict[str, float]:
+def _draw(unit: Record, trial: int) -> Record:
     """The settings of a trial: the same learning rates and decays for every method; VCL has its weight too."""
     random = np.random.default_rng([unit["split"], trial, *unit["set"].encode()])
     ranges = {"learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, "weight": VCL_WEIGHT}
@@ -101,7 +101,7 @@ def _draw(unit: Record, trial: int) -> dict[str, float]:
     return drawn if unit["method"] in VCL else {name: drawn[name] for name in ("learning_rate", "weight_decay")}
 
 
-def _learn(unit: Record, drawn: dict[str, float], data: tuple[Tensor, ...], classes: int) -> Learner:
+def _learn(unit: Record, drawn: Record, data: tuple[Tensor, ...], classes: int) -> Learner:
     x, y = data[:2]
     model = multilayer(x.shape[1], classes, unit["method"], unit["activation"], depth=DEPTH, width=WIDTH)
     learnt = learner(model, unit["method"], x[:1], seed=unit["split"], steps=unit["steps"], **drawn)

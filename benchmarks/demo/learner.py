@@ -99,10 +99,13 @@ def demo_learner(
     return Learner(model, handle, **settings)
 
 
-def initialise(model: nn.Module) -> None:
-    """He's normal weights, zero biases."""
+def initialise(model: nn.Module, *, he: bool = True) -> None:
+    """He's normal weights and zero biases, or PyTorch's own default, whose weights have a sixth of that variance."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
+            if not he:
+                module.reset_parameters()
+                continue
             nn.init.kaiming_normal_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
