@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.demo import cifar, data, idx
+from benchmarks.demo import cifar, data, idx, report
 from benchmarks.demo.__main__ import main
 from benchmarks.demo.errors import DataError
 from benchmarks.demo.measure import kurtosis, saved_bytes
@@ -227,6 +227,12 @@ def test_kurtosis_of_two_points_is_one_and_of_a_gaussian_three():
     torch.manual_seed(0)
     found = kurtosis(torch.stack([torch.arange(200_000.0) % 2, torch.randn(200_000)]))
     assert found.tolist() == pytest.approx([1, 3], abs=0.05)
+
+
+def test_a_run_that_diverged_is_a_record_that_strict_parsers_read(tmp_path):
+    report.write({"loss": [1.5, math.nan], "of": {"error": math.inf}}, tmp_path / "record.json")
+    text = (tmp_path / "record.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"loss": [1.5, None], "of": {"error": None}}
 
 
 @pytest.mark.parametrize("wrong", [["--batch-size", "8"], ["--seeds", "0"], ["--device", "nowhere"]])

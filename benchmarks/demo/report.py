@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import statistics
 from collections.abc import Callable, Iterator
@@ -78,4 +79,13 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def write(record: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(json.dumps(strict(record), indent=1, allow_nan=False) + "\n")
+
+
+def strict(value: Any) -> Any:
+    """Return ``value`` with None for what JSON has no number for: a loss that diverged."""
+    if isinstance(value, dict):
+        return {k: strict(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [strict(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

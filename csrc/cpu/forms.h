@@ -21,16 +21,15 @@ inline Vec<A> form_and_derivatives(Form form, Vec<A>* var, int64_t step, int64_t
     }
     return loss;
   }
-  // V = sum (v_k - vbar)^2 / (K - 1), from differences to v_0 so that a common part cancels exactly
+  // V = sum (v_k - vbar)^2 / (K - 1), from differences to v_0, which a common part leaves, and which equal ones make 0
   const Vec<A> first = var[0];
-  Vec<A> vbar = zero, V = zero;
-  for (int64_t k = 1; k < K; ++k) vbar += var[k * step] - first;
-  vbar = first + vbar / A(K);
-  for (int64_t k = 0; k < K; ++k) {
-    const Vec<A> d = var[k * step] - vbar;
-    V += d * d;
+  Vec<A> sum = zero, squares = zero;
+  for (int64_t k = 1; k < K; ++k) {
+    const Vec<A> d = var[k * step] - first;
+    sum += d;
+    squares += d * d;
   }
-  V /= A(K - 1);
+  const Vec<A> offset = sum * (A(1) / A(K)), vbar = first + offset, V = (squares - sum * offset) * (A(1) / A(K - 1));
   const A twice = A(2) / A(K - 1);
   if (form == Form::variance) {
     for (int64_t k = 0; k < K; ++k) var[k * step] = twice * (var[k * step] - vbar);
@@ -38,8 +37,9 @@ inline Vec<A> form_and_derivatives(Form form, Vec<A>* var, int64_t step, int64_t
   }
   const Vec<A> inverse = A(1) / (vbar + beta), inverse2 = inverse * inverse;  // V / (vbar + beta)^2
   const Vec<A> by_vbar = A(-2) * V * inverse2 * inverse;
+  const Vec<A> slope = twice * inverse2, by_all = by_vbar * (A(1) / A(K));
   for (int64_t k = 0; k < K; ++k) {
-    var[k * step] = twice * (var[k * step] - vbar) * inverse2 + by_vbar / A(K);
+    var[k * step] = slope * (var[k * step] - vbar) + by_all;
   }
   *dbeta = by_vbar;
   return V * inverse2;

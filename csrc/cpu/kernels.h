@@ -134,7 +134,7 @@ template <class T> struct Runner {
   static constexpr int64_t L8 = lanes<double>;
 
   void save(void* to, int64_t k, int64_t u, int64_t width, const Vec<A>& from) const {
-    if (to) std::memcpy((A*)to + k * v.U + u, &from, width * sizeof(A));
+    if (to) store_up_to<false>((A*)to + k * v.U + u, from, width);
   }
 
   Vec<double> beta_of(int64_t u, int64_t width) const {

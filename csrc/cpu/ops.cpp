@@ -287,10 +287,12 @@ Results run(const Request& q, Want want) {
   const Kernels kernels = kernels_for(t);
   const int64_t sample = v.K * v.n * v.P;
   int64_t blocks = (v.U + j.block - 1) / j.block;
-  // Too few blocks to share, or contiguous units whose samples are long or whose rows are written as well: pieces in
-  // memory order instead.
+  // Too few blocks to share, or contiguous units whose samples are long, or whose rows are written as well and dwarf
+  // the moments of pieces (16 bytes each): pieces in memory order instead.
+  const int64_t tasks = v.K * Pieces(v, piece_values(v)).size();
+  const bool in_order = !v.spatial && (v.P > 1 || (writes_y && 8 * 16 * tasks <= v.N * bytes(t)));
   const bool split = !want_dx && v.U * sample >= kSerial &&
-                     (blocks < 2 * int64_t(torch::stable::get_num_threads()) || (!v.spatial && (v.P > 1 || writes_y)));
+                     (in_order || blocks < 2 * int64_t(torch::stable::get_num_threads()));
   if (split) j.block = 64, blocks = (v.U + 63) / 64;
   std::vector<double> sums(loss ? 2 * blocks : 0);
   if (loss && q.reduce) j.loss_sum = sums.data();
@@ -299,7 +301,6 @@ Results run(const Request& q, Want want) {
   const int64_t elements = v.U * (sample + rest * v.P);
   const auto activations = [&](int64_t b, int64_t e) { kernels.activations(j, first + b, first + e); };
   if (split) {
-    const int64_t tasks = v.K * Pieces(v, piece_values(v)).size();
     Tensor partial = empty_vector(2 * tasks * round_up(v.U, 16) * 8, aoti_torch_dtype_uint8());
     j.piece_mean = partial.data_ptr();
     j.piece_m2 = (char*)j.piece_mean + tasks * round_up(v.U, 16) * 8;

@@ -206,7 +206,11 @@ template <class A> inline Vec<double> part(Vec<A> v, int i) {
     typedef float half_t __attribute__((vector_size(32)));
     half_t half;
     std::memcpy(&half, (const char*)&v + 32 * i, 32);
+#if VCL_LEVEL >= 2  // GCC 12 makes four instructions of it
+    return std::bit_cast<Vec<double>>(_mm512_cvtps_pd(std::bit_cast<__m256>(half)));
+#else
     return __builtin_convertvector(half, Vec<double>);
+#endif
   }
 }
 
@@ -214,11 +218,17 @@ template <class A> inline Vec<A> joined(const Vec<double>* from) {
   if constexpr (sizeof(A) == 8) {
     return *from;
   } else {
+#if VCL_LEVEL >= 2  // by way of memory, a load would wait for two narrower stores
+    const __m256 low = _mm512_cvtpd_ps(std::bit_cast<__m512d>(from[0]));
+    const __m256 high = _mm512_cvtpd_ps(std::bit_cast<__m512d>(from[1]));
+    return std::bit_cast<Vec<A>>(_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1));
+#else
     typedef float half_t __attribute__((vector_size(32)));
     const half_t half[2] = {__builtin_convertvector(from[0], half_t), __builtin_convertvector(from[1], half_t)};
     Vec<A> v;
     std::memcpy(&v, half, sizeof v);
     return v;
+#endif
   }
 }
 
