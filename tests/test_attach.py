@@ -99,8 +99,89 @@ def test_shared_activation_has_a_beta_for_each_call():
     assert list(handle.losses) == ["act", "act:1"]
     handle.remove()
     vk.attach(net)
-    with pytest.raises(RuntimeError, match="more than once in one forward.*example_input"):
+    with pytest.raises(RuntimeError, match="ReLU is called 2 times in one forward, and has VCL for 1.*example_input"):
         net(torch.randn(20, 4))
+
+
+@pytest.mark.parametrize("inject", [False, True])
+def test_a_call_that_the_example_did_not_make_is_an_error(inject):
+    class Repeated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.act = nn.Linear(4, 4), nn.Tanh()
+
+        def forward(self, x, steps=2):
+            for _ in range(steps):
+                x = self.act(self.linear(x))
+            return x
+
+    net = Repeated()
+    vk.attach(net, torch.randn(2, 4), inject=inject)
+    net(torch.randn(20, 4))
+    with pytest.raises(RuntimeError, match="Tanh is called 3 times in one forward, and has VCL for 2"):
+        net(torch.randn(20, 4), 4)
+
+
+def test_a_loss_without_a_graph_is_an_error():
+    net = network()
+    handle = vk.attach(net, X[:1], weight=1.0)
+    y = checkpoint(net, X.clone().requires_grad_(), use_reentrant=True)
+    with pytest.raises(RuntimeError, match="ran without grad mode.*use_reentrant=False"):
+        handle.loss()
+    y.sum().backward()
+    with torch.no_grad():
+        net(X)
+        assert handle.loss() > 0
+    assert all(value > 0 for value in handle.losses.values())
+
+
+@pytest.mark.parametrize("inject", [False, True])
+def test_a_short_batch_gives_every_beta_a_gradient_of_zero(inject):
+    net = network()
+    handle = vk.attach(net, X[:1], inject=inject)
+    loss = net(X[:6]).sum() + (0 if inject else handle.loss())
+    loss.backward()  # DistributedDataParallel waits for the gradient of each parameter
+    assert all(torch.equal(beta.grad, torch.zeros_like(beta)) for beta in handle.parameters())
+
+
+def test_layers_that_cannot_have_a_vcl_are_named():
+    net = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="container; '0' is one"):
+        vk.attach(net, layers=["0"])
+    net[1].vcl = 3
+    with pytest.raises(ValueError, match="attribute 'vcl'.*'1' has one"):
+        vk.attach(net, layers=["1"])
+    assert net[1].vcl == 3
+
+
+def test_an_activation_called_by_keyword_has_its_loss():
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.act = nn.Linear(4, 4), nn.Mish()
+
+        def forward(self, x):
+            return self.act(input=self.linear(x))
+
+    net, x = ByKeyword(), torch.randn(20, 4)
+    handle = vk.attach(net, x[:1], weight=1.0)
+    net(x)
+    torch.testing.assert_close(handle.loss(), vk.vcl_loss(net.linear(x), torch.ones(4)))
+
+
+def test_a_state_without_shapes_is_saved_and_loaded():
+    first, second = network(), network()
+    vk.attach(first), vk.attach(second)
+    second.load_state_dict(first.state_dict())
+    first(X)
+    second.load_state_dict(first.state_dict())
+    assert [p.shape for p in second.parameters()] == [p.shape for p in first.parameters()]
+
+
+def test_no_bias_is_decayed():
+    decayed, free = vk.param_groups(nn.ModuleList([nn.LSTM(3, 4), nn.MultiheadAttention(4, 2)]), 0.1)
+    assert {p.dim() for p in decayed["params"]} == {2}
+    assert {p.dim() for p in free["params"]} == {1}
 
 
 @pytest.mark.parametrize("inject", [False, True])

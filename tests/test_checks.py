@@ -41,7 +41,7 @@ def test_errors(args, options, error, match):
 
 def test_backends_say_what_is_missing(monkeypatch):
     assert vk.backends() == {"cpu": "available", "triton": "available", "reference": "available"}
-    monkeypatch.setattr(cpu, "_loaded", False)
+    monkeypatch.setattr(cpu, "_reason", cpu._not_built())
     assert "was not built; install a C++20 compiler" in vk.backends()["cpu"]
     with pytest.raises(RuntimeError, match="backend='cpu' cannot run: .*not built"):
         vk.vcl_loss(X, backend="cpu")
@@ -50,6 +50,18 @@ def test_backends_say_what_is_missing(monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="no CUDA or ROCm device"):
             vk.vcl_loss(X, backend="triton")
+
+
+def test_an_extension_that_does_not_load_leaves_the_reference(monkeypatch, tmp_path):
+    broken = tmp_path / "_C.abi3.so"
+    broken.write_text("x")
+    monkeypatch.setattr(cpu, "_library_path", lambda: broken)
+    monkeypatch.setattr(cpu, "_reason", None)
+    cpu.load()
+    assert "_C.abi3.so cannot be loaded" in vk.backends()["cpu"]
+    assert torch.equal(vk.vcl_loss(X), vk.reference.vcl_loss(X))
+    compiled = torch.compile(vk.vcl_loss, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(X), vk.reference.vcl_loss(X))
 
 
 def test_command_line(capsys):

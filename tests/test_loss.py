@@ -96,6 +96,31 @@ def test_layouts_in_half_precision(kernel_backend, layout):
         check(x, kernel_backend, form="relative_variance", sub_batch_size=5)
 
 
+UNLIKE_THEIR_FIRST_VALUES = {  # what a sum of squares around the first values would lose digits of
+    "alike": lambda x: x,
+    "border": lambda x: x.index_fill(2, torch.tensor(0, device=x.device), 10),
+    "first vector": lambda x: torch.where(
+        torch.arange(x[0, 0].numel(), device=x.device).view(x[0, 0].shape) < 16, 100, x
+    ),
+    "first sample": lambda x: torch.cat([x[:1] + 30, x[1:]]),
+}
+
+
+@pytest.mark.parametrize("change", UNLIKE_THEIR_FIRST_VALUES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_first_values_that_are_unlike_the_rest(kernel_backend, layout, change):
+    torch.manual_seed(12)
+    for P in (7, 14, 40):
+        x = torch.randn(20, 4, P, P, device=device_of(kernel_backend))
+        x = LAYOUTS[layout](UNLIKE_THEIR_FIRST_VALUES[change](x))
+        for options in ({"sub_batch_size": 5}, {"form": "relative_variance", "sub_batch_size": 5}):
+            check(x, kernel_backend, **options, **per_unit(x, "channel"))
+        if kernel_backend == "cpu":
+            of_eager, exact = (vk.reference.sub_batch_moments(x.to(t), 5) for t in (torch.float32, torch.float64))
+            for found, e, o in zip(vk.sub_batch_moments(x, 5, backend="cpu"), of_eager, exact, strict=True):
+                assert_within_budget(found, [e], o)
+
+
 @pytest.mark.parametrize("kind", ["default", "scalar", "units"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_beta_and_reduction(backend, kind, reduction):

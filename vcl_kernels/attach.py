@@ -51,9 +51,8 @@ FUSED: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
 class Calls(nn.ModuleList):
     """The VCL of each call of one activation module within a forward (a module may be used more than once)."""
 
-    def __init__(self, modules: Iterable[VCLActivation], known: bool) -> None:
+    def __init__(self, modules: Iterable[VCLActivation]) -> None:
         super().__init__(modules)
-        self.known = known  # whether the number of calls is known to be right
         self.next = 0
         self.inside = False  # a forward of the whole model
 
@@ -76,10 +75,10 @@ class Calls(nn.ModuleList):
                 "or by a part of the model used alone): which beta is meant? Give each call a module of its own"
             )
         if call >= len(self):
-            if self.inside and not self.known:
+            if self.inside:
                 raise RuntimeError(
-                    f"{_type_name(module)} is called more than once in one forward; give attach an example_input, "
-                    "so that each call gets a beta of its own"
+                    f"{_type_name(module)} is called {call + 1} times in one forward, and has VCL for {len(self)}; "
+                    "give attach an example_input whose forward makes every call, so that each gets a beta of its own"
                 )
             call = 0
         self.next = call + 1
@@ -162,7 +161,8 @@ def attach(
         A :class:`VCLHandle`: ``handle.loss()`` to add to the objective, unless ``inject``.
 
     Raises:
-        ValueError: no activation module, a layer that does not exist, or a model that has VCL attached already.
+        ValueError: no activation module, a layer that does not exist or is a container, or a model that has VCL
+            attached already.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ELU(), nn.Linear(8, 2))
@@ -206,20 +206,19 @@ class VCLHandle:
         self._inplace = [m for m in self._modules if getattr(m, "inplace", False) and not _can_fuse(m)]
         self._hooks = []
         self._calls: list[Calls] = []
-        learned = settings["learn_beta"]
         for module in self._modules:  # all that may fail, before the model is touched
             seen = None if shapes is None else shapes.get(module, [])
             vcls = [_vcl_for(module, settings) for _ in range(1 if not seen else len(seen))]
             for vcl, x in zip(vcls, seen or [], strict=False):
                 vcl.materialize(x.shape, x.device, accumulation_dtype(x.dtype))
-            self._calls.append(Calls(vcls, known=bool(seen) or not learned))
+            self._calls.append(Calls(vcls))
         stand_ins: dict[nn.Module, nn.Module] = {}
         for module, calls in zip(self._modules, self._calls, strict=True):
             if _can_fuse(module):
                 stand_ins[module] = FusedActivation(module, calls)
             else:
                 module.vcl = calls.train(module.training)
-                self._hooks.append(module.register_forward_pre_hook(_before_activation))
+                self._hooks.append(module.register_forward_pre_hook(_before_activation, with_kwargs=True))
         self._replaced = replace(model, stand_ins)
         for module in self._inplace:
             module.inplace = False  # type: ignore[assignment]
@@ -236,11 +235,17 @@ class VCLHandle:
         """Return ``weight`` times the sum over layers of the latest training forward's losses.
 
         Raises:
-            RuntimeError: no training forward was run.
+            RuntimeError: no training forward was run, or only without grad mode, so that the loss has no gradient.
         """
-        losses = [vcl.loss for _, vcl in self._vcls() if vcl.loss is not None]
-        if not losses:
+        ran = [vcl for _, vcl in self._vcls() if vcl.loss is not None]
+        if not ran:
             raise RuntimeError("handle.loss() wants a training forward of the model first (model.train())")
+        if torch.is_grad_enabled() and not any(vcl.in_grad_mode for vcl in ran):
+            raise RuntimeError(
+                "handle.loss() has no gradient: the training forward ran without grad mode, under torch.no_grad() "
+                "(read handle.losses then) or reentrant checkpointing (use_reentrant=False or inject=True helps)"
+            )
+        losses = [vcl.loss for vcl in ran if vcl.loss is not None]
         return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
 
     @property
@@ -297,18 +302,24 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                (free if name == "bias" or isinstance(module, VCLActivation) else decayed).append(parameter)
+                is_bias = name.startswith("bias") or name.endswith("bias")  # an LSTM has bias_ih_l0
+                (free if is_bias or isinstance(module, VCLActivation) else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
 # Hooks are plain functions, so that a model with VCL attached can be copied and pickled.
 
 
-def _before_activation(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def _before_activation(
+    module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     calls: Calls = module.vcl  # type: ignore[assignment]
-    if not calls.training or not args:
+    if not calls.training:
         return None
-    return (calls.take(module)(args[0]), *args[1:])
+    if args:
+        return (calls.take(module)(args[0]), *args[1:]), named
+    first = next(iter(named))
+    return args, {**named, first: calls.take(module)(named[first])}
 
 
 def _before_model(model: nn.Module, args: tuple[Any, ...]) -> None:
@@ -349,6 +360,13 @@ def _chosen(
                 raise ValueError(f"layers must name modules of the model; got {layer!r}")
             found.append((name, known[name]))
     found = list({module: (name, module) for name, module in reversed(found)}.values())[::-1]
+    for name, module in found:
+        if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            raise ValueError(f"layers must not name a container; {name!r} is one: name a module inside it")
+        if hasattr(module, "vcl"):
+            raise ValueError(
+                f"layers must name modules without an attribute 'vcl', which attach sets; {name!r} has one"
+            )
     if not found:
         raise ValueError("layers must choose at least one module of the model; it chose none")
     return found

@@ -25,7 +25,9 @@ def loss(x: Tensor, beta: Tensor | None, spec: LossSpec, backend: Any) -> Tensor
         return DeferredLoss.apply(x, beta, kernel_beta, spec, backend, True)[0]
     # float16: scaling by the upstream gradient (a GradScaler's) must come before rounding, or small values
     # vanish. Units that do not fit on chip: x is read twice in any case, and then once the upstream is known.
-    if x.dtype == torch.float16 or not backend.one_pass(x, spec.n, spec.K, spec.per_activation):
+    # Nor is dx made for a beta that alone is learnt.
+    deferred = x.dtype == torch.float16 or not x.requires_grad
+    if deferred or not backend.one_pass(x, spec.n, spec.K, spec.per_activation):
         return DeferredLoss.apply(x, beta, kernel_beta, spec, backend, False)[0]
     return OnePassLoss.apply(x, beta, kernel_beta, spec, backend)
 
@@ -128,7 +130,8 @@ class ActivationAndLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return y, the loss and the rows that are kept."""
         ctx.set_materialize_grads(False)
-        ctx.keep_rows = ctx.needs_input_grad[0] and activation.from_output and 2 * spec.K * spec.n <= x.shape[0]
+        few = spec.K * spec.n <= x.shape[0] // 2 or (spec.K == 2 and 2 * spec.n < x.shape[0])
+        ctx.keep_rows = ctx.needs_input_grad[0] and activation.from_output and few
         y, loss, mean, scale, dbeta, kept = backend.activation(
             x, kernel_beta, *spec, ctx.needs_input_grad[1], *activation, ctx.keep_rows
         )
@@ -240,6 +243,6 @@ def _scaled(dx: Tensor, g: Tensor, backend: Any) -> Tensor:
     if dx.device.type != "cpu" and g.dim() == 0:
         backend.multiply_(dx, g)
         return dx
-    if g.dim() == 0 and g.item() == 1.0:
+    if g.dim() == 0 and type(g) is Tensor and g.item() == 1.0:  # a fake tensor has no value
         return dx
     return dx.mul_(g)

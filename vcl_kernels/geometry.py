@@ -69,7 +69,7 @@ def in_layout(x: Tensor, per_activation: bool) -> Tensor:
     if step == 0 or not _fills(x.shape[2:], x.stride()[2:], step):  # expanded, or with gaps
         return x.contiguous()
     spatial = step == 1 and P > 1 and (C == 1 or x.stride(1) >= P)
-    unit = C == 1 or (x.stride(1) == 1 and step >= C)
+    unit = C == 1 or (x.stride(1) == 1 and (P == 1 or step >= C))
     return x if spatial or unit else x.contiguous()
 
 

@@ -86,6 +86,7 @@ class VCLActivation(nn.Module):
         self.inject, self.backend = inject, backend
         self.grad_scaler: torch.amp.GradScaler | None = None
         self.loss = None
+        self.in_grad_mode = True  # the forward that made the loss
         self.beta: nn.Parameter | None
         if not learn_beta or form == "variance":
             self.register_parameter("beta", None)
@@ -98,9 +99,15 @@ class VCLActivation(nn.Module):
         """Return the activation of x; in training, keep the loss of x."""
         if not self.training:
             return reference.activate(x, self.activation)
+        self.in_grad_mode = torch.is_grad_enabled()
         if x.shape[0] < 2 * self.sub_batch_size:
             self.loss = x.new_zeros((), dtype=accumulation_dtype(x.dtype))
-            return reference.activate(x, self.activation)
+            if self.beta is not None and not isinstance(self.beta, UninitializedParameter):
+                self.loss = (
+                    self.loss + 0 * self.beta.sum()
+                )  # a gradient of zero, which DistributedDataParallel waits for
+            y = reference.activate(x, self.activation)
+            return InjectLoss.apply(y, self.loss, None) if self.inject and self.loss.requires_grad else y
         y, loss = weighted_activation(
             x,
             self.activation,
@@ -145,9 +152,17 @@ class VCLActivation(nn.Module):
         with torch.no_grad():
             beta.fill_(self.beta_init)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if isinstance(self.beta, UninitializedParameter):
+            destination[prefix + "beta"] = self.beta  # as PyTorch's lazy modules do: it has nothing to detach
+        else:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         given = state_dict.get(prefix + "beta")
         if given is not None and self.beta is not None and isinstance(self.beta, UninitializedParameter):
+            if isinstance(given, UninitializedParameter):
+                return
             self._make(tuple(given.shape), self.beta.device, given.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

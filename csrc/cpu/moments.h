@@ -1,5 +1,6 @@
-// Mean and sum of squared deviations of one piece of a sub-batch, from one read: of deviations from the piece's first
-// value or values, so that no digits to speak of cancel, however far the mean lies from zero.
+// Mean and sum of squared deviations of one piece of a sub-batch, from one read: deviations from the piece's first
+// value, summed in float64. That value being one of them, its square is at most count times their variance, so that no
+// digits to speak of cancel, however far the mean lies from zero.
 // Included inside the namespace of one instruction set.
 #pragma once
 
@@ -29,70 +30,34 @@ inline void for_vectors(const T* p, int64_t len, Full&& full, Last&& last) {
   if (q < len) last(len < L ? load_some(p, len) : load(p + len - L));
 }
 
-// Sums of deviations and of their squares, in S: A or float64. Where S is float32, float64 takes over after at most
-// 2 * kGroup values: the few roundings until then average out over the lanes.
-template <class A, class S> struct Deviations {
-  static constexpr int halves = sizeof(S) / sizeof(A);
-  const Vec<A> near;
-  Vec<S> e[4] = {}, q[4] = {};
-  Vec<double> sum = {}, squares = {};
-
-  template <int w> void add(Index<w>, Vec<A> v) {
-    for (int h = 0; h < halves; ++h) {
-      Vec<S> d;
-      if constexpr (halves == 1) d = v - near;
-      else d = part<A>(v, h) - part<A>(near, h);
+// `ahead`: the distance to what will be wanted next, fetched while this piece is read.
+template <class T>
+inline void spatial_moments(const T* base, int64_t row, Piece c, int64_t ahead, double* mean, double* m2) {
+  using A = acc_t<T>;
+  const int64_t len = c.p1 - c.p0, rest = len % lanes<A>;
+  const Vec<A> lane = lane_index<A>();
+  const auto counts = len < lanes<A> ? lane < A(rest) : lane >= A(lanes<A> - rest);
+  const A first = widen(base[c.i0 * row + c.p0]);
+  const Vec<double> shift = broadcast<double>(first);
+  Vec<double> e[4] = {}, q[4] = {};
+  const auto add = [&](auto w, Vec<A> v) {
+    for (int h = 0; h < parts<A>; ++h) {
+      const Vec<double> d = part<A>(v, h) - shift;
       e[w] += d;
       q[w] += d * d;
     }
+  };
+  for (int64_t i = c.i0; i < c.i1; ++i) {
+    for_vectors(base + i * row + c.p0, len,
+                [&](auto w, const T* p) {
+                  __builtin_prefetch(p + ahead, 0, 2);
+                  add(w, load(p));
+                },
+                [&](Vec<A> v) { add(Index<3>(), counts ? v : broadcast<A>(first)); });
   }
-
-  void widen() {
-    const Vec<S> deviations = (e[0] + e[1]) + (e[2] + e[3]), even = q[0] + q[2], odd = q[1] + q[3];
-    for (int h = 0; h < parts<S>; ++h) {
-      sum += part<S>(deviations, h);
-      squares += part<S>(even, h) + part<S>(odd, h);
-    }
-    for (int w = 0; w < 4; ++w) e[w] = q[w] = Vec<S>{};
-  }
-};
-
-constexpr int64_t kGroup = 512, kFew = 192;  // values
-
-// `ahead`: the distance to what will be wanted next, fetched while this piece is read.
-template <class T, class S>
-inline void spatial_moments_in(const T* base, int64_t row, Piece c, int64_t ahead, double* mean, double* m2) {
-  using A = acc_t<T>;
-  constexpr int64_t L = lanes<A>;
-  const int64_t len = c.p1 - c.p0, rest = len % L, few = len < L ? len : L;
-  const Vec<A> lane = lane_index<A>();
-  const auto counts = len < L ? lane < A(rest) : lane >= A(L - rest);
-  // A value of T, so that deviations of half precision are exact, and their squares nearly.
-  const A near = widen(narrow<T>(sum_lanes<A>(load_up_to(base + c.i0 * row + c.p0, few) / A(few))));
-  Deviations<A, S> found{broadcast<A>(near)};
-  for (int64_t i = c.i0, pending = 0; i < c.i1; ++i) {
-    for (int64_t p = c.p0, take; p < c.p1; p += take) {
-      take = c.p1 - p < 2 * kGroup ? c.p1 - p : kGroup;
-      if (pending + take > kGroup) found.widen(), pending = 0;
-      pending += take;
-      for_vectors(base + i * row + p, take,
-                  [&](auto w, const T* at) {
-                    __builtin_prefetch(at + ahead, 0, 2);
-                    found.add(w, load(at));
-                  },
-                  [&](Vec<A> v) { found.add(Index<3>(), counts ? v : found.near); });
-    }
-  }
-  found.widen();
-  const double sum = sum_lanes<double>(found.sum), offset = sum / double(c.count());
-  *mean = near + offset;
-  *m2 = sum_lanes<double>(found.squares) - sum * offset;
-}
-
-template <class T>
-inline void spatial_moments(const T* base, int64_t row, Piece c, int64_t ahead, double* mean, double* m2) {
-  if (c.count() <= kFew) spatial_moments_in<T, double>(base, row, c, ahead, mean, m2);
-  else spatial_moments_in<T, acc_t<T>>(base, row, c, ahead, mean, m2);
+  const double sum = sum_lanes<double>((e[0] + e[1]) + (e[2] + e[3])), offset = sum / double(c.count());
+  *mean = first + offset;
+  *m2 = sum_lanes<double>((q[0] + q[1]) + (q[2] + q[3])) - sum * offset;
 }
 
 // f of the constants 0 … count - 1: arrays that are indexed so stay in registers.

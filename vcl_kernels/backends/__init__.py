@@ -51,7 +51,7 @@ def choose(name: str | None, x: Tensor) -> str:
     if name is None:
         if device == "cpu":
             return "cpu" if cpu.reason() is None else "reference"
-        return "triton" if device == "cuda" and triton.reason() is None else "reference"
+        return "triton" if device == "cuda" and triton.reason_not_installed() is None else "reference"
     if name not in NAMES:
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}; got {name!r}")
     if name == "reference":

@@ -12,32 +12,40 @@ from ..geometry import Geometry
 
 _ONE_PASS_BYTES = 4 << 20  # of x for one unit (or 64 contiguous ones): read again from L2 or L3 for the gradient
 
-_loaded = False
+_reason: str | None = "the native extension was not looked for yet"  # found once: it is asked for in every call
 
 
 def load() -> None:
-    """Load the extension, if it was built."""
-    global _loaded
+    """Load the extension, if it was built and fits this machine; else find out why it cannot run."""
+    global _reason
     path = _library_path()
-    if path is not None:
-        torch.ops.load_library(str(path))
-        _loaded = True
+    try:
+        if path is not None:
+            torch.ops.load_library(str(path))
+        _reason = _not_built() if path is None else None
+    except (OSError, RuntimeError) as error:  # built against another torch or C library, or cut off
+        _reason = f"{path} cannot be loaded ({error}); {_BUILD}"
 
 
 def _library_path() -> Path | None:
     return next(iter(sorted(Path(__file__).parent.parent.glob("_C*.so"))), None)
 
 
-def reason() -> str | None:
-    """Return why the backend cannot run, or None if it can."""
-    if _loaded:
-        return None
+_BUILD = "`pip install --no-build-isolation --force-reinstall --no-deps .` in the source folder builds it"
+
+
+def _not_built() -> str:
     missing = [name for name in ("g++", "ninja") if shutil.which(name) is None]
     lacking = f"; missing here: {', '.join(missing)}" if missing else ""
     return (
         "the native extension was not built; install a C++20 compiler (g++ >= 11 or clang >= 14) and ninja, then "
-        f"`pip install --no-build-isolation --force-reinstall --no-deps .` in the source folder{lacking}"
+        f"{_BUILD}{lacking}"
     )
+
+
+def reason() -> str | None:
+    """Return why the backend cannot run, or None if it can."""
+    return _reason
 
 
 def one_pass(x: Tensor, n: int, K: int, per_activation: bool) -> bool:

@@ -27,11 +27,13 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+# Found once: it is asked for in every call, also by torch.compile, which cannot trace a search for packages.
+_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
 def reason_not_installed() -> str | None:
     """Return what is missing, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; `pip install triton` (Linux) brings it"
-    return None
+    return None if _INSTALLED else "triton is not installed; `pip install triton` (Linux) brings it"
 
 
 def reason() -> str | None:

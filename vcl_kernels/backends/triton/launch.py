@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,14 +21,9 @@ class Launch(NamedTuple):
     def __call__(self, *args: Any) -> None:
         """Run the kernel on the device of its tensors."""
         device = next(a for a in args if isinstance(a, torch.Tensor)).device
-        with torch.cuda.device(device) if device.type == "cuda" else _nowhere():
+        elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if elsewhere else nullcontext():
             self.kernel[self.grid](*args, **self.constants, num_warps=self.warps)
-
-
-class _nowhere:  # noqa: N801
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
 
 
 class Settings(NamedTuple):
@@ -40,7 +36,10 @@ class Settings(NamedTuple):
 
 def power_of_2(value: int) -> int:
     """Return the least power of two that is not below ``value``."""
-    return 1 << max(0, value - 1).bit_length()
+    power = 1
+    while power < value:  # of a symbolic size, torch.compile learns a range so; bit_length would need its value
+        power *= 2
+    return power
 
 
 def cdiv(a: int, b: int) -> int:

@@ -66,8 +66,8 @@ def moments_spatial(
         split = pid % splits
         k = pid // splits % K
         first = (pid // splits // K).to(tl.int64) * UB
-        count = tl.full([], 0.0, ACC)  # the same for every unit
-        mean = tl.zeros([UB], ACC)
+        count = tl.full([], 0.0, tl.float64)  # the same for every unit
+        mean = tl.zeros([UB], tl.float64)
         m2 = tl.zeros([UB], tl.float64)
         units = first + tl.arange(0, UB)
         # one value of each sample is taken off first: |mean| >> std costs nothing
@@ -94,7 +94,8 @@ def moments_spatial(
             d = tl.where(mask, d.to(SQUARES) - error.to(SQUARES)[None, :, None], 0.0)
             groups = tl.reshape(d * d, [NB, UB, PB // GROUP, GROUP])
             spread = tl.sum(tl.sum(tl.sum(groups, 3).to(tl.float64), 2), 0)
-            count, mean, m2 = merge_moments(count, mean, m2, here, centre - pilot + error, spread)
+            offset = centre.to(tl.float64) - pilot + error
+            count, mean, m2 = merge_moments(count, mean, m2, here, offset, spread)
         store_partial(partial_ptr, (split.to(tl.int64) * K + k) * U, plane, units, U, count, mean, m2, pilot)
     elif ACTIVATION != NO_ACTIVATION:
         t = pid - blocks * K * splits
@@ -142,8 +143,8 @@ def moments_unit(
         units = (pid // splits // K).to(tl.int64) * UB + tl.arange(0, UB)
         u = units[None, :]
         M = n * P
-        count = tl.full([], 0.0, ACC)  # the same for every unit
-        mean = tl.zeros([UB], ACC)
+        count = tl.full([], 0.0, tl.float64)  # the same for every unit
+        mean = tl.zeros([UB], tl.float64)
         m2 = tl.zeros([UB], tl.float64)
         # one value of each sample is taken off first: |mean| >> std costs nothing
         pilot_at = x_ptr + (k * n).to(tl.int64) * x_row + units
@@ -167,7 +168,8 @@ def moments_unit(
             error = tl.sum(d, 0) / here
             d = tl.where(mask, d.to(SQUARES) - error.to(SQUARES)[None, :], 0.0)
             spread = tl.sum(d * d, 0)
-            count, mean, m2 = merge_moments(count, mean, m2, here, centre - pilot + error, spread)
+            offset = centre.to(tl.float64) - pilot + error
+            count, mean, m2 = merge_moments(count, mean, m2, here, offset, spread)
         store_partial(partial_ptr, (split.to(tl.int64) * K + k) * U, plane, units, U, count, mean, m2, pilot)
     elif ACTIVATION != NO_ACTIVATION:
         t = pid - blocks * K * splits
