@@ -78,6 +78,7 @@ def on_gpu() -> list[Case]:
     both = ("contiguous", "channels_last")
     resnet = {N: [(N, C, S, S) for C, S in RESNET_50] for N in (64, 256)}
     return [
+        *(Case((64, 256, 56, 56), layout, dtype) for dtype in ("float32", "bfloat16") for layout in both),
         *(Case(shape) for shape in FIRST),
         *(Case(shape, layout, dtype) for shape in resnet[64] for dtype in ("float32", "bfloat16") for layout in both),
         *(Case(shape, dtype="bfloat16") for shape in ELU_11),

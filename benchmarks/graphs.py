@@ -29,4 +29,8 @@ def captured(make: Callable[[], Candidate]) -> Candidate:
     candidate.clear()
     with torch.cuda.graph(graph):
         step()
-    return Candidate(graph.replay)
+
+    def replay(kept: Candidate = candidate) -> None:  # the graph writes into tensors of the candidate's own
+        graph.replay()
+
+    return Candidate(replay)

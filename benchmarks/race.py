@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 PHASES = ("forward", "backward", "both")
-FLUSH_BYTES = 1 << 30  # written before each candidate on a GPU: L2 is cold, and launches queue up meanwhile
+FLUSH_BYTES = 1 << 30  # read before each candidate on a GPU: L2 is cold, and clean (what is written there must leave)
+AHEAD = 3_000_000  # cycles that the GPU then sleeps, so that launches queue up: the host is not what is timed
 Samples = dict[str, list[float]]  # seconds in each round, by phase
 
 
@@ -66,12 +67,14 @@ class EventClock:
     """Time on a GPU between events, L2 cold."""
 
     def __init__(self) -> None:
-        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+        self.flush = torch.zeros(FLUSH_BYTES // 4, device="cuda")
+        self.sum = torch.zeros((), device="cuda")
 
     def lap(self, candidate: Candidate) -> tuple[float, ...]:
         candidate.clear()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-        self.flush.zero_()
+        torch.sum(self.flush, 0, out=self.sum)
+        torch.cuda._sleep(AHEAD)
         events[0].record()
         outputs = candidate.forward()
         events[1].record()

@@ -15,7 +15,7 @@ from .contest import Contest
 from .graphs import captured
 from .race import Clock, EventClock, WallClock
 
-COMPILED_ON_CPU = 4  # of the first cases: compiling one takes half a minute there
+COMPILED = {"cpu": 4, "cuda": 10}  # of the first cases: compiling one takes up to half a minute
 
 
 def loss(device: str, rehearse: bool) -> list[Contest]:
@@ -29,7 +29,7 @@ def activation(device: str, rehearse: bool) -> list[Contest]:
 def _ops(candidates: Callable[[Inputs, bool], Factories], device: str, rehearse: bool) -> list[Contest]:
     found = []
     for index, case in enumerate(cases.cases(device, rehearse)):
-        with_compiled = not rehearse and (device == "cuda" or index < COMPILED_ON_CPU)
+        with_compiled = not rehearse and index < COMPILED[device]
         factories = candidates(_inputs(case, device, rehearse), with_compiled)
         contest = _contest(case, factories, partial(_device_clock, device), rehearse)
         contest.floor = partial(floor_bytes, case)

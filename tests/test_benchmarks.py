@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import report
+from benchmarks import bench, report
 from benchmarks.candidates import Inputs, activations, floor_bytes, losses
 from benchmarks.cases import Case, cases
 from benchmarks.contest import Contest
@@ -98,10 +98,18 @@ def test_every_candidate_runs_and_gives_a_gradient(case):
 def test_layouts_of_cases():
     assert Case((4, 6, 5), "tokens").tensor("cpu").stride() == (30, 1, 6)
     assert Case((4, 6, 5, 3), "channels_last").tensor("cpu").is_contiguous(memory_format=torch.channels_last)
-    for device in ("cpu", "cuda"):
+    for device, first in (("cpu", "64x64x56x56 float32"), ("cuda", "64x256x56x56 float32")):
         found = cases(device, rehearse=False)
         assert len(set(found)) == len(found)
-        assert str(found[0]) == "64x64x56x56 float32"
+        assert str(found[0]) == first
+
+
+def test_an_error_of_a_race_is_met_once():
+    def broken():
+        raise RuntimeError("out of memory")
+
+    found = bench._outcome(Contest("c", {"a": broken, "b": broken}, lambda: broken()))
+    assert set(found.errors) == {"a", "b"}
 
 
 def test_saved_bytes_counts_a_storage_once():

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -68,6 +69,8 @@ def test_results_logs_and_summary(tmp_path, capsys):
     assert "all is well" in capsys.readouterr().out
     record = summary(tmp_path)
     assert (record["commit"], record["finished"]) == ("none", True)
+    with tarfile.open(tmp_path / "results.tar.gz") as packed:
+        assert {"summary.json", "good.log", "second.log"} <= set(packed.getnames())
     assert [(s["stage"], s["status"]) for s in record["stages"]] == [(r.stage, r.status) for r in results]
 
 

@@ -110,8 +110,8 @@ UNLIKE_THEIR_FIRST_VALUES = {  # what a sum of squares around the first values w
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_first_values_that_are_unlike_the_rest(kernel_backend, layout, change):
     torch.manual_seed(12)
-    for P in (7, 14, 30):  # and enough channels that eager is not just lucky
-        x = torch.randn(20, 24, P, P, device=device_of(kernel_backend))
+    for P in (7, 14):
+        x = torch.randn(20, 24, P, P, device=device_of(kernel_backend))  # channels enough that eager is not just lucky
         x = LAYOUTS[layout](UNLIKE_THEIR_FIRST_VALUES[change](x))
         for options in ({"sub_batch_size": 5}, {"form": "relative_variance", "sub_batch_size": 5}):
             check(x, kernel_backend, **options, **per_unit(x, "channel"))

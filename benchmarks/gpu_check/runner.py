@@ -8,13 +8,14 @@ import os
 import re
 import signal
 import subprocess
+import tarfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TextIO
 
-GRACE = 5.0  # seconds that an interrupted stage has to write what it knows, before it is killed
+GRACE = 15.0  # seconds that an interrupted stage has to write what it knows, before it is killed
 TAIL = 4000  # characters of output that the summary keeps
 POLL = 0.1
 
@@ -88,6 +89,7 @@ def run_all(
         print(f"== {described(result)}", flush=True)
         record = {**about, "finished": index + 1 == len(stages), "seconds": round(time.monotonic() - start, 1)}
         _write(out / "summary.json", {**record, "stages": [r._asdict() for r in results]})
+        _pack(out)
     return results
 
 
@@ -120,7 +122,7 @@ def _run(stage: Stage, seconds: float, log: Path, folder: Path, environment: dic
                 _follow(process, shown, time.monotonic() + grace)
         finally:
             _signal(process, signal.SIGKILL)  # and whatever the command left running
-            code = process.wait()
+            code = _waited(process)
         _show(shown)
     taken = round(time.monotonic() - start, 1)
     text = log.read_text(encoding="utf-8", errors="replace")
@@ -131,6 +133,14 @@ def _run(stage: Stage, seconds: float, log: Path, folder: Path, environment: dic
     elif lacking:
         status, reason = NOT_AVAILABLE, lacking[0]
     return Result(stage.name, status, reason, taken, code, text[-TAIL:])
+
+
+def _waited(process: subprocess.Popen[bytes]) -> int | None:
+    """Return the exit code; None if even a kill does not end it (a process that waits inside a driver)."""
+    try:
+        return process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _follow(process: subprocess.Popen[bytes], shown: TextIO, until: float) -> bool:
@@ -150,6 +160,16 @@ def _show(shown: TextIO) -> None:
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):  # all of its processes have ended
         os.killpg(process.pid, number)
+
+
+def _pack(out: Path) -> None:
+    """Put every file of ``out`` into one, ``results.tar.gz``, for machines that hand back only a few."""
+    partial = out / "results.partial"
+    with tarfile.open(partial, "w:gz") as archive:
+        for path in sorted(out.iterdir()):
+            if path.is_file() and path.suffix != ".partial" and path.name != "results.tar.gz":
+                archive.add(path, path.name)
+    partial.replace(out / "results.tar.gz")
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:

@@ -19,6 +19,8 @@ SHARE = 0.85  # of a stage's time that a benchmark is told to plan with: it ends
 
 # Tests whose kernels run where the tensors are: on the GPU where there is one
 ON_DEVICE = ("loss", "gradients", "activation", "properties", "activation_triton", "triton")
+# A process for each core is enough: its oracles on the CPU, and Inductor, must not start as many again
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), "1")
 # What a rehearsal runs of them: a case of each file, of the fastest in the interpreter
 REHEARSED = "triton and (zero_variance or beta_alone or parameters_of or shift_and or part_alone or stays or upstream)"
 
@@ -55,16 +57,17 @@ def stages(out: Path, budget: float, rehearse: bool) -> list[Stage]:
     no_pytest, no_suites = _lacking("pytest"), _lacking("pytest", "pytest_benchmark")
     return [
         stage("environment", _fixed([*python, "benchmarks.gpu_check.environment", *asked]), 5, 60, needed=True),
-        _build(stage, rehearse),
-        stage("cuda-tests", _tests(["cuda"], rehearse), 60, 150, unavailable=no_pytest),
+        stage("cuda-tests", _tests(["cuda"], rehearse), 60, 150, unavailable=no_pytest, environment=ONE_THREAD),
         stage(
             "kernel-tests",
             _tests(list(ON_DEVICE), rehearse, REHEARSED if rehearse else "triton"),
             45,
             150,
             unavailable=no_pytest,
+            environment=ONE_THREAD,
         ),
         *(_sanitizer(stage, tool, rehearse) for tool in ("memcheck", "racecheck")),
+        _build(stage, rehearse),  # the CPU's backend: no stage on the GPU needs it
         *(benchmark(f"benchmark-{name}", ["benchmarks.run", name], *t, no_suites) for name, t in SUITES.items()),
         benchmark("launch-sweep", ["benchmarks.sweep"], 30, 120),
     ]
@@ -97,6 +100,7 @@ def _tests(names: list[str], rehearse: bool, chosen: str = "") -> Callable[[floa
     """
     files = [f"tests/test_{name}.py" for name in names]
     options = ["-v", "-ra", "--tb=short", "--durations=10", "-W", "default", "-p", "no:cacheprovider", "-o", "addopts="]
+    options += ["-o", "faulthandler_timeout=60"]  # says where a kernel hangs
     options += ["-k", chosen] if chosen else []
     if not rehearse and importlib.util.find_spec("xdist") is not None:
         options += ["-n", str(min(16, os.cpu_count() or 1))]
