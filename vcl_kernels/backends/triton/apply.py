@@ -55,8 +55,10 @@ def apply_spatial(
     u = tl.arange(0, UB)[:, None]
     valid = first + u < U
     mask = valid & (position < P)
-    saved_at = row * saved_row + first * saved_step + (u * saved_step + position)
-    dx_at = row * dx_row + first * dx_step + (u * dx_step + position)
+    saved_u = u * P if SAVED_DENSE else u.to(tl.int64) * saved_unit  # a distance between channels may be large
+    dx_u = u * P if DX_DENSE else u.to(tl.int64) * dx_unit
+    saved_at = row * saved_row + first * saved_step + (saved_u + position)
+    dx_at = row * dx_row + first * dx_step + (dx_u + position)
     dx = tl.zeros([UB, PB], ACC)
     if dy_ptr is not None:
         dx = tl.load(dy_ptr + dx_at, mask=mask, other=0.0).to(ACC)

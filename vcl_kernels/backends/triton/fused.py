@@ -54,7 +54,8 @@ def one_pass_spatial(
     p = tl.arange(0, PB)[None, None, None, :]
     row = (k * n + i).to(tl.int64)
     mask = (k < K) & (i < n) & (first + u < U) & (p < P)
-    x = tl.load(x_ptr + first * x_step + row * x_row + (u * x_step + p), mask=mask, other=0.0).to(ACC)
+    x_u = u * P if X_DENSE else u.to(tl.int64) * x_unit  # a distance between channels may be large
+    x = tl.load(x_ptr + first * x_step + row * x_row + (x_u + p), mask=mask, other=0.0).to(ACC)
 
     M = n * P
     mean = tl.sum(tl.sum(x, 3), 1) / M
@@ -72,7 +73,8 @@ def one_pass_spatial(
     if dbeta_ptr is not None:
         tl.store(dbeta_ptr + units, dbeta, mask=units < U)
     dx = (scale[:, None, :, None] * d).to(dx_ptr.dtype.element_ty)
-    at = dx_ptr + first * dx_step + (u * dx_step + p)
+    dx_u = u * P if DX_DENSE else u.to(tl.int64) * dx_unit
+    at = dx_ptr + first * dx_step + (dx_u + p)
     tl.store(at + row * dx_row, dx, mask=mask)
     one = tl.arange(0, 1)[:, None, None, None]
     for start in range(K * n, N, NB):  # rows that take no part

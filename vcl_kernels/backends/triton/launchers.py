@@ -112,7 +112,7 @@ def _partial_moments(
     """Moments of parts of each sub-batch, (4, splits, K, U); y and rows are filled if given."""
     g = Geometry.of(x, n, K, per_activation)
     to = None if y is None else Geometry.of(y, n, K, per_activation)
-    launch, splits, per_split = partial_moments.plan(g, to, x.element_size())
+    launch, splits, per_split = partial_moments.plan(g, to, x.element_size(), keep_rows=rows is not None)
     partial = torch.empty((4, splits, K, g.U), dtype=torch.float64, device=x.device)
     launch.constants.update(ACTIVATION=activation, ACC=_accumulation(x))
     launch(x, y, rows, partial, parameter, *arguments(g, to or g), splits * K * g.U, splits, per_split)

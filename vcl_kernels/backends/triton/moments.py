@@ -59,6 +59,8 @@ def moments_spatial(
     i = tl.arange(0, NB)[:, None, None]
     u = tl.arange(0, UB)[None, :, None]
     p = tl.arange(0, PB)[None, None, :]
+    x_u = u * P if X_DENSE else u.to(tl.int64) * x_unit  # a distance between channels may be large
+    y_u = u * P if Y_DENSE else u.to(tl.int64) * y_unit
     by_pos = tl.cdiv(P, PB)
     blocks = tl.cdiv(U, UB)
     pid = tl.program_id(0)
@@ -66,12 +68,12 @@ def moments_spatial(
         split = pid % splits
         k = pid // splits % K
         first = (pid // splits // K).to(tl.int64) * UB
-        count = tl.full([], 0.0, tl.float64)  # the same for every unit
-        mean = tl.zeros([UB], tl.float64)
+        count = tl.full([], 0.0, ACC)  # the same for every unit
+        mean = tl.zeros([UB], ACC)
         m2 = tl.zeros([UB], tl.float64)
         units = first + tl.arange(0, UB)
         # one value of each sample is taken off first: |mean| >> std costs nothing
-        pilot_at = x_ptr + (k * n).to(tl.int64) * x_row + first * x_step + tl.arange(0, UB) * x_step
+        pilot_at = x_ptr + (k * n).to(tl.int64) * x_row + (first + tl.arange(0, UB)) * x_step
         pilot = tl.load(pilot_at, mask=units < U, other=0.0).to(ACC)
         last = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(n, NB) * by_pos)
         for t in range(split * tiles_per_split, last):
@@ -79,11 +81,11 @@ def moments_spatial(
             position = t % by_pos * PB + p
             mask = (sample < n) & (first + u < U) & (position < P)
             row = (k * n + sample).to(tl.int64)
-            given = tl.load(x_ptr + first * x_step + row * x_row + (u * x_step + position), mask=mask, other=0.0)
+            given = tl.load(x_ptr + first * x_step + row * x_row + (x_u + position), mask=mask, other=0.0)
             x = given.to(ACC)
             if ACTIVATION != NO_ACTIVATION:
                 y = activate(x, parameter, ACTIVATION).to(y_ptr.dtype.element_ty)
-                tl.store(y_ptr + first * y_step + row * y_row + (u * y_step + position), y, mask=mask)
+                tl.store(y_ptr + first * y_step + row * y_row + (y_u + position), y, mask=mask)
             if rows_ptr is not None:
                 tl.store(rows_ptr + first * P + row * U * P + (u * P + position), given, mask=mask)
             rows_here = tl.minimum(n - t // by_pos * NB, NB)
@@ -94,8 +96,7 @@ def moments_spatial(
             d = tl.where(mask, d.to(SQUARES) - error.to(SQUARES)[None, :, None], 0.0)
             groups = tl.reshape(d * d, [NB, UB, PB // GROUP, GROUP])
             spread = tl.sum(tl.sum(tl.sum(groups, 3).to(tl.float64), 2), 0)
-            offset = centre.to(tl.float64) - pilot + error
-            count, mean, m2 = merge_moments(count, mean, m2, here, offset, spread)
+            count, mean, m2 = merge_moments(count, mean, m2, here, centre - pilot + error, spread)
         store_partial(partial_ptr, (split.to(tl.int64) * K + k) * U, plane, units, U, count, mean, m2, pilot)
     elif ACTIVATION != NO_ACTIVATION:
         t = pid - blocks * K * splits
@@ -103,9 +104,9 @@ def moments_spatial(
         first = (t // by_pos % blocks).to(tl.int64) * UB
         row = K * n + (t // by_pos // blocks).to(tl.int64) * NB + i
         mask = (row < N) & (first + u < U) & (position < P)
-        x = tl.load(x_ptr + first * x_step + row * x_row + (u * x_step + position), mask=mask, other=0.0).to(ACC)
+        x = tl.load(x_ptr + first * x_step + row * x_row + (x_u + position), mask=mask, other=0.0).to(ACC)
         y = activate(x, parameter, ACTIVATION).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + first * y_step + row * y_row + (u * y_step + position), y, mask=mask)
+        tl.store(y_ptr + first * y_step + row * y_row + (y_u + position), y, mask=mask)
 
 
 @triton.jit
@@ -143,8 +144,8 @@ def moments_unit(
         units = (pid // splits // K).to(tl.int64) * UB + tl.arange(0, UB)
         u = units[None, :]
         M = n * P
-        count = tl.full([], 0.0, tl.float64)  # the same for every unit
-        mean = tl.zeros([UB], tl.float64)
+        count = tl.full([], 0.0, ACC)  # the same for every unit
+        mean = tl.zeros([UB], ACC)
         m2 = tl.zeros([UB], tl.float64)
         # one value of each sample is taken off first: |mean| >> std costs nothing
         pilot_at = x_ptr + (k * n).to(tl.int64) * x_row + units
@@ -168,8 +169,7 @@ def moments_unit(
             error = tl.sum(d, 0) / here
             d = tl.where(mask, d.to(SQUARES) - error.to(SQUARES)[None, :], 0.0)
             spread = tl.sum(d * d, 0)
-            offset = centre.to(tl.float64) - pilot + error
-            count, mean, m2 = merge_moments(count, mean, m2, here, offset, spread)
+            count, mean, m2 = merge_moments(count, mean, m2, here, centre - pilot + error, spread)
         store_partial(partial_ptr, (split.to(tl.int64) * K + k) * U, plane, units, U, count, mean, m2, pilot)
     elif ACTIVATION != NO_ACTIVATION:
         t = pid - blocks * K * splits
@@ -194,9 +194,9 @@ def store_partial(partial_ptr, start, plane, units, U, count, mean, m2, pilot):
     tl.store(at + 3 * plane, pilot, mask=units < U)
 
 
-def rule(x: Geometry, with_y: bool, itemsize: int) -> Settings:
-    """Choose settings: a thread has 16 elements, and their y; 32 of two bytes alone."""
-    few = with_y or itemsize > 2
+def rule(x: Geometry, writes: bool, itemsize: int) -> Settings:
+    """Choose settings: a thread has 16 elements, and what it writes of them; 32 of two bytes alone."""
+    few = writes or itemsize > 2
     most = TILE if few else 2 * TILE
     if x.spatial:
         PB = min(power_of_2(x.P), most)
@@ -216,9 +216,11 @@ def squares_in_float64(x: Geometry, itemsize: int) -> bool:
     return itemsize == 8 or x.M <= FEW
 
 
-def plan(x: Geometry, y: Geometry | None, itemsize: int, settings: Settings | None = None) -> tuple[Launch, int, int]:
-    """Decide the launch, for moments alone if y is None; also return splits and tiles in each."""
-    tile, warps, splits = settings or rule(x, y is not None, itemsize)
+def plan(
+    x: Geometry, y: Geometry | None, itemsize: int, settings: Settings | None = None, *, keep_rows: bool = False
+) -> tuple[Launch, int, int]:
+    """Decide the launch, for moments (and the rows) alone if y is None; also return splits and tiles in each."""
+    tile, warps, splits = settings or rule(x, y is not None or keep_rows, itemsize)
     rest = 0 if y is None else x.N - x.K * x.n
     constants: dict[str, Any] = dict(tile)
     if x.spatial:
