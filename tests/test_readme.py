@@ -1,11 +1,16 @@
 """The README's numbers are those of the committed results, and its code runs."""
 
+import doctest
+import importlib
 import json
+import pkgutil
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from PIL.PngImagePlugin import PngImageFile
+from torch import nn
 
 import vcl_kernels as vk
 from benchmarks.plots import digest
@@ -37,3 +42,27 @@ def test_what_it_equals():
     x, beta = torch.randn(12, 6, 4, 5), 0.7
     va, vb = x[0:5].var((0, 2, 3)), x[5:10].var((0, 2, 3))
     torch.testing.assert_close(vk.vcl_loss(x, beta), (1 - va / (vb + beta)).square().mean())
+
+
+def test_the_readmes_code_runs():
+    use, equal = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    images, labels = torch.randn(20, 3, 8, 8), torch.randint(10, (20,))
+    given = {"model": model, "images": images, "labels": labels, "example_input": images[:1]}
+    given |= {"criterion": nn.CrossEntropyLoss(), "beta": 1.0}
+    ours, inject = use.rsplit("\nvk.attach", 1)
+    exec(ours, given)
+    given["objective"].backward()
+    assert given["loss"].shape == ()
+    given["handle"].remove()  # the last line is the other way
+    exec("handle = vk.attach" + inject, given)
+    assert given["handle"]._calls[0][0].inject
+    exec(equal, given)
+    torch.testing.assert_close(given["loss"], vk.vcl_loss(given["x"]))
+
+
+@pytest.mark.parametrize(
+    "name", [m.name for m in pkgutil.iter_modules(vk.__path__) if m.name not in ("_C", "__main__")]
+)
+def test_examples_of_docstrings_run(name):
+    assert doctest.testmod(importlib.import_module(f"vcl_kernels.{name}")).failed == 0
