@@ -103,9 +103,7 @@ class VCLActivation(nn.Module):
         if x.shape[0] < 2 * self.sub_batch_size:
             self.loss = x.new_zeros((), dtype=accumulation_dtype(x.dtype))
             if self.beta is not None and not isinstance(self.beta, UninitializedParameter):
-                self.loss = (
-                    self.loss + 0 * self.beta.sum()
-                )  # a gradient of zero, which DistributedDataParallel waits for
+                self.loss = self.loss + 0 * self.beta.sum()  # DistributedDataParallel waits for a gradient
             y = reference.activate(x, self.activation)
             return InjectLoss.apply(y, self.loss, None) if self.inject and self.loss.requires_grad else y
         y, loss = weighted_activation(
