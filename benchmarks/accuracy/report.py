@@ -243,7 +243,7 @@ def asked_for(settings: dict[str, Any]) -> str:
     """Return the options of an image study that are not the default."""
     default = vars(parse(["images"]))
     given = {k: v for k, v in settings.items() if k in default and v not in (None, default[k]) and k not in UNSAID}
-    given |= {"data_dir": "FOLDER"} if "data_dir" in given else {}
+    given |= {"data_dir": "FOLDER"} if str(settings["dataset"]).startswith("cifar") else {}
     words = {k: " ".join(map(str, v)) if isinstance(v, list) else "" if v is True else str(v) for k, v in given.items()}
     return " ".join(f"--{k.replace('_', '-')} {v}".strip() for k, v in words.items())
 

@@ -14,10 +14,12 @@ import torch
 from ..demo import report
 from .work import Record
 
+FOLDERS = ("out", "data_dir")
+
 
 def write(name: str, records: list[Record], settings: dict[str, Any], out: Path) -> None:
-    """Write ``name``.csv and ``name``.json into ``out``."""
-    rows = [flat(record) for record in records]
+    """Write ``name``.csv and ``name``.json into ``out``, without the folders of the machine that made them."""
+    rows = [flat({k: v for k, v in record.items() if k not in FOLDERS}) for record in records]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     with (out / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -25,7 +27,7 @@ def write(name: str, records: list[Record], settings: dict[str, Any], out: Path)
         writer.writerows(rows)
     about = {
         "study": name,
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()},
+        "settings": {k: v for k, v in settings.items() if k not in FOLDERS},
         "units": len(records),
         "versions": report.versions() | {"scipy": scipy.__version__, "scikit-learn": sklearn.__version__},
         "machine": report.machine(torch.device("cpu")),
