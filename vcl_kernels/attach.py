@@ -154,8 +154,8 @@ def attach(
         weight: multiplies the sum over layers.
         sub_batch_size, form, unit, learn_beta, beta_init, beta_min: as for :class:`vcl_kernels.VCL`.
         layers: other places: names or modules before which VCL is put, or a predicate of (name, module).
-        inject: the loss enters the graph through each layer's output, and the training loop needs no change. Under a
-            ``torch.amp.GradScaler``, set ``handle.grad_scaler`` to it.
+        inject: the loss enters the graph through each layer's output, which must then not be changed in place, and
+            the training loop needs no change. Under a ``torch.amp.GradScaler``, set ``handle.grad_scaler`` to it.
 
     Returns:
         A :class:`VCLHandle`: ``handle.loss()`` to add to the objective, unless ``inject``.
