@@ -264,6 +264,25 @@ def test_beta_below_its_minimum_may_only_rise(backend):
     torch.testing.assert_close(got, free.clamp(max=0))
 
 
+@pytest.mark.parametrize("units", [40, 1500])  # few enough for one program to sum them, and not
+@pytest.mark.parametrize("form", ["ratio", "relative_variance"])
+@pytest.mark.parametrize("rows", [10, 24])
+def test_one_beta_below_its_minimum_may_only_rise_as_a_whole(kernel_backend, form, units, rows):
+    torch.manual_seed(9)
+    x = torch.randn(rows, units, 2, device=device_of(kernel_backend))
+    found = []
+    for backend in (kernel_backend, "reference"):
+        vcl = vk.VCL((), form=form, beta_init=1e-4, beta_min=1e-3, backend=backend).to(x.device)
+        vcl(x)
+        (dbeta,) = torch.autograd.grad(vcl.loss, vcl.beta)
+        found.append(dbeta)
+    torch.testing.assert_close(*found)
+    free = vk.VCL((), form=form, beta_init=1e-3, beta_min=1e-3, backend=kernel_backend).to(x.device)
+    free(x)
+    (dbeta,) = torch.autograd.grad(free.loss, free.beta)
+    torch.testing.assert_close(found[0], dbeta.clamp(max=0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_rows_past_the_last_sub_batch_where_samples_are_inside(kernel_backend, dtype):
     """Gradients that are made in backward write whole rows, which here do not lie one after another in x."""

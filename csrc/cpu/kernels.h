@@ -169,7 +169,8 @@ template <class T> struct Runner {
         const Vec<double> beta = beta_of(u + h * L8, width - h * L8);
         loss[h] = j.factor * form_and_derivatives<double>(j.form, var + g * H + h, slots * H, v.K,
                                                           beta < least ? least : beta, &dbeta[h]);
-        dbeta[h] = bounded_gradient<double>(dbeta[h] * j.factor, beta, j.beta_min);
+        dbeta[h] *= j.factor;
+        if (j.beta_step) dbeta[h] = bounded_gradient<double>(dbeta[h], beta, j.beta_min);  // one beta: once it is summed
         loss_sum += sum_valid(loss[h], width - h * L8);
         dbeta_sum += sum_valid(dbeta[h], width - h * L8);
       }

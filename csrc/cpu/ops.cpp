@@ -316,7 +316,12 @@ Results run(const Request& q, Want want) {
   };
   if (j.loss_sum) out.loss = total(j.loss_sum);
   if (j.dbeta_sum) out.dbeta = total(j.dbeta_sum);
-  else if (!q.beta_grad) out.dbeta = empty_vector(0, acc);
+  if (j.dbeta_sum && j.beta) {
+    const double given = t == DType::f64 ? *(const double*)j.beta : *(const float*)j.beta;
+    const bool positive = t == DType::f64 ? *(double*)out.dbeta->data_ptr() > 0 : *(float*)out.dbeta->data_ptr() > 0;
+    if (given < j.beta_min && positive) out.dbeta = scalar(acc, t, 0);  // forms.h: it may only rise
+  }
+  if (!q.beta_grad) out.dbeta = empty_vector(0, acc);
   return out;
 }
 

@@ -58,6 +58,12 @@ def loss_and_slopes(var, k, K, beta, FORM: tl.constexpr, KB: tl.constexpr, UB: t
 
 
 @triton.jit
+def may_only_rise(dbeta, beta, beta_min):
+    """The gradient of a beta that acts as max(beta, beta_min): below that, nothing that would lower it."""
+    return tl.where((beta >= beta_min) | (dbeta < 0), dbeta, 0.0)
+
+
+@triton.jit
 def coefficients(
     m2,
     k,
@@ -85,6 +91,8 @@ def coefficients(
     var = m2.to(tl.float64) / (M - 1)
     loss, dvar, dbeta = loss_and_slopes(var, k, K, tl.where(given < least, least, given), FORM, KB, UB)
     weight = tl.full([UB], factor, tl.float64)
-    dbeta = weight * tl.where((given >= least) | (dbeta < 0), dbeta, 0.0)  # below beta_min it may only rise
+    dbeta *= weight
+    if BETA == 2:  # one beta: once it is summed
+        dbeta = may_only_rise(dbeta, given, least)
     scale = dvar * (weight * 2.0 / (M - 1))[None, :]
     return loss * weight, scale.to(ACC), dbeta

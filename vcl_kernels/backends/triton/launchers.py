@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import Geometry, accumulation_dtype, empty_rows, empty_units
+from ...spec import NO_MINIMUM
 from . import apply, finalise, fused, multiply
 from . import moments as partial_moments
 from .activations import IDENTITY, NO_ACTIVATION
@@ -38,8 +39,8 @@ def loss_dx(
     launch = fused.plan(g, to, x.element_size())
     launch.constants.update(FORM=form, BETA=_beta_kind(beta), ACC=_accumulation(x))
     launch(x, dx, per_unit, dbeta, beta, beta_value, beta_min, factor, *arguments(g, to))
-    if dbeta is not None:
-        dbeta = _reduced(dbeta, reduce and _beta_kind(beta) == 1)
+    if dbeta is not None and reduce and _beta_kind(beta) == 1:
+        dbeta = _may_only_rise(_reduced(dbeta, True), beta, beta_min)
     return _reduced(per_unit, reduce), dx, _no_dbeta(x) if dbeta is None else dbeta
 
 
@@ -140,6 +141,8 @@ def _coefficients(
     if not reduced:
         loss = _reduced(loss, reduce)
         dbeta = None if dbeta is None else _reduced(dbeta, reduce_dbeta)
+    if dbeta is not None and reduce_dbeta:
+        dbeta = _may_only_rise(dbeta, beta, beta_min)
     return loss, mean, scale, _no_dbeta(x) if dbeta is None else dbeta
 
 
@@ -168,6 +171,11 @@ def _beta_kind(beta: Tensor | None) -> int:
 
 def _reduced(per_unit: Tensor, reduce: bool) -> Tensor:
     return per_unit.sum(dtype=torch.float64).to(per_unit.dtype) if reduce else per_unit
+
+
+def _may_only_rise(dbeta: Tensor, beta: Tensor, beta_min: float) -> Tensor:
+    """Return the gradient of one beta, without what would lower it below beta_min: as kernels do for each unit's."""
+    return dbeta if beta_min == NO_MINIMUM else torch.where((beta >= beta_min) | (dbeta < 0), dbeta, 0.0)
 
 
 def _empty_sum(x: Tensor) -> Tensor:
