@@ -23,7 +23,8 @@ HEAD = """# Findings
 Does VCL help, and with which settings? Every number on this page comes from a file in
 [benchmarks/results/accuracy](../benchmarks/results/accuracy), and the page itself from
 `python -m benchmarks.accuracy report`. ± is half of a 95 % confidence interval; a difference whose interval
-includes 0 is called undecided.
+includes 0 is called undecided. No interval is corrected for their number: of so many comparisons, one in twenty
+without any effect would pass as decided, one in forty as better.
 """
 
 SHOWN = "../benchmarks/results/accuracy"  # from the page
@@ -279,8 +280,8 @@ def sensitivity(folder: Path) -> list[str]:
     text = (
         f"Digits, {rows[0]['images']} training images, {rows[0]['epochs']} epochs; ELU, He's initialisation, learning "
         "rate 0.05, weight 0.01, n = 5 and channel units but where changed; a method beside others under the same "
-        "learning rate, activation and initialisation; differences paired by seed. Of so many comparisons, one in "
-        "twenty without any effect would pass as decided. `python -m benchmarks.accuracy sensitivity` makes "
+        "learning rate, activation and initialisation; differences paired by seed. "
+        "`python -m benchmarks.accuracy sensitivity` makes "
         "[sensitivity.csv](../benchmarks/results/accuracy/sensitivity.csv)."
     )
     header = [
