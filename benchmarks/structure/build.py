@@ -37,7 +37,8 @@ def specialise(launch_and_args: Recorded) -> Specialised:
     names = launch.kernel.arg_names
     values = [*args, *(launch.constants[name] for name in names[len(args) :])]
     for index, (name, value) in enumerate(zip(names, values, strict=True)):
-        if index >= len(args) or value is None or (isinstance(value, int) and value == 1):
+        run_time = launch.kernel.params[index].do_not_specialize
+        if index >= len(args) or value is None or (isinstance(value, int) and value == 1 and not run_time):
             signature.append((name, "constexpr"))
             constants.append((index, value))
         elif isinstance(value, Tensor):
@@ -49,7 +50,7 @@ def specialise(launch_and_args: Recorded) -> Specialised:
             signature.append((name, "fp64"))
         else:
             signature.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
-            if value % 16 == 0:
+            if value % 16 == 0 and not run_time:
                 divisible.append(index)
     kernel = launch.kernel.__name__
     return Specialised(kernel, tuple(signature), tuple(constants), tuple(divisible), tuple(below_2gib), launch.warps)

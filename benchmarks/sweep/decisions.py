@@ -129,4 +129,6 @@ def _fits(settings: Settings, sizes: dict[str, Any]) -> bool:
         elements *= size
         if not 1 <= size <= max(power_of_2(sizes[AXES[axis]]), 1):
             return False
+    if settings.tile.get("NB", 1) > 1 and settings.tile["PB"] < sizes["P"]:
+        return False  # several rows of a part of the positions
     return elements <= MOST_ELEMENTS and 1 <= settings.warps <= MOST_WARPS and settings.splits >= 1

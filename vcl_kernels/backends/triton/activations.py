@@ -4,6 +4,8 @@ In the functions that Triton has everywhere (exp, erf), so that the interpreter 
 Every argument of exp is at most 0: nothing overflows, and a NaN comes only from NaN or Inf.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -18,10 +20,12 @@ GELU = tl.constexpr(ACTIVATIONS.index("gelu"))
 GELU_TANH = tl.constexpr(ACTIVATIONS.index("gelu_tanh"))
 SILU = tl.constexpr(ACTIVATIONS.index("silu"))
 
+INVERSE_FACTORIAL = tl.constexpr(tuple(1 / math.factorial(j) for j in range(16)))
+
 
 @triton.jit
-def activate(x, parameter, ACTIVATION: tl.constexpr):
-    """y = act(x); ``parameter`` is alpha of elu, the slope of leaky_relu."""
+def activate(x, parameter, ACTIVATION: tl.constexpr, HALF: tl.constexpr):
+    """y = act(x), to be rounded to 16 bits if HALF; ``parameter`` is alpha of elu, the slope of leaky_relu."""
     parameter = tl.full(x.shape, parameter, x.dtype)
     if ACTIVATION == IDENTITY:
         return x
@@ -30,7 +34,7 @@ def activate(x, parameter, ACTIVATION: tl.constexpr):
     elif ACTIVATION == LEAKY_RELU:
         return tl.where(x > 0, x, x * parameter)
     elif ACTIVATION == ELU:
-        return tl.where(x <= 0, parameter * expm1(tl.minimum(x, 0.0)), x)
+        return tl.where(x <= 0, parameter * expm1(tl.minimum(x, 0.0), HALF), x)
     elif ACTIVATION == GELU:
         return x * normal_cdf(x)
     elif ACTIVATION == GELU_TANH:
@@ -40,7 +44,7 @@ def activate(x, parameter, ACTIVATION: tl.constexpr):
         share, _ = sigmoid(x)
         return x * share
     else:  # tanh
-        negative = expm1(-2.0 * tl.abs(x))
+        negative = expm1(-2.0 * tl.abs(x), HALF)
         size = -negative / (2.0 + negative)
         return tl.where(x < 0, -size, size)
 
@@ -78,14 +82,15 @@ def times_derivative(dy, saved, parameter, ACTIVATION: tl.constexpr, FROM_OUTPUT
 
 
 @triton.jit
-def expm1(x):
-    """exp(x) - 1 for x <= 0: near 0 the series, whose next term is below a rounding of x."""
-    TERMS: tl.constexpr = 15 if x.dtype == tl.float64 else 8
-    near = tl.where(x > -0.5, x, 0.0)
-    series = tl.full(x.shape, 1.0, x.dtype)
-    for j in tl.static_range(TERMS, 1, -1):
-        series = 1.0 + series * near * (1.0 / j)
-    return tl.where(x > -0.5, near * series, tl.exp(x) - 1.0)
+def expm1(x, HALF: tl.constexpr):
+    """exp(x) - 1 for x <= 0: near 0 the series, whose next term is below a rounding of x (HALF: of 16 bits)."""
+    NEAR: tl.constexpr = -0.125 if HALF else -0.5
+    TERMS: tl.constexpr = 4 if HALF else 15 if x.dtype == tl.float64 else 8
+    near = tl.where(x > NEAR, x, 0.0)
+    series = tl.full(x.shape, INVERSE_FACTORIAL[TERMS], x.dtype)
+    for j in tl.static_range(TERMS - 1, 0, -1):
+        series = INVERSE_FACTORIAL[j] + series * near
+    return tl.where(x > NEAR, near * series, tl.exp(x) - 1.0)
 
 
 @triton.jit

@@ -8,12 +8,12 @@ import triton.language as tl
 
 from ...geometry import Geometry
 from .activations import IDENTITY, times_derivative
-from .launch import Launch, Settings, cdiv, dense_units, positions_constant, power_of_2, warps_for
+from .launch import RUN_TIME, Launch, Settings, cdiv, dense_units, fitting, positions_constant, power_of_2, warps_for
 
 TILE = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def apply_spatial(
     saved_ptr,
     rows_ptr,
@@ -76,7 +76,7 @@ def apply_spatial(
     tl.store(dx_ptr + dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def apply_unit(
     saved_ptr,
     rows_ptr,
@@ -153,7 +153,7 @@ def rule(saved: Geometry, dx: Geometry, itemsize: int) -> Settings:
     """Choose settings: a thread has 16 elements of each of four tensors; 8 if float64."""
     weight = 2 if itemsize < 8 else 4
     if saved.spatial:
-        PB = min(power_of_2(dx.P), 1024)
+        PB = fitting(dx.P, 1024)
         UB = min(power_of_2(dx.U), TILE // PB)
         return Settings({"UB": UB, "PB": PB}, warps_for(weight * UB * PB))
     UB = min(power_of_2(dx.U), 128, 512 // itemsize)

@@ -1,18 +1,18 @@
-"""From partial moments to mean, variance, loss, coefficients: one small kernel, merging in a fixed order."""
+"""From moments to variance, loss and coefficients: one small kernel, which merges those of parts in a fixed order."""
 
 import triton
 import triton.language as tl
 
 from ...geometry import Geometry
-from .formulas import coefficients, merge_moments
-from .launch import Launch, Settings, cdiv, power_of_2, warps_for
+from .formulas import coefficients
+from .launch import RUN_TIME, Launch, Settings, cdiv, power_of_2, warps_for
 
 ONE_PROGRAM = 2048  # values (K, U) that the threads of one program hold in registers, in float64
 AT_ONCE = 512  # values (split, K, U) that it reads before it merges them
 READ_BY_ONE = 16384  # such values that one program reads rather than that another launch adds the units
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def finalise(
     partial_ptr,
     mean_ptr,
@@ -33,35 +33,43 @@ def finalise(
     BETA: tl.constexpr,
     REDUCE: tl.constexpr,
     ACC: tl.constexpr,
+    WHOLE: tl.constexpr,
     SB: tl.constexpr,
     KB: tl.constexpr,
     UB: tl.constexpr,
 ):
-    """Program: UB units, all sub-batches, SB splits at a time. REDUCE: it is the only one, and sums over units too."""
+    """Program: UB units, all sub-batches, SB splits at a time. REDUCE: it is the only one, and sums over units too.
+
+    WHOLE: nothing was split; there is m2 alone to read, and the means are where they belong.
+    """
     units = tl.program_id(0).to(tl.int64) * UB + tl.arange(0, UB)
     k = tl.arange(0, KB)[:, None]
     mask = (k < K) & (units[None, :] < U)
-    at = partial_ptr + k.to(tl.int64) * U + units[None, :]
-    count = tl.zeros([KB, UB], tl.float64)
-    mean = tl.zeros([KB, UB], tl.float64)
-    m2 = tl.zeros([KB, UB], tl.float64)
-    pilot = tl.load(at + 3 * plane, mask=mask, other=0.0).to(tl.float64)
-    s = tl.arange(0, SB)[:, None, None]
-    for start in range(0, splits, SB):
-        here = at[None, :, :] + (start + s).to(tl.int64) * (K * U)
-        real = mask[None, :, :] & (start + s < splits)
-        counts = tl.load(here, mask=real, other=0.0).to(tl.float64)
-        means = tl.load(here + plane, mask=real, other=0.0).to(tl.float64)
-        spreads = tl.load(here + 2 * plane, mask=real, other=0.0).to(tl.float64)
-        total = tl.sum(counts, 0)
-        centre = tl.sum(counts * means, 0) / tl.maximum(total, 1)
-        d = means - centre[None, :, :]
-        count, mean, m2 = merge_moments(count, mean, m2, total, centre, tl.sum(spreads + counts * (d * d), 0))
     out = k.to(tl.int64) * U + units[None, :]
-    if mean_ptr is not None:
-        tl.store(mean_ptr + out, (pilot + mean).to(ACC), mask=mask)
+    if WHOLE:
+        m2 = tl.load(partial_ptr + out, mask=mask, other=0.0)
+    else:
+        # the parts in three planes, mean - pilot, m2 and pilot, and then how many values each has
+        mean = tl.zeros([KB, UB], tl.float64)
+        m2 = tl.zeros([KB, UB], tl.float64)
+        s = tl.arange(0, SB)[:, None, None]
+        for start in range(0, splits, SB):
+            here = partial_ptr + out[None, :, :] + (start + s).to(tl.int64) * (K * U)
+            real = mask[None, :, :] & (start + s < splits)
+            count = tl.load(partial_ptr + 3 * plane + start + s, mask=start + s < splits, other=0.0)
+            mean += tl.sum(count * tl.load(here, mask=real, other=0.0), 0)
+        mean *= 1.0 / tl.full([], M, tl.float64)
+        for start in range(0, splits, SB):
+            here = partial_ptr + out[None, :, :] + (start + s).to(tl.int64) * (K * U)
+            real = mask[None, :, :] & (start + s < splits)
+            count = tl.load(partial_ptr + 3 * plane + start + s, mask=start + s < splits, other=0.0)
+            d = tl.load(here, mask=real, other=0.0) - mean[None, :, :]
+            m2 += tl.sum(count * (d * d) + tl.load(here + plane, mask=real, other=0.0), 0)
+        if mean_ptr is not None:
+            pilot = tl.load(partial_ptr + 2 * plane + out, mask=mask, other=0.0)
+            tl.store(mean_ptr + out, (pilot + mean).to(ACC), mask=mask)
     if FORM == -1:
-        tl.store(var_ptr + out, (m2 / (M - 1)).to(ACC), mask=mask)
+        tl.store(var_ptr + out, (m2 * (1.0 / tl.full([], M - 1, tl.float64))).to(ACC), mask=mask)
     else:
         loss, scale, dbeta = coefficients(
             m2, k, K, M, units, units < U, beta_ptr, beta_value, beta_min, factor, FORM, BETA, ACC, KB, UB
@@ -92,14 +100,16 @@ def rule(x: Geometry, splits: int, reduce: bool) -> Settings:
     KB, UB = power_of_2(x.K), power_of_2(x.U)
     in_one = reduce and KB * UB <= ONE_PROGRAM and KB * UB * splits <= READ_BY_ONE
     if not in_one:
-        UB = min(UB, max(1, min(16, 128 // KB)))  # few: float64 takes many registers
+        few = 128 if splits == 1 else 16  # float64 takes many registers
+        UB = min(UB, max(4, min(few, 8 * few // KB)))  # 4 units of float64: the least that memory moves
     SB = min(power_of_2(splits), AT_ONCE // (KB * UB))
     SB = SB if SB >= 4 else 1
-    return Settings({"SB": SB, "KB": KB, "UB": UB}, warps_for((12 if in_one else 8 if SB > 1 else 16) * SB * KB * UB))
+    return Settings({"SB": SB, "KB": KB, "UB": UB}, warps_for((12 if in_one else 16) * SB * KB * UB))
 
 
 def plan(x: Geometry, splits: int, reduce: bool, settings: Settings | None = None) -> Launch:
     """Decide the launch. ``reduce``: wanted is the sum over units; REDUCE says whether the launch gives it."""
     tile, warps, _ = settings or rule(x, splits, reduce)
     programs = cdiv(x.U, tile["UB"])
-    return Launch(finalise, (programs,), {**tile, "REDUCE": reduce and programs == 1}, warps)
+    constants = {**tile, "REDUCE": reduce and programs == 1, "WHOLE": splits == 1}
+    return Launch(finalise, (programs,), constants, warps)

@@ -1,16 +1,7 @@
-"""The steps that kernels share: moments of a tile, the merge of two samples, the loss of a unit and its slopes."""
+"""The steps that kernels share: the loss of a unit, its slopes, and what they make of a sample's moments."""
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def merge_moments(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
-    """Chan's merge of two samples' counts, means and sums of squared deviations; both may be empty."""
-    count = count_a + count_b
-    share = count_b / tl.maximum(count, 1)
-    delta = mean_b - mean_a
-    return count, mean_a + delta * share, m2_a + m2_b + delta * delta * (count_a * share)
 
 
 @triton.jit
@@ -26,7 +17,10 @@ def given_beta(beta_ptr, beta_value, u, valid, BETA: tl.constexpr):
 
 @triton.jit
 def loss_and_slopes(var, k, K, beta, FORM: tl.constexpr, KB: tl.constexpr, UB: tl.constexpr):
-    """Loss of each unit, its derivatives by var [KB, UB] and by beta: the table of the README."""
+    """Loss of each unit, its derivatives by var [KB, UB] and by beta: the table of the README.
+
+    Divisions in float64 are calls, which take registers: one for each unit, at most.
+    """
     if FORM == 0:  # ratio: the mean over pairs (a, b) of (1 - r)², r = v_a / (v_b + beta)
         pairs = tl.reshape(var, [KB // 2, 2, UB])
         is_b = tl.arange(0, 2)[None, :, None] == 1
@@ -34,27 +28,31 @@ def loss_and_slopes(var, k, K, beta, FORM: tl.constexpr, KB: tl.constexpr, UB: t
         vb = tl.sum(tl.where(is_b, pairs, 0.0), 1)
         real = tl.arange(0, KB // 2)[:, None] * 2 < K
         guarded = vb + beta[None, :]
-        ratio = va / guarded
-        rest = (guarded - va) / guarded
-        loss = tl.sum(tl.where(real, rest * rest, 0.0), 0) / (K // 2)
-        slope = tl.where(real, 2.0 * rest / (guarded * (K // 2)), 0.0)
+        inverse = 1.0 / guarded
+        ratio = va * inverse
+        rest = (guarded - va) * inverse
+        share = 1.0 / tl.full([], K // 2, tl.float64)
+        loss = tl.sum(tl.where(real, rest * rest, 0.0), 0) * share
+        slope = tl.where(real, 2.0 * rest * inverse * share, 0.0)
         slope_b = tl.where(real, slope * ratio, 0.0)
         dvar = tl.reshape(tl.where(is_b, slope_b[:, None, :], -slope[:, None, :]), [KB, UB])
         return loss, dvar, tl.sum(slope_b, 0)
     else:  # V = Σ (v_k - v̄)² / (K - 1), and relative_variance: V / (v̄ + beta)²
-        vbar = tl.sum(tl.where(k < K, var, 0.0), 0) / K
+        share = 1.0 / tl.full([], K, tl.float64)
+        unbiased = 1.0 / tl.full([], K - 1, tl.float64)
+        vbar = tl.sum(tl.where(k < K, var, 0.0), 0) * share
         d = tl.where(k < K, var - vbar[None, :], 0.0)
-        d -= (tl.sum(d, 0) / K)[None, :]  # the rounding of the mean, where variances are nearly equal
+        d -= (tl.sum(d, 0) * share)[None, :]  # the rounding of the mean, where variances are nearly equal
         d = tl.where(k < K, d, 0.0)
-        variation = tl.sum(d * d, 0) / (K - 1)
-        dvar = 2.0 * d / (K - 1)
+        variation = tl.sum(d * d, 0) * unbiased
+        dvar = 2.0 * unbiased * d
         if FORM == 1:
             return variation, dvar, tl.zeros_like(vbar)
         else:
-            guarded = vbar + beta
-            loss = variation / (guarded * guarded)
-            by_vbar = -2.0 * loss / guarded
-            return loss, dvar / (guarded * guarded)[None, :] + by_vbar[None, :] / K, by_vbar
+            inverse = 1.0 / (vbar + beta)
+            loss = variation * inverse * inverse
+            by_vbar = -2.0 * loss * inverse
+            return loss, dvar * (inverse * inverse)[None, :] + (by_vbar * share)[None, :], by_vbar
 
 
 @triton.jit
@@ -88,11 +86,12 @@ def coefficients(
     """
     given = given_beta(beta_ptr, beta_value, u, valid, BETA)
     least = tl.full([UB], beta_min, tl.float64)
-    var = m2.to(tl.float64) / (M - 1)
+    unbiased = 1.0 / tl.full([], M - 1, tl.float64)
+    var = m2.to(tl.float64) * unbiased
     loss, dvar, dbeta = loss_and_slopes(var, k, K, tl.where(given < least, least, given), FORM, KB, UB)
     weight = tl.full([UB], factor, tl.float64)
     dbeta *= weight
     if BETA == 2:  # one beta: once it is summed
         dbeta = may_only_rise(dbeta, given, least)
-    scale = dvar * (weight * 2.0 / (M - 1))[None, :]
+    scale = dvar * (weight * 2.0 * unbiased)[None, :]
     return loss * weight, scale.to(ACC), dbeta

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ...geometry import Geometry
 from .formulas import coefficients
-from .launch import Launch, Settings, cdiv, dense_units, positions_constant, power_of_2, warps_for
+from .launch import RUN_TIME, Launch, Settings, cdiv, dense_units, positions_constant, power_of_2, warps_for
 
 # Elements of a tile, padding included, of which 16 warps hold 32 or 16 a thread in registers: where units are
 # contiguous, or P is odd, addresses take as many again, and more would spill.
@@ -13,7 +13,7 @@ MOST_SPATIAL = 16384
 MOST_UNIT = 8192
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def one_pass_spatial(
     x_ptr,
     dx_ptr,
@@ -83,7 +83,7 @@ def one_pass_spatial(
         tl.store(at + rest * dx_row, tl.zeros([1, NB, UB, PB], dx_ptr.dtype.element_ty), mask=tail)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def one_pass_unit(
     x_ptr,
     dx_ptr,

@@ -10,6 +10,10 @@ import torch
 from ...geometry import Geometry
 
 
+# Arguments that change from batch to batch, the last of an epoch being shorter: kernels are not specialised for them.
+RUN_TIME = ("N", "K", "n", "splits", "tiles_per_split")
+
+
 class Launch(NamedTuple):
     """A kernel, its grid, what it is specialised for and how many warps run it."""
 
@@ -45,6 +49,15 @@ def power_of_2(value: int) -> int:
 def cdiv(a: int, b: int) -> int:
     """Return a / b, rounded up."""
     return -(-a // b)
+
+
+def fitting(size: int, most: int) -> int:
+    """Return the power of two from 512 to ``most`` whose multiples cover ``size`` with the least padding.
+
+    The largest of equals; for a small ``size`` the power that covers it.
+    """
+    powers = [2**e for e in range(power_of_2(min(size, most)).bit_length() - 1, 8, -1)]
+    return min(powers or [power_of_2(size)], key=lambda power: cdiv(size, power) * power)
 
 
 def warps_for(elements: int) -> int:

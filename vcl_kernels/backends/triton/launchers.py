@@ -24,8 +24,8 @@ def one_pass(x: Tensor, n: int, K: int, per_activation: bool) -> bool:
 def loss(x, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce) -> Tensor:
     """Loss alone."""
     given = beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce
-    partial = _partial_moments(x, n, K, per_activation)
-    return _coefficients(x, partial, *given, False, want_coefficients=False)[0]
+    partial = _moments(x, None, n, K, per_activation)
+    return _coefficients(x, *partial, None, *given, False)[0]
 
 
 def loss_dx(
@@ -49,19 +49,20 @@ def loss_coefficients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, the mean and scale from which backward makes dx, and the rows that take part, from one read of them."""
     rows = empty_rows(x, K * n) if keep_rows else None
-    partial = _partial_moments(x, n, K, per_activation, rows=rows)
+    mean = empty_units(x, per_activation, K)
+    partial = _moments(x, mean, n, K, per_activation, rows=rows)
     given = beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce
-    return *_coefficients(x, partial, *given, beta_grad), x.new_empty(0) if rows is None else rows
+    return *_coefficients(x, *partial, mean, *given, beta_grad), x.new_empty(0) if rows is None else rows
 
 
 def moments(x, n, K, per_activation) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance of each sub-batch."""
-    partial = _partial_moments(x, n, K, per_activation)
     mean, var = empty_units(x, per_activation, K), empty_units(x, per_activation, K)
+    partial, splits = _moments(x, mean, n, K, per_activation)
     g = Geometry.of(x, n, K, per_activation)
-    launch = finalise.plan(g, partial.shape[1], reduce=False)
+    launch = finalise.plan(g, splits, reduce=False)
     launch.constants.update(FORM=-1, BETA=0, ACC=_accumulation(x))
-    launch(partial, mean, var, None, None, None, None, 0.0, 0.0, 1.0, *finalise.arguments(g, partial.shape[1]))
+    launch(partial, mean, var, None, None, None, None, 0.0, 0.0, 1.0, *finalise.arguments(g, splits))
     return mean, var
 
 
@@ -79,9 +80,10 @@ def activation(
     """y = act(x), the loss and the coefficients of x, and the rows that take part, from one read of x."""
     y = empty_rows(x, x.shape[0])
     rows = empty_rows(x, K * n) if keep_rows else None
-    partial = _partial_moments(x, n, K, per_activation, y, rows, activation, parameter)
+    mean = empty_units(x, per_activation, K)
+    partial = _moments(x, mean, n, K, per_activation, y, rows, activation, parameter)
     given = beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce
-    return y, *_coefficients(x, partial, *given, beta_grad), x.new_empty(0) if rows is None else rows
+    return y, *_coefficients(x, *partial, mean, *given, beta_grad), x.new_empty(0) if rows is None else rows
 
 
 def activation_dx(
@@ -107,28 +109,30 @@ def multiply_(dx: Tensor, g: Tensor) -> None:
     launch(dx, g, dx.numel())
 
 
-def _partial_moments(
-    x, n, K, per_activation, y=None, rows=None, activation=NO_ACTIVATION.value, parameter=0.0
-) -> Tensor:
-    """Moments of parts of each sub-batch, (4, splits, K, U); y and rows are filled if given."""
+def _moments(
+    x, mean, n, K, per_activation, y=None, rows=None, activation=NO_ACTIVATION.value, parameter=0.0
+) -> tuple[Tensor, int]:
+    """Σ (x - mean)² of each sub-batch, (K, U), and mean is filled if given; or what finalise makes them of.
+
+    y and rows are filled if given. Also return how many parts each sub-batch was split into.
+    """
     g = Geometry.of(x, n, K, per_activation)
     to = None if y is None else Geometry.of(y, n, K, per_activation)
     launch, splits, per_split = partial_moments.plan(g, to, x.element_size(), keep_rows=rows is not None)
-    partial = torch.empty((4, splits, K, g.U), dtype=torch.float64, device=x.device)
+    plane = splits * K * g.U
+    partial = torch.empty(plane if splits == 1 else 3 * plane + splits, dtype=torch.float64, device=x.device)
     launch.constants.update(ACTIVATION=activation, ACC=_accumulation(x))
-    launch(x, y, rows, partial, parameter, *arguments(g, to or g), splits * K * g.U, splits, per_split)
-    return partial
+    launch(x, y, rows, partial, mean, parameter, *arguments(g, to or g), plane, splits, per_split)
+    return partial, splits
 
 
 def _coefficients(
-    x, partial, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce, beta_grad,
-    want_coefficients=True,
+    x, partial, splits, mean, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce, beta_grad
 ):  # fmt: skip
-    """Loss, mean, scale and dbeta from partial moments."""
+    """Loss, mean and (if there is a mean) scale, and dbeta, from what ``_moments`` found."""
     g = Geometry.of(x, n, K, per_activation)
-    mean = empty_units(x, per_activation, K) if want_coefficients else None
-    scale = empty_units(x, per_activation, K) if want_coefficients else None
-    launch = finalise.plan(g, partial.shape[1], reduce)
+    scale = None if mean is None else torch.empty_like(mean)
+    launch = finalise.plan(g, splits, reduce)
     reduced = launch.constants["REDUCE"]
     reduce_dbeta = reduce and _beta_kind(beta) == 1
     loss = _empty_sum(x) if reduced else empty_units(x, per_activation)
@@ -136,7 +140,7 @@ def _coefficients(
     if beta_grad:
         dbeta = _empty_sum(x) if reduced and reduce_dbeta else empty_units(x, per_activation)
     launch.constants.update(FORM=form, BETA=_beta_kind(beta), ACC=_accumulation(x))
-    shape = finalise.arguments(g, partial.shape[1])
+    shape = finalise.arguments(g, splits)
     launch(partial, mean, None, scale, loss, dbeta, beta, beta_value, beta_min, factor, *shape)
     if not reduced:
         loss = _reduced(loss, reduce)

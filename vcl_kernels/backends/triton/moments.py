@@ -1,4 +1,4 @@
-"""Moments of sub-batches that do not fit on chip: partial samples over many programs, merged in a fixed order.
+"""Moments of sub-batches that do not fit on chip: samples over many programs, merged in a fixed order.
 
 With an activation, the same pass over x also writes y, for all rows, and keeps the rows that take part.
 """
@@ -11,20 +11,20 @@ import triton.language as tl
 
 from ...geometry import Geometry
 from .activations import NO_ACTIVATION, activate
-from .formulas import merge_moments
-from .launch import Launch, Settings, cdiv, dense_units, positions_constant, power_of_2, warps_for
+from .launch import RUN_TIME, Launch, Settings, cdiv, dense_units, fitting, positions_constant, power_of_2, warps_for
 
 TILE = 2048
 FEW = 256  # values of a unit in a sub-batch, at most, whose rounding errors do not average out: squares are float64
 PROGRAMS = 1024  # wanted at least: several for each of a GPU's multiprocessors
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def moments_spatial(
     x_ptr,
     y_ptr,
     rows_ptr,
     partial_ptr,
+    mean_ptr,
     parameter: "fp64",  # noqa: F821
     N,
     K,
@@ -44,15 +44,19 @@ def moments_spatial(
     ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
     SQUARES: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    WHOLE: tl.constexpr,
     NB: tl.constexpr,
     UB: tl.constexpr,
     PB: tl.constexpr,
 ):
-    """Program (units, sub-batch, split) merges its tiles into count, mean - pilot, m2, pilot.
+    """Program (units, sub-batch, split): tiles [row, unit, position], whose elements each follow their own moments.
 
-    With an activation, programs after those do a tile each of the rows past the last sub-batch.
+    They are merged at the end. With an activation, programs after those do a tile each of the rows past the last
+    sub-batch.
     """
     GROUP: tl.constexpr = PB // 4 if PB > 4 else PB  # squares summed in SQUARES; sums of groups in float64
+    HALF: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
     P = P_CONSTANT if P_CONSTANT else P_run_time
     x_step = P if X_DENSE else x_unit
     y_step = P if Y_DENSE else y_unit
@@ -68,36 +72,40 @@ def moments_spatial(
         split = pid % splits
         k = pid // splits % K
         first = (pid // splits // K).to(tl.int64) * UB
-        count = tl.full([], 0.0, ACC)  # the same for every unit
-        mean = tl.zeros([UB], ACC)
-        m2 = tl.zeros([UB], tl.float64)
         units = first + tl.arange(0, UB)
-        # one value of each sample is taken off first: |mean| >> std costs nothing
-        pilot_at = x_ptr + (k * n).to(tl.int64) * x_row + (first + tl.arange(0, UB)) * x_step
+        by_row = tl.cdiv(n, NB)
+        begin = split * tiles_per_split
+        end = tl.minimum(begin + tiles_per_split, by_row * by_pos)
+        pilot_at = x_ptr + (k * n).to(tl.int64) * x_row + units * x_step
         pilot = tl.load(pilot_at, mask=units < U, other=0.0).to(ACC)
-        last = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(n, NB) * by_pos)
-        for t in range(split * tiles_per_split, last):
-            sample = t // by_pos * NB + i
-            position = t % by_pos * PB + p
+        mean = tl.zeros([NB, UB, PB], ACC)
+        m2 = tl.zeros([NB, UB, PB], ACC)
+        for t in range(begin, begin + 1 if ONE_TILE else end):
+            sample = t % by_row * NB + i
+            position = t // by_row * PB + p
             mask = (sample < n) & (first + u < U) & (position < P)
             row = (k * n + sample).to(tl.int64)
             given = tl.load(x_ptr + first * x_step + row * x_row + (x_u + position), mask=mask, other=0.0)
-            x = given.to(ACC)
             if ACTIVATION != NO_ACTIVATION:
-                y = activate(x, parameter, ACTIVATION).to(y_ptr.dtype.element_ty)
+                y = activate(given.to(ACC), parameter, ACTIVATION, HALF).to(y_ptr.dtype.element_ty)
                 tl.store(y_ptr + first * y_step + row * y_row + (y_u + position), y, mask=mask)
             if rows_ptr is not None:
                 tl.store(rows_ptr + first * P + row * U * P + (u * P + position), given, mask=mask)
-            rows_here = tl.minimum(n - t // by_pos * NB, NB)
-            here = (rows_here * tl.minimum(P - t % by_pos * PB, PB)).to(ACC)
-            centre = pilot + tl.sum(tl.sum(tl.where(mask, x - pilot[None, :, None], 0.0), 2), 0) / here
-            d = tl.where(mask, x - centre[None, :, None], 0.0)
-            error = tl.sum(tl.sum(d, 2), 0) / here
-            d = tl.where(mask, d.to(SQUARES) - error.to(SQUARES)[None, :, None], 0.0)
-            groups = tl.reshape(d * d, [NB, UB, PB // GROUP, GROUP])
-            spread = tl.sum(tl.sum(tl.sum(groups, 3).to(tl.float64), 2), 0)
-            count, mean, m2 = merge_moments(count, mean, m2, here, centre - pilot + error, spread)
-        store_partial(partial_ptr, (split.to(tl.int64) * K + k) * U, plane, units, U, count, mean, m2, pilot)
+            mean, m2 = followed(mean, m2, given.to(ACC) - pilot[None, :, None], mask, t - begin, ONE_TILE)
+        # an element's tiles are the first of all: it has several rows, or several positions, never both
+        its_tiles = tl.cdiv(n - i, NB) * tl.cdiv(P - p, PB)
+        count = tl.maximum(tl.minimum(its_tiles, end) - begin, 0).to(ACC)
+        total = tl.sum(tl.sum(count, 2), 0)
+        centre = tl.sum(tl.sum(count * mean, 2), 0) / total
+        d = mean - centre[None, :, None]
+        error = tl.sum(tl.sum(count * d, 2), 0) / total
+        squares = spread_out(m2, d, error[None, :, None], count, SQUARES, ONE_TILE)
+        groups = tl.reshape(squares, [NB, UB, PB // GROUP, GROUP])
+        spread = tl.sum(tl.sum(tl.sum(groups, 3).to(tl.float64), 2), 0)
+        at = (split.to(tl.int64) * K + k) * U + units
+        store_moments(partial_ptr, mean_ptr, at, plane, units < U, centre + error, spread, pilot, WHOLE)
+        if not WHOLE and pid < splits:  # the same for every unit and sub-batch
+            tl.store(partial_ptr + 3 * plane + split + tl.arange(0, 1), total)
     elif ACTIVATION != NO_ACTIVATION:
         t = pid - blocks * K * splits
         position = t % by_pos * PB + p
@@ -105,16 +113,17 @@ def moments_spatial(
         row = K * n + (t // by_pos // blocks).to(tl.int64) * NB + i
         mask = (row < N) & (first + u < U) & (position < P)
         x = tl.load(x_ptr + first * x_step + row * x_row + (x_u + position), mask=mask, other=0.0).to(ACC)
-        y = activate(x, parameter, ACTIVATION).to(y_ptr.dtype.element_ty)
+        y = activate(x, parameter, ACTIVATION, HALF).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + first * y_step + row * y_row + (y_u + position), y, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUN_TIME)
 def moments_unit(
     x_ptr,
     y_ptr,
     rows_ptr,
     partial_ptr,
+    mean_ptr,
     parameter: "fp64",  # noqa: F821
     N,
     K,
@@ -131,10 +140,13 @@ def moments_unit(
     ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
     SQUARES: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    WHOLE: tl.constexpr,
     MB: tl.constexpr,
     UB: tl.constexpr,
 ):
-    """Program (units, sub-batch, split) merges its tiles [value, unit] likewise."""
+    """Program (units, sub-batch, split): likewise with tiles [value, unit]."""
+    HALF: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
     m = tl.arange(0, MB)[:, None]
     blocks = tl.cdiv(U, UB)
     pid = tl.program_id(0)
@@ -144,33 +156,35 @@ def moments_unit(
         units = (pid // splits // K).to(tl.int64) * UB + tl.arange(0, UB)
         u = units[None, :]
         M = n * P
-        count = tl.full([], 0.0, ACC)  # the same for every unit
-        mean = tl.zeros([UB], ACC)
-        m2 = tl.zeros([UB], tl.float64)
-        # one value of each sample is taken off first: |mean| >> std costs nothing
+        begin = split * tiles_per_split
+        end = tl.minimum(begin + tiles_per_split, tl.cdiv(M, MB))
         pilot_at = x_ptr + (k * n).to(tl.int64) * x_row + units
         pilot = tl.load(pilot_at, mask=units < U, other=0.0).to(ACC)
-        last = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(M, MB))
-        for t in range(split * tiles_per_split, last):
+        mean = tl.zeros([MB, UB], ACC)
+        m2 = tl.zeros([MB, UB], ACC)
+        for t in range(begin, begin + 1 if ONE_TILE else end):
             value = t * MB + m
             mask = (value < M) & (u < U)
             row = (k * n + value // P).to(tl.int64)
             position = (value % P).to(tl.int64)
             given = tl.load(x_ptr + row * x_row + position * x_pos + u, mask=mask, other=0.0)
-            x = given.to(ACC)
             if ACTIVATION != NO_ACTIVATION:
-                y = activate(x, parameter, ACTIVATION).to(y_ptr.dtype.element_ty)
+                y = activate(given.to(ACC), parameter, ACTIVATION, HALF).to(y_ptr.dtype.element_ty)
                 tl.store(y_ptr + row * y_row + position * y_pos + u, y, mask=mask)
             if rows_ptr is not None:
                 tl.store(rows_ptr + (row * P + position) * U + u, given, mask=mask)
-            here = tl.minimum(M - t * MB, MB).to(ACC)
-            centre = pilot + tl.sum(tl.where(mask, x - pilot[None, :], 0.0), 0) / here
-            d = tl.where(mask, x - centre[None, :], 0.0)
-            error = tl.sum(d, 0) / here
-            d = tl.where(mask, d.to(SQUARES) - error.to(SQUARES)[None, :], 0.0)
-            spread = tl.sum(d * d, 0)
-            count, mean, m2 = merge_moments(count, mean, m2, here, centre - pilot + error, spread)
-        store_partial(partial_ptr, (split.to(tl.int64) * K + k) * U, plane, units, U, count, mean, m2, pilot)
+            mean, m2 = followed(mean, m2, given.to(ACC) - pilot[None, :], mask, t - begin, ONE_TILE)
+        count = tl.maximum(tl.minimum(tl.cdiv(M - m, MB), end) - begin, 0).to(ACC)
+        total = tl.sum(count, 0)
+        centre = tl.sum(count * mean, 0) / total
+        d = mean - centre[None, :]
+        error = tl.sum(count * d, 0) / total
+        squares = spread_out(m2, d, error[None, :], count, SQUARES, ONE_TILE)
+        spread = tl.sum(squares.to(tl.float64), 0)
+        at = (split.to(tl.int64) * K + k) * U + units
+        store_moments(partial_ptr, mean_ptr, at, plane, units < U, centre + error, spread, pilot, WHOLE)
+        if not WHOLE and pid < splits:  # the same for every unit and sub-batch
+            tl.store(partial_ptr + 3 * plane + split + tl.arange(0, 1), total)
     elif ACTIVATION != NO_ACTIVATION:
         t = pid - blocks * K * splits
         u = (t % blocks).to(tl.int64) * UB + tl.arange(0, UB)[None, :]
@@ -180,35 +194,60 @@ def moments_unit(
         position = (value % P).to(tl.int64)
         mask = (row < N) & (u < U)
         x = tl.load(x_ptr + row * x_row + position * x_pos + u, mask=mask, other=0.0).to(ACC)
-        y = activate(x, parameter, ACTIVATION).to(y_ptr.dtype.element_ty)
+        y = activate(x, parameter, ACTIVATION, HALF).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + row * y_row + position * y_pos + u, y, mask=mask)
 
 
 @triton.jit
-def store_partial(partial_ptr, start, plane, units, U, count, mean, m2, pilot):
-    """Store a partial sample of each unit: four planes, in each of which it begins at ``start``."""
-    at = partial_ptr + start + units
-    tl.store(at, count + tl.zeros_like(mean), mask=units < U)
-    tl.store(at + plane, mean, mask=units < U)
-    tl.store(at + 2 * plane, m2, mask=units < U)
-    tl.store(at + 3 * plane, pilot, mask=units < U)
+def followed(mean, m2, d, mask, before, ONE_TILE: tl.constexpr):
+    """Welford's update by d of elements that have seen ``before`` values each, where mask."""
+    if ONE_TILE:
+        return tl.where(mask, d, 0.0), m2
+    delta = tl.where(mask, d - mean, 0.0)
+    mean += delta * (1.0 / (before + 1).to(d.dtype))
+    return mean, m2 + delta * (d - mean)
+
+
+@triton.jit
+def spread_out(m2, d, error, count, SQUARES: tl.constexpr, ONE_TILE: tl.constexpr):
+    """Σ (x - mean)² over what each element followed: m2 about its own mean, which is d - error away from all others'."""
+    d = d.to(SQUARES) - error.to(SQUARES)
+    if ONE_TILE:
+        d = tl.where(count > 0, d, 0.0)
+        return d * d
+    return m2 + count * (d * d)
+
+
+@triton.jit
+def store_moments(partial_ptr, mean_ptr, at, plane, valid, mean, m2, pilot, WHOLE: tl.constexpr):
+    """Store mean and m2 of a whole sub-batch; of a part of it mean - pilot, m2 and pilot, in three planes."""
+    if WHOLE:
+        if mean_ptr is not None:
+            mean = pilot.to(tl.float64) + mean
+            tl.store(mean_ptr + at, mean.to(mean_ptr.dtype.element_ty), mask=valid)
+        tl.store(partial_ptr + at, m2, mask=valid)
+    else:
+        tl.store(partial_ptr + at, mean, mask=valid)
+        tl.store(partial_ptr + at + plane, m2, mask=valid)
+        tl.store(partial_ptr + at + 2 * plane, pilot, mask=valid)
 
 
 def rule(x: Geometry, writes: bool, itemsize: int) -> Settings:
-    """Choose settings: a thread has 16 elements, and what it writes of them; 32 of two bytes alone."""
-    few = writes or itemsize > 2
-    most = TILE if few else 2 * TILE
+    """Choose settings: a thread has 16 elements, 8 where addresses of an odd P take registers too."""
+    most = TILE if writes or itemsize > 2 else 2 * TILE
     if x.spatial:
-        PB = min(power_of_2(x.P), most)
-        NB = min(power_of_2(x.n), most // PB)
-        UB = min(power_of_2(x.U), most // (NB * PB))
-        tile = {"NB": NB, "UB": UB, "PB": PB}
+        PB = fitting(x.P, most)
+        NB = min(power_of_2(x.n), most // PB) if PB >= x.P else 1
+        tile = {"NB": NB, "UB": min(power_of_2(x.U), most // (NB * PB)), "PB": PB}
+    elif x.M <= FEW:
+        UB = min(power_of_2(x.U), 256 // itemsize, max(32 // itemsize, most // power_of_2(x.M)))
+        tile = {"MB": power_of_2(x.M), "UB": UB}
     else:
-        UB = min(power_of_2(x.U), 256 // itemsize, max(64, most // power_of_2(x.M)))
+        UB = min(power_of_2(x.U), 64)
         tile = {"MB": min(power_of_2(x.M), most // UB), "UB": UB}
-    weight = 2 if few or squares_in_float64(x, itemsize) else 1
-    splits = max(1, PROGRAMS // (cdiv(x.U, UB) * x.K))
-    return Settings(tile, warps_for(weight * math.prod(tile.values())), splits)
+    splits = max(1, PROGRAMS // (cdiv(x.U, tile["UB"]) * x.K))
+    odd = x.spatial and x.P % 2
+    return Settings(tile, warps_for(math.prod(tile.values()) * (4 if odd else 2)), splits)
 
 
 def squares_in_float64(x: Geometry, itemsize: int) -> bool:
@@ -225,6 +264,8 @@ def plan(
     constants: dict[str, Any] = dict(tile)
     if x.spatial:
         by_pos = cdiv(x.P, tile["PB"])
+        if by_pos > 1 < tile["NB"]:
+            raise ValueError(f"a tile of several rows must span all {x.P} positions; got {tile}")
         tiles, rest_tiles = cdiv(x.n, tile["NB"]) * by_pos, cdiv(rest, tile["NB"]) * by_pos
         kernel = moments_spatial
         constants |= {
@@ -235,8 +276,9 @@ def plan(
     else:
         tiles, rest_tiles = cdiv(x.M, tile["MB"]), cdiv(rest * x.P, tile["MB"])
         kernel = moments_unit
-    constants["SQUARES"] = tl.float64 if squares_in_float64(x, itemsize) else tl.float32
     per_split = cdiv(tiles, min(tiles, splits))
     splits = cdiv(tiles, per_split)
+    constants |= {"SQUARES": tl.float64 if squares_in_float64(x, itemsize) else tl.float32}
+    constants |= {"ONE_TILE": per_split == 1, "WHOLE": splits == 1}
     grid = (cdiv(x.U, tile["UB"]) * (x.K * splits + rest_tiles),)
     return Launch(kernel, grid, constants, warps), splits, per_split
