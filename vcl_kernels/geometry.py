@@ -31,11 +31,16 @@ class Geometry(NamedTuple):
     @classmethod
     def of(cls, x: Tensor, n: int, K: int, per_activation: bool) -> Geometry:
         """See ``x``, which must lie in a supported layout (``in_layout``)."""
-        P = math.prod(x.shape[2:])
+        return cls.of_shape(x.shape, x.stride(), n, K, per_activation)
+
+    @classmethod
+    def of_shape(cls, shape: torch.Size, strides: tuple[int, ...], n: int, K: int, per_activation: bool) -> Geometry:
+        """See a tensor of that shape and those strides."""
+        P = math.prod(shape[2:])
         if per_activation:
-            return cls(x.shape[0], K, n, x.shape[1] * P, 1, False, x.stride(0), 1, 1)
-        pos_stride = _position_stride(x)
-        return cls(x.shape[0], K, n, x.shape[1], P, P > 1 and pos_stride == 1, x.stride(0), x.stride(1), pos_stride)
+            return cls(shape[0], K, n, shape[1] * P, 1, False, strides[0], 1, 1)
+        pos_stride = _position_stride(shape, strides)
+        return cls(shape[0], K, n, shape[1], P, P > 1 and pos_stride == 1, strides[0], strides[1], pos_stride)
 
     @property
     def M(self) -> int:
@@ -43,9 +48,9 @@ class Geometry(NamedTuple):
         return self.n * self.P
 
 
-def _position_stride(x: Tensor) -> int:
+def _position_stride(shape: torch.Size, strides: tuple[int, ...]) -> int:
     """Distance of neighbouring positions, whatever the order of the spatial dimensions."""
-    steps = [d for s, d in zip(x.shape[2:], x.stride()[2:], strict=True) if s > 1]
+    steps = [d for s, d in zip(shape[2:], strides[2:], strict=True) if s > 1]
     return min(steps) if steps else 1
 
 
@@ -65,7 +70,7 @@ def in_layout(x: Tensor, per_activation: bool) -> Tensor:
         return x
     if per_activation:
         return x if _fills(x.shape[1:], x.stride()[1:], 1) else x.contiguous()
-    step, C, P = _position_stride(x), x.shape[1], math.prod(x.shape[2:])
+    step, C, P = _position_stride(x.shape, x.stride()), x.shape[1], math.prod(x.shape[2:])
     if step == 0 or not _fills(x.shape[2:], x.stride()[2:], step):  # expanded, or with gaps
         return x.contiguous()
     spatial = step == 1 and P > 1 and (C == 1 or x.stride(1) >= P)
@@ -103,6 +108,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def empty_units(x: Tensor, per_activation: bool, K: int | None = None) -> Tensor:
     """Return an empty value for each unit (and with K for each sub-batch), in x's order of units."""
     shape, strides = unit_shape(x, per_activation), unit_strides(x, per_activation)
+    if not per_activation or x.is_contiguous():
+        return x.new_empty(shape if K is None else (K, *shape), dtype=accumulation_dtype(x.dtype))
     if K is not None:
         shape, strides = (K, *shape), (math.prod(shape), *strides)
     return x.new_empty_strided(shape, strides, dtype=accumulation_dtype(x.dtype))
@@ -110,6 +117,8 @@ def empty_units(x: Tensor, per_activation: bool, K: int | None = None) -> Tensor
 
 def empty_rows(x: Tensor, rows: int) -> Tensor:
     """Return an empty tensor of ``rows`` samples, one after another, each laid out as x's are."""
+    if x.is_contiguous():
+        return x.new_empty((rows, *x.shape[1:]))
     inner = x.stride()[1:]
     if not _fills(x.shape[1:], inner, 1):
         inner = torch.empty_like(x[:1]).stride()[1:]

@@ -12,7 +12,6 @@ import torch
 import triton
 
 from benchmarks.launches import AXES, Recorded, tile_of, values_of
-from vcl_kernels.backends.triton.activations import IDENTITY
 
 from .build import Specialised, build, specialise
 from .code import Code
@@ -81,7 +80,7 @@ def _tensors_read(one: Recorded) -> list[Any]:
     given = values_of(one)
     kernel = one.launch.kernel.__name__
     if kernel.startswith("apply"):
-        activation = one.launch.constants["ACTIVATION"] != IDENTITY.value
+        activation = one.launch.constants["ACTIVATION"] != "identity"
         with_saved = activation if given["dy_ptr"] is not None else given["mean_ptr"] is not None
         return [given["dy_ptr"]] * (given["dy_ptr"] is not None) + [given["saved_ptr"]] * with_saved
     if kernel == "finalise":

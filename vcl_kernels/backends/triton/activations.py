@@ -9,17 +9,6 @@ import math
 import triton
 import triton.language as tl
 
-from ...spec import ACTIVATIONS
-
-NO_ACTIVATION = tl.constexpr(-1)
-IDENTITY = tl.constexpr(ACTIVATIONS.index("identity"))
-RELU = tl.constexpr(ACTIVATIONS.index("relu"))
-LEAKY_RELU = tl.constexpr(ACTIVATIONS.index("leaky_relu"))
-ELU = tl.constexpr(ACTIVATIONS.index("elu"))
-GELU = tl.constexpr(ACTIVATIONS.index("gelu"))
-GELU_TANH = tl.constexpr(ACTIVATIONS.index("gelu_tanh"))
-SILU = tl.constexpr(ACTIVATIONS.index("silu"))
-
 INVERSE_FACTORIAL = tl.constexpr(tuple(1 / math.factorial(j) for j in range(16)))
 
 
@@ -27,20 +16,20 @@ INVERSE_FACTORIAL = tl.constexpr(tuple(1 / math.factorial(j) for j in range(16))
 def activate(x, parameter, ACTIVATION: tl.constexpr, HALF: tl.constexpr):
     """y = act(x), to be rounded to 16 bits if HALF; ``parameter`` is alpha of elu, the slope of leaky_relu."""
     parameter = tl.full(x.shape, parameter, x.dtype)
-    if ACTIVATION == IDENTITY:
+    if ACTIVATION == "identity":
         return x
-    elif ACTIVATION == RELU:
+    elif ACTIVATION == "relu":
         return tl.where(x <= 0, 0.0, x)
-    elif ACTIVATION == LEAKY_RELU:
+    elif ACTIVATION == "leaky_relu":
         return tl.where(x > 0, x, x * parameter)
-    elif ACTIVATION == ELU:
+    elif ACTIVATION == "elu":
         return tl.where(x <= 0, parameter * expm1(tl.minimum(x, 0.0), HALF), x)
-    elif ACTIVATION == GELU:
+    elif ACTIVATION == "gelu":
         return x * normal_cdf(x)
-    elif ACTIVATION == GELU_TANH:
+    elif ACTIVATION == "gelu_tanh":
         share, _ = sigmoid(gelu_tanh_argument(saturated(x)))
         return x * share
-    elif ACTIVATION == SILU:
+    elif ACTIVATION == "silu":
         share, _ = sigmoid(x)
         return x * share
     else:  # tanh
@@ -53,25 +42,25 @@ def activate(x, parameter, ACTIVATION: tl.constexpr, HALF: tl.constexpr):
 def times_derivative(dy, saved, parameter, ACTIVATION: tl.constexpr, FROM_OUTPUT: tl.constexpr):
     """dy · act', from saved y (FROM_OUTPUT, where act' follows from y) or saved x."""
     parameter = tl.full(dy.shape, parameter, dy.dtype)
-    if ACTIVATION == IDENTITY:
+    if ACTIVATION == "identity":
         return dy
-    elif ACTIVATION == RELU:
+    elif ACTIVATION == "relu":
         return tl.where(saved <= 0, 0.0, dy)
-    elif ACTIVATION == LEAKY_RELU:
+    elif ACTIVATION == "leaky_relu":
         return tl.where(saved > 0, dy, dy * parameter)
-    elif ACTIVATION == ELU:
+    elif ACTIVATION == "elu":
         slope = saved + parameter if FROM_OUTPUT else parameter * tl.exp(tl.where(saved > 0, 0.0, saved))
         return tl.where(saved > 0, dy, dy * slope)
-    elif ACTIVATION == GELU:
+    elif ACTIVATION == "gelu":
         near = saturated(saved)
         density = 0.3989422804014327 * tl.exp(-0.5 * near * near)
         return dy * (normal_cdf(saved) + saved * density)
-    elif ACTIVATION == GELU_TANH:
+    elif ACTIVATION == "gelu_tanh":
         near = saturated(saved)
         share, rest = sigmoid(gelu_tanh_argument(near))
         inner = 1.5957691216057308 * (1.0 + 0.134145 * near * near)
         return dy * (share + saved * (share * rest) * inner)
-    elif ACTIVATION == SILU:
+    elif ACTIVATION == "silu":
         share, rest = sigmoid(saved)
         return dy * share * (1.0 + saved * rest)
     elif FROM_OUTPUT:  # tanh

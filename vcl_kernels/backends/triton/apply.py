@@ -3,11 +3,13 @@
 Each term is there if its tensors are. The second is zero for rows that take no part.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 
 from ...geometry import Geometry
-from .activations import IDENTITY, times_derivative
+from .activations import times_derivative
 from .launch import RUN_TIME, Launch, Settings, cdiv, dense_units, fitting, positions_constant, power_of_2, warps_for
 
 TILE = 4096
@@ -62,13 +64,13 @@ def apply_spatial(
     dx = tl.zeros([UB, PB], ACC)
     if dy_ptr is not None:
         dx = tl.load(dy_ptr + dx_at, mask=mask, other=0.0).to(ACC)
-        if ACTIVATION != IDENTITY:
+        if ACTIVATION != "identity":
             saved = tl.load(saved_ptr + saved_at, mask=mask, other=0.0).to(ACC)
             dx = times_derivative(dx, saved, parameter, ACTIVATION, FROM_OUTPUT)
     if mean_ptr is not None and row < K * n:
         if rows_ptr is not None:
             x = tl.load(rows_ptr + row * U * P + first * P + (u * P + position), mask=mask, other=0.0).to(ACC)
-        elif dy_ptr is not None and ACTIVATION != IDENTITY:
+        elif dy_ptr is not None and ACTIVATION != "identity":
             x = saved
         else:
             x = tl.load(saved_ptr + saved_at, mask=mask, other=0.0).to(ACC)
@@ -119,13 +121,13 @@ def apply_unit(
     dx = tl.zeros([MB, UB], ACC)
     if dy_ptr is not None:
         dx = tl.load(dy_ptr + dx_at, mask=mask, other=0.0).to(ACC)
-        if ACTIVATION != IDENTITY:
+        if ACTIVATION != "identity":
             saved = tl.load(saved_ptr + saved_at, mask=mask, other=0.0).to(ACC)
             dx = times_derivative(dx, saved, parameter, ACTIVATION, FROM_OUTPUT)
     if mean_ptr is not None and k < K:
         if rows_ptr is not None:
             x = tl.load(rows_ptr + (row * P + position) * U + u, mask=mask, other=0.0).to(ACC)
-        elif dy_ptr is not None and ACTIVATION != IDENTITY:
+        elif dy_ptr is not None and ACTIVATION != "identity":
             x = saved
         else:
             x = tl.load(saved_ptr + saved_at, mask=mask, other=0.0).to(ACC)
@@ -149,6 +151,7 @@ def loss_gradient(x, mean_ptr, scale_ptr, shift_ptr, g_ptr, at, valid):
     return dx
 
 
+@functools.lru_cache(maxsize=1024)
 def rule(saved: Geometry, dx: Geometry, itemsize: int) -> Settings:
     """Choose settings: a thread has 16 elements of each of four tensors; 8 if float64."""
     weight = 2 if itemsize < 8 else 4

@@ -1,5 +1,7 @@
 """From moments to variance, loss and coefficients: one small kernel, which merges those of parts in a fixed order."""
 
+import functools
+
 import triton
 import triton.language as tl
 
@@ -29,7 +31,7 @@ def finalise(
     U,
     plane,
     splits,
-    FORM: tl.constexpr,  # -1: moments only
+    FORM: tl.constexpr,  # or None: moments alone
     BETA: tl.constexpr,
     REDUCE: tl.constexpr,
     ACC: tl.constexpr,
@@ -68,7 +70,7 @@ def finalise(
         if mean_ptr is not None:
             pilot = tl.load(partial_ptr + 2 * plane + out, mask=mask, other=0.0)
             tl.store(mean_ptr + out, (pilot + mean).to(ACC), mask=mask)
-    if FORM == -1:
+    if FORM is None:
         tl.store(var_ptr + out, (m2 * (1.0 / tl.full([], M - 1, tl.float64))).to(ACC), mask=mask)
     else:
         loss, scale, dbeta = coefficients(
@@ -95,6 +97,7 @@ def arguments(x: Geometry, splits: int) -> tuple[int, ...]:
     return x.K, x.M, x.U, splits * x.K * x.U, splits
 
 
+@functools.lru_cache(maxsize=1024)
 def rule(x: Geometry, splits: int, reduce: bool) -> Settings:
     """Choose settings: one program where its sum over units is wanted and there is little to read."""
     KB, UB = power_of_2(x.K), power_of_2(x.U)

@@ -21,7 +21,7 @@ def loss_and_slopes(var, k, K, beta, FORM: tl.constexpr, KB: tl.constexpr, UB: t
 
     Divisions in float64 are calls, which take registers: one for each unit, at most.
     """
-    if FORM == 0:  # ratio: the mean over pairs (a, b) of (1 - r)², r = v_a / (v_b + beta)
+    if FORM == "ratio":  # the mean over pairs (a, b) of (1 - r)², r = v_a / (v_b + beta)
         pairs = tl.reshape(var, [KB // 2, 2, UB])
         is_b = tl.arange(0, 2)[None, :, None] == 1
         va = tl.sum(tl.where(is_b, 0.0, pairs), 1)
@@ -46,7 +46,7 @@ def loss_and_slopes(var, k, K, beta, FORM: tl.constexpr, KB: tl.constexpr, UB: t
         d = tl.where(k < K, d, 0.0)
         variation = tl.sum(d * d, 0) * unbiased
         dvar = 2.0 * unbiased * d
-        if FORM == 1:
+        if FORM == "variance":
             return variation, dvar, tl.zeros_like(vbar)
         else:
             inverse = 1.0 / (vbar + beta)

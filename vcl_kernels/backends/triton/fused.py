@@ -1,5 +1,7 @@
 """Loss and gradient in one pass: a unit's K·M values are read once, stay on chip, and leave as dx."""
 
+import functools
+
 import triton
 import triton.language as tl
 
@@ -158,6 +160,7 @@ def fits(g: Geometry, itemsize: int) -> bool:
     return padded_sample(g) * min(32 // itemsize, power_of_2(g.U)) <= MOST_UNIT
 
 
+@functools.lru_cache(maxsize=1024)
 def rule(x: Geometry, itemsize: int) -> Settings:
     """Choose settings for a unit that fits: of them UB and warps are free."""
     sample, KB = padded_sample(x), power_of_2(x.K)

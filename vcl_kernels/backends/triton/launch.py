@@ -9,7 +9,6 @@ import torch
 
 from ...geometry import Geometry
 
-
 # Arguments that change from batch to batch, the last of an epoch being shorter: kernels are not specialised for them.
 RUN_TIME = ("N", "K", "n", "splits", "tiles_per_split")
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from ...geometry import Geometry, accumulation_dtype, empty_rows, empty_units
-from ...spec import NO_MINIMUM
+from ...spec import ACTIVATIONS, FORMS, NO_MINIMUM
 from . import apply, finalise, fused, multiply
 from . import moments as partial_moments
-from .activations import IDENTITY, NO_ACTIVATION
 from .launch import arguments
 
+_of_shape = functools.lru_cache(maxsize=1024)(Geometry.of_shape)
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -32,12 +34,12 @@ def loss_dx(
     x, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce, beta_grad
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and gradient in one pass, for units that fit on chip."""
-    g, dx = Geometry.of(x, n, K, per_activation), empty_rows(x, x.shape[0])
-    to = Geometry.of(dx, n, K, per_activation)
+    g, dx = _seen(x, n, K, per_activation), empty_rows(x, x.shape[0])
+    to = _seen(dx, n, K, per_activation)
     per_unit = empty_units(x, per_activation)
     dbeta = empty_units(x, per_activation) if beta_grad else None
     launch = fused.plan(g, to, x.element_size())
-    launch.constants.update(FORM=form, BETA=_beta_kind(beta), ACC=_accumulation(x))
+    launch.constants.update(FORM=FORMS[form], BETA=_beta_kind(beta), ACC=_accumulation(x))
     launch(x, dx, per_unit, dbeta, beta, beta_value, beta_min, factor, *arguments(g, to))
     if dbeta is not None and reduce and _beta_kind(beta) == 1:
         dbeta = _may_only_rise(_reduced(dbeta, True), beta, beta_min)
@@ -59,9 +61,9 @@ def moments(x, n, K, per_activation) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance of each sub-batch."""
     mean, var = empty_units(x, per_activation, K), empty_units(x, per_activation, K)
     partial, splits = _moments(x, mean, n, K, per_activation)
-    g = Geometry.of(x, n, K, per_activation)
+    g = _seen(x, n, K, per_activation)
     launch = finalise.plan(g, splits, reduce=False)
-    launch.constants.update(FORM=-1, BETA=0, ACC=_accumulation(x))
+    launch.constants.update(FORM=None, BETA=0, ACC=_accumulation(x))
     launch(partial, mean, var, None, None, None, None, 0.0, 0.0, 1.0, *finalise.arguments(g, splits))
     return mean, var
 
@@ -81,7 +83,7 @@ def activation(
     y = empty_rows(x, x.shape[0])
     rows = empty_rows(x, K * n) if keep_rows else None
     mean = empty_units(x, per_activation, K)
-    partial = _moments(x, mean, n, K, per_activation, y, rows, activation, parameter)
+    partial = _moments(x, mean, n, K, per_activation, y, rows, ACTIVATIONS[activation], parameter)
     given = beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce
     return y, *_coefficients(x, *partial, mean, *given, beta_grad), x.new_empty(0) if rows is None else rows
 
@@ -98,7 +100,8 @@ def activation_dx(
         rows = mean = scale = None
     if rows is not None and dy is None:
         saved, rows = rows, None
-    _apply(saved, rows, dy, dx, mean, scale, None, g, n, K, per_activation, activation, parameter, from_output)
+    chosen = ACTIVATIONS[activation], parameter, from_output
+    _apply(saved, rows, dy, dx, mean, scale, None, g, n, K, per_activation, *chosen)
     return dx
 
 
@@ -109,15 +112,13 @@ def multiply_(dx: Tensor, g: Tensor) -> None:
     launch(dx, g, dx.numel())
 
 
-def _moments(
-    x, mean, n, K, per_activation, y=None, rows=None, activation=NO_ACTIVATION.value, parameter=0.0
-) -> tuple[Tensor, int]:
+def _moments(x, mean, n, K, per_activation, y=None, rows=None, activation=None, parameter=0.0) -> tuple[Tensor, int]:
     """Σ (x - mean)² of each sub-batch, (K, U), and mean is filled if given; or what finalise makes them of.
 
     y and rows are filled if given. Also return how many parts each sub-batch was split into.
     """
-    g = Geometry.of(x, n, K, per_activation)
-    to = None if y is None else Geometry.of(y, n, K, per_activation)
+    g = _seen(x, n, K, per_activation)
+    to = None if y is None else _seen(y, n, K, per_activation)
     launch, splits, per_split = partial_moments.plan(g, to, x.element_size(), keep_rows=rows is not None)
     plane = splits * K * g.U
     partial = torch.empty(plane if splits == 1 else 3 * plane + splits, dtype=torch.float64, device=x.device)
@@ -130,7 +131,7 @@ def _coefficients(
     x, partial, splits, mean, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce, beta_grad
 ):  # fmt: skip
     """Loss, mean and (if there is a mean) scale, and dbeta, from what ``_moments`` found."""
-    g = Geometry.of(x, n, K, per_activation)
+    g = _seen(x, n, K, per_activation)
     scale = None if mean is None else torch.empty_like(mean)
     launch = finalise.plan(g, splits, reduce)
     reduced = launch.constants["REDUCE"]
@@ -139,7 +140,7 @@ def _coefficients(
     dbeta = None
     if beta_grad:
         dbeta = _empty_sum(x) if reduced and reduce_dbeta else empty_units(x, per_activation)
-    launch.constants.update(FORM=form, BETA=_beta_kind(beta), ACC=_accumulation(x))
+    launch.constants.update(FORM=FORMS[form], BETA=_beta_kind(beta), ACC=_accumulation(x))
     shape = finalise.arguments(g, splits)
     launch(partial, mean, None, scale, loss, dbeta, beta, beta_value, beta_min, factor, *shape)
     if not reduced:
@@ -152,13 +153,17 @@ def _coefficients(
 
 def _apply(
     saved, rows, dy, dx, mean, scale, shift, g, n, K, per_activation,
-    activation=IDENTITY.value, parameter=0.0, from_output=False,
+    activation="identity", parameter=0.0, from_output=False,
 ) -> None:  # fmt: skip
-    to = Geometry.of(dx, n, K, per_activation)
-    x = to if saved is None else Geometry.of(saved, n, K, per_activation)
+    to = _seen(dx, n, K, per_activation)
+    x = to if saved is None else _seen(saved, n, K, per_activation)
     launch = apply.plan(x, to, dx.element_size())
     launch.constants.update(ACTIVATION=activation, FROM_OUTPUT=from_output, ACC=_accumulation(dx))
     launch(saved, rows, dy, dx, mean, scale, shift, g, parameter, *arguments(x, to))
+
+
+def _seen(x: Tensor, n: int, K: int, per_activation: bool) -> Geometry:
+    return _of_shape(x.shape, x.stride(), n, K, per_activation)
 
 
 def _lie_alike(a: Tensor, b: Tensor) -> bool:
@@ -174,7 +179,7 @@ def _beta_kind(beta: Tensor | None) -> int:
 
 
 def _reduced(per_unit: Tensor, reduce: bool) -> Tensor:
-    return per_unit.sum(dtype=torch.float64).to(per_unit.dtype) if reduce else per_unit
+    return per_unit.sum() if reduce else per_unit
 
 
 def _may_only_rise(dbeta: Tensor, beta: Tensor, beta_min: float) -> Tensor:

@@ -3,6 +3,7 @@
 With an activation, the same pass over x also writes y, for all rows, and keeps the rows that take part.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ...geometry import Geometry
-from .activations import NO_ACTIVATION, activate
+from .activations import activate
 from .launch import RUN_TIME, Launch, Settings, cdiv, dense_units, fitting, positions_constant, power_of_2, warps_for
 
 TILE = 2048
@@ -41,7 +42,7 @@ def moments_spatial(
     P_CONSTANT: tl.constexpr,
     X_DENSE: tl.constexpr,
     Y_DENSE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # or None: moments alone
     ACC: tl.constexpr,
     SQUARES: tl.constexpr,
     ONE_TILE: tl.constexpr,
@@ -86,7 +87,7 @@ def moments_spatial(
             mask = (sample < n) & (first + u < U) & (position < P)
             row = (k * n + sample).to(tl.int64)
             given = tl.load(x_ptr + first * x_step + row * x_row + (x_u + position), mask=mask, other=0.0)
-            if ACTIVATION != NO_ACTIVATION:
+            if ACTIVATION is not None:
                 y = activate(given.to(ACC), parameter, ACTIVATION, HALF).to(y_ptr.dtype.element_ty)
                 tl.store(y_ptr + first * y_step + row * y_row + (y_u + position), y, mask=mask)
             if rows_ptr is not None:
@@ -106,7 +107,7 @@ def moments_spatial(
         store_moments(partial_ptr, mean_ptr, at, plane, units < U, centre + error, spread, pilot, WHOLE)
         if not WHOLE and pid < splits:  # the same for every unit and sub-batch
             tl.store(partial_ptr + 3 * plane + split + tl.arange(0, 1), total)
-    elif ACTIVATION != NO_ACTIVATION:
+    elif ACTIVATION is not None:
         t = pid - blocks * K * splits
         position = t % by_pos * PB + p
         first = (t // by_pos % blocks).to(tl.int64) * UB
@@ -137,7 +138,7 @@ def moments_unit(
     plane,
     splits,
     tiles_per_split,
-    ACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # or None: moments alone
     ACC: tl.constexpr,
     SQUARES: tl.constexpr,
     ONE_TILE: tl.constexpr,
@@ -168,7 +169,7 @@ def moments_unit(
             row = (k * n + value // P).to(tl.int64)
             position = (value % P).to(tl.int64)
             given = tl.load(x_ptr + row * x_row + position * x_pos + u, mask=mask, other=0.0)
-            if ACTIVATION != NO_ACTIVATION:
+            if ACTIVATION is not None:
                 y = activate(given.to(ACC), parameter, ACTIVATION, HALF).to(y_ptr.dtype.element_ty)
                 tl.store(y_ptr + row * y_row + position * y_pos + u, y, mask=mask)
             if rows_ptr is not None:
@@ -185,7 +186,7 @@ def moments_unit(
         store_moments(partial_ptr, mean_ptr, at, plane, units < U, centre + error, spread, pilot, WHOLE)
         if not WHOLE and pid < splits:  # the same for every unit and sub-batch
             tl.store(partial_ptr + 3 * plane + split + tl.arange(0, 1), total)
-    elif ACTIVATION != NO_ACTIVATION:
+    elif ACTIVATION is not None:
         t = pid - blocks * K * splits
         u = (t % blocks).to(tl.int64) * UB + tl.arange(0, UB)[None, :]
         start = (t // blocks).to(tl.int64) * MB
@@ -210,7 +211,7 @@ def followed(mean, m2, d, mask, before, ONE_TILE: tl.constexpr):
 
 @triton.jit
 def spread_out(m2, d, error, count, SQUARES: tl.constexpr, ONE_TILE: tl.constexpr):
-    """Σ (x - mean)² over what each element followed: m2 about its own mean, which is d - error away from all others'."""
+    """Σ (x - mean)² of what each element followed: m2 about its own mean, which is d - error from the mean of all."""
     d = d.to(SQUARES) - error.to(SQUARES)
     if ONE_TILE:
         d = tl.where(count > 0, d, 0.0)
@@ -232,6 +233,7 @@ def store_moments(partial_ptr, mean_ptr, at, plane, valid, mean, m2, pilot, WHOL
         tl.store(partial_ptr + at + 2 * plane, pilot, mask=valid)
 
 
+@functools.lru_cache(maxsize=1024)
 def rule(x: Geometry, writes: bool, itemsize: int) -> Settings:
     """Choose settings: a thread has 16 elements, 8 where addresses of an odd P take registers too."""
     most = TILE if writes or itemsize > 2 else 2 * TILE
