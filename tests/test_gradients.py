@@ -7,7 +7,7 @@ from conftest import FORMS, UNITS, device_of
 
 import vcl_kernels as vk
 
-SMALL = {"contiguous": (7, 2, 3), "2d": (7, 3), "channels_last": (6, 2, 2, 2)}
+SMALL = {"contiguous": (7, 2, 2), "2d": (7, 3), "channels_last": (6, 2, 1, 2)}
 
 
 def case(backend, form, unit, layout, n=3):
@@ -36,12 +36,12 @@ def test_loss(backend, form, unit, layout):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_loss_of_few_rows_of_many(backend, form):
-    """Two sub-batches of a batch four times as large: only their rows are kept."""
+    """Two sub-batches of a batch twice as large: only their rows are kept."""
     torch.manual_seed(1)
-    x = torch.randn(12, 2, 2, dtype=torch.float64, device=device_of(backend), requires_grad=True)
+    x = torch.randn(8, 2, 2, dtype=torch.float64, device=device_of(backend), requires_grad=True)
 
     def loss(x):
-        return vk.vcl_loss(x, sub_batch_size=3, form=form, num_sub_batches=2, backend=backend)
+        return vk.vcl_loss(x, sub_batch_size=2, form=form, num_sub_batches=2, backend=backend)
 
     assert torch.autograd.gradcheck(loss, (x,))
     assert torch.autograd.gradgradcheck(loss, (x,))

@@ -22,6 +22,7 @@ METHODS = {
 IMAGE_METHODS = {  # where a channel has many activations; layer norm is for fully connected networks
     **{method: name for method, name in METHODS.items() if method != "ln"},
     "vcl-channel": "VCL, ratio, channel units",
+    "vcl-pairs": "VCL, ratio, as many pairs as the batch has",
 }
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU}
 
@@ -29,6 +30,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "elu": nn.EL
 VCL: dict[str, dict[str, Any]] = {
     "vcl-ratio": {"form": "ratio"},
     "vcl-channel": {"form": "ratio", "unit": "channel"},
+    "vcl-pairs": {"form": "ratio"},
     "vcl-relative": {"form": "relative_variance", "learn_beta": False, "beta_init": 1e-3},
 }
 
