@@ -6,11 +6,12 @@ import sys
 
 import pytest
 import torch
-from conftest import FORMS, UNITS
+from conftest import FORMS, UNITS, device_of
 from torch.utils.checkpoint import checkpoint
 
 import vcl_kernels as vk
 from vcl_kernels import ops
+from vcl_kernels.backends import interpreted_triton
 from vcl_kernels.checks import check_activation, check_loss
 
 
@@ -18,6 +19,7 @@ def inputs():
     yield torch.randn(16, 5, 3, 4)
     yield torch.randn(16, 5, 3, 4).to(memory_format=torch.channels_last)
     yield torch.randn(16, 7).bfloat16()
+    yield torch.randn(16, 3, 5, 4).transpose(1, 2)  # which no kernel reads where it lies
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -58,6 +60,69 @@ def test_opcheck_of_activations(name, unit):
                 )
                 if keep_rows:
                     torch.library.opcheck(ops.activation_dx, (None, True, rows, None, *rest))
+
+
+def laid_out(t, order):
+    """``t`` with its dimensions in another order in memory, and gaps."""
+    wide = t.new_full([2 * t.shape[d] for d in order], torch.nan)
+    view = wide[tuple(slice(None, None, 2) for _ in order)].permute([order.index(d) for d in range(t.dim())])
+    return view.copy_(t)
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (3, 1, 2, 0), (0, 3, 2, 1)])
+@pytest.mark.parametrize("unit", UNITS)
+def test_whatever_layout_a_compiler_chooses(kernel_backend, unit, order):
+    """Of every argument by itself, not only as x lies."""
+    device = device_of(kernel_backend)
+    backend = interpreted_triton() if (kernel_backend, device) == ("triton", "cpu") else ops
+    x = torch.randn(16, 5, 3, 4, device=device)
+    units = x.shape[1:] if unit == "activation" else x.shape[1:2]
+    beta, spec = check_loss(x, torch.rand(units, device=device) + 0.5, 4, "ratio", unit, 2, "none")
+    chosen = check_activation("elu")
+
+    def other(t):
+        return laid_out(t, order[: t.dim()] if t.dim() == 4 else tuple(reversed(range(t.dim()))))
+
+    args = (*spec, True)
+    for found, wanted in (
+        (backend.loss_dx(other(x), other(beta), *args), backend.loss_dx(x, beta, *args)),
+        (backend.moments(other(x), *args[2:4], args[5]), backend.moments(x, *args[2:4], args[5])),
+        (
+            backend.activation(other(x), other(beta), *args, *chosen, True),
+            backend.activation(x, beta, *args, *chosen, True),
+        ),
+    ):
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b)
+    y, _, mean, scale, _, rows = backend.activation(x, beta, *args, *chosen, True)
+    tensors, rest = (y, True, rows, torch.randn_like(y), mean, scale), (x.new_tensor(0.5), 4, 16, spec[5], *chosen)
+    wanted = backend.activation_dx(*tensors, *rest)
+    for index, t in enumerate(tensors):
+        if index != 1:
+            moved = (*tensors[:index], other(t), *tensors[index + 1 :])
+            torch.testing.assert_close(backend.activation_dx(*moved, *rest), wanted)
+    wanted = backend.moments_dx(x, mean, scale, mean, None, 4, 16, spec[5])
+    found = backend.moments_dx(other(x), other(mean), other(scale), other(mean), None, 4, 16, spec[5])
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("unit", UNITS)
+def test_inductor_gives_convolutions_the_layout_that_it_likes(unit):
+    """And VCL takes it: eager convolutions are contiguous here, Inductor's channels_last."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    conv, options = torch.nn.Conv2d(4, 32, 3), {"form": "relative_variance", "sub_batch_size": 4, "unit": unit}
+    x, beta = torch.randn(20, 4, 10, 10), torch.rand((32, 8, 8) if unit == "activation" else 32) + 0.5
+    wanted = [*conv.parameters(), beta.requires_grad_()]
+
+    def step():
+        y, loss = vk.vcl_activation(conv(x), "elu", beta, **options)
+        return y.square().mean() + 0.3 * loss
+
+    compiled = torch.compile(step, fullgraph=True)
+    for a, b in zip(torch.autograd.grad(compiled(), wanted), torch.autograd.grad(step(), wanted), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

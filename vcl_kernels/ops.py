@@ -1,7 +1,8 @@
 """The registered ops: their schemas, what they return for fake tensors, and the backend that each device gets.
 
-Every function here takes tensors in a supported layout (``geometry.in_layout``) and values of a ``LossSpec``.
-``mean``, ``var``, ``scale`` and ``shift`` are ``(K, *units)`` in the accumulation dtype.
+Every function here takes tensors and the values of a ``LossSpec``. ``mean``, ``var``, ``scale`` and ``shift`` are
+``(K, *units)`` in the accumulation dtype, in x's order of units. Results lie as x does, or as a contiguous x would
+where kernels cannot read x where it lies.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from .backends import load_native, one_pass, register_triton
-from .geometry import accumulation_dtype, empty_rows, empty_units
+from .geometry import accumulation_dtype, empty_rows, empty_units, in_layout
 
 __all__ = [
     "activation",
@@ -27,26 +28,33 @@ _SPEC = "float beta_value, float beta_min, SymInt n, SymInt K, int form, bool pe
 _ACTIVATION = "int activation, float parameter"
 
 _library = torch.library.Library("vcl_kernels", "DEF")
-_library.define(f"loss(Tensor x, Tensor? beta, {_SPEC}) -> Tensor")
-_library.define(f"loss_dx(Tensor x, Tensor? beta, {_SPEC}, bool beta_grad) -> (Tensor loss, Tensor dx, Tensor dbeta)")
-_library.define(
+
+
+def _define(schema: str) -> None:
+    """Define an op that takes its arguments in whatever layout a compiler chose for them, not only that of tracing."""
+    _library.define(schema, tags=(torch.Tag.flexible_layout,))
+
+
+_define(f"loss(Tensor x, Tensor? beta, {_SPEC}) -> Tensor")
+_define(f"loss_dx(Tensor x, Tensor? beta, {_SPEC}, bool beta_grad) -> (Tensor loss, Tensor dx, Tensor dbeta)")
+_define(
     f"loss_coefficients(Tensor x, Tensor? beta, {_SPEC}, bool beta_grad, bool keep_rows) "
     "-> (Tensor loss, Tensor mean, Tensor scale, Tensor dbeta, Tensor rows)"
 )
-_library.define("moments(Tensor x, SymInt n, SymInt K, bool per_activation) -> (Tensor mean, Tensor var)")
-_library.define(
+_define("moments(Tensor x, SymInt n, SymInt K, bool per_activation) -> (Tensor mean, Tensor var)")
+_define(
     "moments_dx(Tensor x, Tensor mean, Tensor scale, Tensor? shift, Tensor? g, SymInt n, SymInt N, "
     "bool per_activation) -> Tensor"
 )
-_library.define(
+_define(
     f"activation(Tensor x, Tensor? beta, {_SPEC}, bool beta_grad, {_ACTIVATION}, bool keep_rows) "
     "-> (Tensor y, Tensor loss, Tensor mean, Tensor scale, Tensor dbeta, Tensor rows)"
 )
-_library.define(
+_define(
     "activation_dx(Tensor? saved, bool from_output, Tensor? rows, Tensor? dy, Tensor mean, Tensor scale, Tensor? g, "
     f"SymInt n, SymInt N, bool per_activation, {_ACTIVATION}) -> Tensor"
 )
-_library.define("multiply_(Tensor(a!) dx, Tensor g) -> ()")
+_define("multiply_(Tensor(a!) dx, Tensor g) -> ()")
 
 load_native()
 register_triton(_library)
@@ -71,17 +79,20 @@ def _loss_and_dbeta(x, beta, per_activation, reduce, beta_grad):  # type: ignore
 
 @torch.library.register_fake("vcl_kernels::loss", lib=_library)
 def _(x, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce):  # type: ignore[no-untyped-def]
+    x = in_layout(x, per_activation)
     return _loss_and_dbeta(x, beta, per_activation, reduce, False)[0]
 
 
 @torch.library.register_fake("vcl_kernels::loss_dx", lib=_library)
 def _(x, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce, beta_grad):  # type: ignore[no-untyped-def]
+    x = in_layout(x, per_activation)
     loss, dbeta = _loss_and_dbeta(x, beta, per_activation, reduce, beta_grad)
     return loss, empty_rows(x, x.shape[0]), dbeta
 
 
 @torch.library.register_fake("vcl_kernels::loss_coefficients", lib=_library)
 def _(x, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce, beta_grad, keep):  # type: ignore[no-untyped-def]
+    x = in_layout(x, per_activation)
     loss, dbeta = _loss_and_dbeta(x, beta, per_activation, reduce, beta_grad)
     mean, scale = empty_units(x, per_activation, K), empty_units(x, per_activation, K)
     return loss, mean, scale, dbeta, empty_rows(x, K * n) if keep else x.new_empty(0)
@@ -89,16 +100,18 @@ def _(x, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce,
 
 @torch.library.register_fake("vcl_kernels::moments", lib=_library)
 def _(x, n, K, per_activation):  # type: ignore[no-untyped-def]
+    x = in_layout(x, per_activation)
     return empty_units(x, per_activation, K), empty_units(x, per_activation, K)
 
 
 @torch.library.register_fake("vcl_kernels::moments_dx", lib=_library)
 def _(x, mean, scale, shift, g, n, N, per_activation):  # type: ignore[no-untyped-def]
-    return empty_rows(x, N)
+    return empty_rows(in_layout(x, per_activation), N)
 
 
 @torch.library.register_fake("vcl_kernels::activation", lib=_library)
 def _(x, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce, beta_grad, kind, parameter, keep):  # type: ignore[no-untyped-def]
+    x = in_layout(x, per_activation)
     loss, dbeta = _loss_and_dbeta(x, beta, per_activation, reduce, beta_grad)
     mean, scale = empty_units(x, per_activation, K), empty_units(x, per_activation, K)
     return empty_rows(x, x.shape[0]), loss, mean, scale, dbeta, empty_rows(x, K * n) if keep else x.new_empty(0)
@@ -106,7 +119,7 @@ def _(x, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce,
 
 @torch.library.register_fake("vcl_kernels::activation_dx", lib=_library)
 def _(saved, from_output, rows, dy, mean, scale, g, n, N, per_activation, kind, parameter):  # type: ignore[no-untyped-def]
-    return empty_rows(rows if saved is None else saved, N)
+    return empty_rows(in_layout(rows if saved is None else saved, per_activation), N)
 
 
 @torch.library.register_fake("vcl_kernels::multiply_", lib=_library)

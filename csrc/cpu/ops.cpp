@@ -68,24 +68,33 @@ Kernels kernels_for(DType t) {
 // ---- shapes
 
 struct Shape {
-  int64_t dim, sizes[8], strides[8];
+  int64_t dim = 0, sizes[8], strides[8];
+  Shape() = default;
   explicit Shape(const Tensor& t) : dim(t.dim()) {
-    STD_TORCH_CHECK(dim >= 2 && dim <= 8, "x must have 2 to 8 dimensions, got ", dim);
+    STD_TORCH_CHECK(dim <= 8, "at most 8 dimensions are supported, got ", dim);
     const auto s = t.sizes(), d = t.strides();
     for (int64_t i = 0; i < dim; ++i) sizes[i] = s[i], strides[i] = d[i];
   }
 
-  // Whether the elements of a sample fill one block of memory, in some order of dimensions.
-  bool dense_samples() const {
-    int64_t filled = 1, count = 1;
+  void add(int64_t size, int64_t stride) { sizes[dim] = size, strides[dim++] = stride; }
+
+  // How many elements the dimensions from `first` on have.
+  int64_t count(int64_t first) const {
+    int64_t product = 1;
+    for (int64_t i = first; i < dim; ++i) product *= sizes[i];
+    return product;
+  }
+
+  // Whether the dimensions from `first` on, in some order, are one dimension of stride `step`.
+  bool fill(int64_t first, int64_t step) const {
+    int64_t filled = step;
     for (bool grown = true; grown;) {
       grown = false;
-      for (int64_t i = 1; i < dim; ++i) {
+      for (int64_t i = first; i < dim; ++i) {
         if (sizes[i] > 1 && strides[i] == filled) filled *= sizes[i], grown = true;
       }
     }
-    for (int64_t i = 1; i < dim; ++i) count *= sizes[i];
-    return filled == count;
+    return filled == step * count(first);
   }
 
   bool lies_as(const Shape& other) const {
@@ -106,27 +115,38 @@ Strides strides_of(const Shape& s, bool per_activation) {
 }
 
 View view_of(const Shape& s, int64_t n, int64_t K, bool per_activation) {
-  int64_t inner = 1;
-  for (int64_t i = 2; i < s.dim; ++i) inner *= s.sizes[i];
+  const int64_t inner = s.count(2);
   if (per_activation) return {s.sizes[0], K, n, s.sizes[1] * inner, 1, false};
   const bool spatial = inner > 1 && strides_of(s, false).pos == 1;
   return {s.sizes[0], K, n, s.sizes[1], inner, spatial};
 }
 
-Tensor empty(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
+// x, or a contiguous copy where its strides fit neither layout (geometry.in_layout): a compiler chooses them too.
+Tensor in_layout(const Tensor& x, bool per_activation) {
+  const Shape s(x);
+  STD_TORCH_CHECK(s.dim >= 2, "x must have 2 to 8 dimensions, got ", s.dim);
+  if (per_activation) return s.fill(1, 1) ? x : torch::stable::contiguous(x);
+  const int64_t C = s.sizes[1], P = s.count(2), step = strides_of(s, false).pos;
+  const bool spatial = step == 1 && P > 1 && (C == 1 || s.strides[1] >= P);
+  const bool unit = C == 1 || (s.strides[1] == 1 && (P == 1 || step >= C));
+  return s.fill(2, step) && (spatial || unit) ? x : torch::stable::contiguous(x);
+}
+
+Tensor empty(const Shape& s, int32_t dtype) {
   AtenTensorHandle out;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &out));
+      aoti_torch_empty_strided(s.dim, s.sizes, s.strides, dtype, aoti_torch_device_type_cpu(), 0, &out));
   return Tensor(out);
 }
 
 Tensor empty_vector(int64_t size, int32_t dtype) {
-  const int64_t one = 1;
-  return empty(1, &size, &one, dtype);
+  Shape s;
+  s.add(size, 1);
+  return empty(s, dtype);
 }
 
 Tensor scalar(int32_t dtype, DType t, double value) {
-  Tensor out = empty(0, nullptr, nullptr, dtype);
+  Tensor out = empty(Shape(), dtype);
   if (t == DType::f64) *(double*)out.data_ptr() = value;
   else *(float*)out.data_ptr() = float(value);
   return out;
@@ -140,26 +160,36 @@ int32_t dtype_code(const Tensor& x) {
 
 // N samples one after another, each laid out as x's are (geometry.empty_rows). (empty_like goes through a look-up by
 // name, dearer than a small loss.)
-Tensor empty_rows(const Tensor& x, Shape s, int64_t N) {
-  if (!s.dense_samples()) {
+Shape rows_as(const Tensor& x, Shape s, int64_t N) {
+  if (!s.fill(1, 1)) {
     Tensor first = x;
     s = Shape(torch::stable::empty_like(torch::stable::narrow(first, 0, 0, 1)));
   }
-  s.sizes[0] = N, s.strides[0] = 1;
-  for (int64_t i = 1; i < s.dim; ++i) s.strides[0] *= s.sizes[i];
-  return empty(s.dim, s.sizes, s.strides, dtype_code(x));
+  s.sizes[0] = N, s.strides[0] = s.count(1);
+  return s;
 }
 
 // One value for each unit, and with K > 0 for each sub-batch, in the memory order of x's units.
-Tensor empty_units(const Shape& s, bool per_activation, int64_t K, int64_t U, int32_t dtype) {
-  int64_t sizes[8], strides[8], dim = 0;
-  if (K) sizes[dim] = K, strides[dim++] = U;
-  if (!per_activation) {
-    sizes[dim] = s.sizes[1], strides[dim++] = 1;
-  } else {
-    for (int64_t i = 1; i < s.dim; ++i) sizes[dim] = s.sizes[i], strides[dim++] = s.strides[i];
-  }
-  return empty(dim, sizes, strides, dtype);
+Shape units_as(const Shape& x, bool per_activation, int64_t K) {
+  Shape s;
+  if (K) s.add(K, per_activation ? x.count(1) : x.sizes[1]);
+  if (!per_activation) s.add(x.sizes[1], 1);
+  for (int64_t i = 1; per_activation && i < x.dim; ++i) s.add(x.sizes[i], x.strides[i]);
+  return s;
+}
+
+// t, or a copy of it that lies as `wanted`.
+Tensor laid_out(const Tensor& t, const Shape& wanted) {
+  if (Shape(t).lies_as(wanted)) return t;
+  Tensor copy = empty(wanted, dtype_code(t));
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+// t, one value or one for each unit (and each sub-batch before it), in x's order of units (geometry.in_unit_order).
+Tensor in_unit_order(const Tensor& t, const Shape& x, bool per_activation) {
+  const int64_t units = per_activation ? x.dim - 1 : 1;
+  return t.dim() == 0 ? t : laid_out(t, units_as(x, per_activation, t.dim() > units ? t.size(0) : 0));
 }
 
 // ---- tasks
@@ -218,8 +248,8 @@ int64_t block_run(const Job& j) {
 }
 
 struct Request {
-  const Tensor& x;
-  const std::optional<Tensor>& beta;
+  Tensor x;
+  std::optional<Tensor> beta;
   double beta_value, beta_min;
   int64_t n, K;
   Form form;
@@ -238,11 +268,13 @@ struct Results {
 enum class Want { loss, dx, moments, coefficients, activation };
 
 // Moments, or with a form the loss, and what else is wanted.
-Results run(const Request& q, Want want) {
+Results run(Request q, Want want) {
   const bool want_dx = want == Want::dx, want_y = want == Want::activation, keep_rows = q.keep_rows;
   const bool want_scale = want_y || want == Want::coefficients, want_mean = want_scale || want == Want::moments;
   const DType t = dtype_of(q.x);
+  q.x = in_layout(q.x, q.per_activation);
   const Shape shape(q.x);
+  if (q.beta) q.beta = in_unit_order(*q.beta, shape, q.per_activation);
   const int32_t acc = accumulation(t);
   Results out;
   Job j{};
@@ -257,13 +289,14 @@ Results run(const Request& q, Want want) {
   j.beta_value = q.beta_value, j.beta_min = q.beta_min, j.form = q.form, j.factor = q.factor;
   const bool loss = q.form != Form::none, sum_dbeta = q.beta_grad && !j.beta_step && q.reduce;
   if (want_dx) {
-    out.dx = empty_rows(q.x, shape, v.N);
-    const Shape to(*out.dx);
+    const Shape to = rows_as(q.x, shape, v.N);
+    out.dx = empty(to, dtype_code(q.x));
     j.ds = strides_of(to, q.per_activation);
     j.dx = out.dx->data_ptr();
   }
-  if (want_scale) out.rows = keep_rows ? empty_rows(q.x, shape, v.K * v.n) : empty_vector(0, dtype_code(q.x));
-  if (want_y) out.y = empty_rows(q.x, shape, v.N);
+  const auto rows = [&](int64_t N) { return empty(rows_as(q.x, shape, N), dtype_code(q.x)); };
+  if (want_scale) out.rows = keep_rows ? rows(v.K * v.n) : empty_vector(0, dtype_code(q.x));
+  if (want_y) out.y = rows(v.N);
   const bool writes_y = want_y || (want_scale && keep_rows);
   if (writes_y) {  // the rows alone: the identity of those that take part
     const Tensor& y = want_y ? *out.y : *out.rows;
@@ -277,7 +310,7 @@ Results run(const Request& q, Want want) {
              v.P <= piece_values(v) && j.block * v.P <= kJoinedRun;
   j.stream = (want_dx && streams(j, j.dx, block_run(j), bytes(t), kStreamLater)) ||
              (want_y && streams(j, j.y, block_run(j), bytes(t), kStreamNext));
-  const auto per_unit = [&](int64_t K) { return empty_units(shape, q.per_activation, K, v.U, acc); };
+  const auto per_unit = [&](int64_t K) { return empty(units_as(shape, q.per_activation, K), acc); };
   if (loss && !q.reduce) j.loss = (out.loss = per_unit(0))->data_ptr();
   if (q.beta_grad && !sum_dbeta) j.dbeta = (out.dbeta = per_unit(0))->data_ptr();
   if (want_mean) j.mean = (out.mean = per_unit(v.K))->data_ptr();
@@ -367,26 +400,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activation(
   return {*r.y, *r.loss, *r.mean, *r.scale, *r.dbeta, *r.rows};
 }
 
-void* data_of(const std::optional<Tensor>& t) { return t ? t->data_ptr() : nullptr; }
+// The tensors that dx is made of.
+struct Upstream {
+  std::optional<Tensor> saved, rows, dy, mean, scale, shift, g;
+};
 
-// dx of N rows, laid out as `like`; the caller has set what else it is made of.
-Tensor gradients(Job& j, const Tensor& like, std::optional<Tensor> dy, const Tensor& mean, int64_t n, int64_t N,
-                 bool per_activation) {
+// dx of N rows, laid out as what was saved; the caller has set what is not a tensor.
+Tensor gradients(Job& j, Upstream u, int64_t n, int64_t N, bool per_activation) {
+  const auto data_of = [](const std::optional<Tensor>& t) { return t ? t->data_ptr() : nullptr; };
+  std::optional<Tensor>& given = u.saved ? u.saved : u.rows;
+  given = in_layout(*given, per_activation);
+  const Tensor like = *given;
   const DType t = dtype_of(like);
-  const Shape shape(like);
-  j.view = view_of(shape, n, mean.size(0), per_activation);
+  const Shape shape(like), to = rows_as(like, shape, N);
+  if (u.rows && u.saved) u.rows = laid_out(*u.rows, rows_as(like, shape, u.rows->size(0)));
+  if (u.dy) u.dy = laid_out(*u.dy, to);  // it may be expanded, or in another memory format
+  for (std::optional<Tensor>* of : {&u.mean, &u.scale, &u.shift}) {
+    if (*of) *of = in_unit_order(**of, shape, per_activation);
+  }
+  const Tensor dx = empty(to, dtype_code(like));
+  j.view = view_of(shape, n, u.mean->size(0), per_activation);
   j.view.N = N;
   j.xs = strides_of(shape, per_activation);
-  const Tensor dx = empty_rows(like, shape, N);
-  if (dy && !Shape(*dy).lies_as(Shape(dx))) {  // expanded, or in another memory format
-    Tensor laid_out = empty_rows(like, shape, N);
-    torch::stable::copy_(laid_out, *dy);
-    dy = laid_out;
-  }
-  j.dy = data_of(dy);
-  j.ds = strides_of(Shape(dx), per_activation);
+  j.ds = strides_of(to, per_activation);
+  j.x = data_of(u.saved);
+  j.rows = data_of(u.rows);
+  j.dy = data_of(u.dy);
+  j.mean = data_of(u.mean);
+  j.scale = data_of(u.scale);
+  j.shift = data_of(u.shift);
+  j.g = data_of(u.g);
   j.dx = dx.data_ptr();
-  j.mean = mean.data_ptr();
   j.stream = streams(j, j.dx, run_length(j.view, j.xs), bytes(t), j.dy ? kStreamNext : kStreamLater);
   const Kernels kernels = kernels_for(t);
   parallel(N, j.view.U * j.view.P, [&](int64_t b, int64_t e) { kernels.gradients(j, b, e); });
@@ -396,11 +440,7 @@ Tensor gradients(Job& j, const Tensor& like, std::optional<Tensor> dy, const Ten
 Tensor moments_dx(const Tensor& x, const Tensor& mean, const Tensor& scale, const std::optional<Tensor>& shift,
                   const std::optional<Tensor>& g, int64_t n, int64_t N, bool per_activation) {
   Job j{};
-  j.x = x.data_ptr();
-  j.scale = scale.data_ptr();
-  j.shift = data_of(shift);
-  j.g = data_of(g);
-  return gradients(j, x, std::nullopt, mean, n, N, per_activation);
+  return gradients(j, {x, std::nullopt, std::nullopt, mean, scale, shift, g}, n, N, per_activation);
 }
 
 Tensor activation_dx(const std::optional<Tensor>& saved, bool from_output, const std::optional<Tensor>& rows,
@@ -408,12 +448,9 @@ Tensor activation_dx(const std::optional<Tensor>& saved, bool from_output, const
                      const std::optional<Tensor>& g, int64_t n, int64_t N, bool per_activation, int64_t activation,
                      double parameter) {
   Job j{};
-  j.x = data_of(saved);
-  j.rows = data_of(rows);
-  j.g = data_of(g);
-  j.scale = g ? scale.data_ptr() : nullptr;
   j.activation = Activation(activation), j.parameter = parameter, j.from_output = from_output;
-  return gradients(j, saved ? *saved : *rows, dy, mean, n, N, per_activation);
+  const std::optional<Tensor> of_loss = g ? std::optional(scale) : std::nullopt;
+  return gradients(j, {saved, rows, dy, mean, of_loss, std::nullopt, g}, n, N, per_activation);
 }
 
 }  // namespace

@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...geometry import Geometry, accumulation_dtype, empty_rows, empty_units
+from ...geometry import Geometry, accumulation_dtype, empty_rows, empty_units, in_layout, in_unit_order
 from ...spec import ACTIVATIONS, FORMS, NO_MINIMUM
 from . import apply, finalise, fused, multiply
 from . import moments as partial_moments
@@ -25,6 +25,8 @@ def one_pass(x: Tensor, n: int, K: int, per_activation: bool) -> bool:
 
 def loss(x, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce) -> Tensor:
     """Loss alone."""
+    x = in_layout(x, per_activation)
+    beta = None if beta is None else in_unit_order(beta, x, per_activation)
     given = beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce
     partial = _moments(x, None, n, K, per_activation)
     return _coefficients(x, *partial, None, *given, False)[0]
@@ -34,6 +36,8 @@ def loss_dx(
     x, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce, beta_grad
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and gradient in one pass, for units that fit on chip."""
+    x = in_layout(x, per_activation)
+    beta = None if beta is None else in_unit_order(beta, x, per_activation)
     g, dx = _seen(x, n, K, per_activation), empty_rows(x, x.shape[0])
     to = _seen(dx, n, K, per_activation)
     per_unit = empty_units(x, per_activation)
@@ -50,6 +54,8 @@ def loss_coefficients(
     x, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce, beta_grad, keep_rows
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, the mean and scale from which backward makes dx, and the rows that take part, from one read of them."""
+    x = in_layout(x, per_activation)
+    beta = None if beta is None else in_unit_order(beta, x, per_activation)
     rows = empty_rows(x, K * n) if keep_rows else None
     mean = empty_units(x, per_activation, K)
     partial = _moments(x, mean, n, K, per_activation, rows=rows)
@@ -59,6 +65,7 @@ def loss_coefficients(
 
 def moments(x, n, K, per_activation) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance of each sub-batch."""
+    x = in_layout(x, per_activation)
     mean, var = empty_units(x, per_activation, K), empty_units(x, per_activation, K)
     partial, splits = _moments(x, mean, n, K, per_activation)
     g = _seen(x, n, K, per_activation)
@@ -70,6 +77,7 @@ def moments(x, n, K, per_activation) -> tuple[Tensor, Tensor]:
 
 def moments_dx(x, mean, scale, shift, g, n, N, per_activation) -> Tensor:
     """dx = g · (scale · (x - mean) + shift), and zeros for rows past the last sub-batch."""
+    x = in_layout(x, per_activation)
     dx = empty_rows(x, N)
     _apply(x, None, None, dx, mean, scale, shift, g, n, mean.shape[0], per_activation)
     return dx
@@ -80,6 +88,8 @@ def activation(
     keep_rows,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y = act(x), the loss and the coefficients of x, and the rows that take part, from one read of x."""
+    x = in_layout(x, per_activation)
+    beta = None if beta is None else in_unit_order(beta, x, per_activation)
     y = empty_rows(x, x.shape[0])
     rows = empty_rows(x, K * n) if keep_rows else None
     mean = empty_units(x, per_activation, K)
@@ -92,10 +102,14 @@ def activation_dx(
     saved, from_output, rows, dy, mean, scale, g, n, N, per_activation, activation, parameter
 ) -> Tensor:  # fmt: skip
     """dx = dy · act' + g · scale · (x - mean), either term left out with its upstream gradient; rounded once."""
+    if saved is None:
+        rows = in_layout(rows, per_activation)
+    else:
+        saved = in_layout(saved, per_activation)
     dx = empty_rows(rows if saved is None else saved, N)
     K = mean.shape[0]
-    if dy is not None and not _lie_alike(dy, dx):  # expanded, or in another memory format
-        dy = torch.empty_like(dx).copy_(dy)
+    rows = None if rows is None else _laid_out(rows, dx)
+    dy = None if dy is None else _laid_out(dy, dx)  # it may be expanded, or in another memory format
     if g is None:
         rows = mean = scale = None
     if rows is not None and dy is None:
@@ -155,6 +169,7 @@ def _apply(
     saved, rows, dy, dx, mean, scale, shift, g, n, K, per_activation,
     activation="identity", parameter=0.0, from_output=False,
 ) -> None:  # fmt: skip
+    mean, scale, shift = (None if t is None else in_unit_order(t, dx, per_activation) for t in (mean, scale, shift))
     to = _seen(dx, n, K, per_activation)
     x = to if saved is None else _seen(saved, n, K, per_activation)
     launch = apply.plan(x, to, dx.element_size())
@@ -166,8 +181,11 @@ def _seen(x: Tensor, n: int, K: int, per_activation: bool) -> Geometry:
     return _of_shape(x.shape, x.stride(), n, K, per_activation)
 
 
-def _lie_alike(a: Tensor, b: Tensor) -> bool:
-    return all(s == t or size == 1 for size, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+def _laid_out(a: Tensor, like: Tensor) -> Tensor:
+    """Return ``a``, or a copy of it with the strides of ``like``."""
+    if all(s == t or size == 1 for size, s, t in zip(a.shape, a.stride(), like.stride(), strict=True)):
+        return a
+    return a.new_empty_strided(a.shape, like.stride()).copy_(a)
 
 
 def _accumulation(x: Tensor):
