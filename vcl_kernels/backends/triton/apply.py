@@ -53,6 +53,7 @@ def apply_spatial(
     position = pid % by_pos * PB + tl.arange(0, PB)[None, :]
     blocks = tl.cdiv(U, UB)
     first = (pid // by_pos % blocks).to(tl.int64) * UB
+    k = pid // by_pos // blocks // n
     row = (pid // by_pos // blocks).to(tl.int64)
     u = tl.arange(0, UB)[:, None]
     valid = first + u < U
@@ -67,14 +68,14 @@ def apply_spatial(
         if ACTIVATION != "identity":
             saved = tl.load(saved_ptr + saved_at, mask=mask, other=0.0).to(ACC)
             dx = times_derivative(dx, saved, parameter, ACTIVATION, FROM_OUTPUT)
-    if mean_ptr is not None and row < K * n:
+    if mean_ptr is not None and k < K:
         if rows_ptr is not None:
             x = tl.load(rows_ptr + row * U * P + first * P + (u * P + position), mask=mask, other=0.0).to(ACC)
         elif dy_ptr is not None and ACTIVATION != "identity":
             x = saved
         else:
             x = tl.load(saved_ptr + saved_at, mask=mask, other=0.0).to(ACC)
-        dx += loss_gradient(x, mean_ptr, scale_ptr, shift_ptr, g_ptr, row // n * U + first + u, valid)
+        dx += loss_gradient(x, mean_ptr, scale_ptr, shift_ptr, g_ptr, k.to(tl.int64) * U + first + u, valid)
     tl.store(dx_ptr + dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -153,8 +154,8 @@ def loss_gradient(x, mean_ptr, scale_ptr, shift_ptr, g_ptr, at, valid):
 
 @functools.lru_cache(maxsize=1024)
 def rule(saved: Geometry, dx: Geometry, itemsize: int) -> Settings:
-    """Choose settings: a thread has 16 elements of each of four tensors; 8 if float64."""
-    weight = 2 if itemsize < 8 else 4
+    """Choose settings: a thread has 16 elements of each of four tensors; 8 if float64, or of two bytes and by unit."""
+    weight = 4 if itemsize == 8 or (itemsize == 2 and not saved.spatial) else 2
     if saved.spatial:
         PB = fitting(dx.P, 1024)
         UB = min(power_of_2(dx.U), TILE // PB)

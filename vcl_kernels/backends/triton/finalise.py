@@ -107,7 +107,7 @@ def rule(x: Geometry, splits: int, reduce: bool) -> Settings:
         UB = min(UB, max(4, min(few, 8 * few // KB)))  # 4 units of float64: the least that memory moves
     SB = min(power_of_2(splits), AT_ONCE // (KB * UB))
     SB = SB if SB >= 4 else 1
-    return Settings({"SB": SB, "KB": KB, "UB": UB}, warps_for((12 if in_one else 16) * SB * KB * UB))
+    return Settings({"SB": SB, "KB": KB, "UB": UB}, warps_for((8 if in_one else 16) * SB * KB * UB))
 
 
 def plan(x: Geometry, splits: int, reduce: bool, settings: Settings | None = None) -> Launch:

@@ -235,7 +235,7 @@ def store_moments(partial_ptr, mean_ptr, at, plane, valid, mean, m2, pilot, WHOL
 
 @functools.lru_cache(maxsize=1024)
 def rule(x: Geometry, writes: bool, itemsize: int) -> Settings:
-    """Choose settings: a thread has 16 elements, 8 where addresses of an odd P take registers too."""
+    """Choose settings: a thread has 16 elements; 8 where addresses, of an odd P or two results, take registers too."""
     most = TILE if writes or itemsize > 2 else 2 * TILE
     if x.spatial:
         PB = fitting(x.P, most)
@@ -248,8 +248,8 @@ def rule(x: Geometry, writes: bool, itemsize: int) -> Settings:
         UB = min(power_of_2(x.U), 64)
         tile = {"MB": min(power_of_2(x.M), most // UB), "UB": UB}
     splits = max(1, PROGRAMS // (cdiv(x.U, tile["UB"]) * x.K))
-    odd = x.spatial and x.P % 2
-    return Settings(tile, warps_for(math.prod(tile.values()) * (4 if odd else 2)), splits)
+    scattered = x.P % 2 if x.spatial else writes and itemsize == 2
+    return Settings(tile, warps_for(math.prod(tile.values()) * (4 if scattered else 2)), splits)
 
 
 def squares_in_float64(x: Geometry, itemsize: int) -> bool:
