@@ -109,6 +109,9 @@ def vcl_activation(
     part; y must then not be modified in place. Else it is x. In half precision elu's derivative, y + alpha, has the
     rounding of y.
 
+    Under ``torch.compile``, where at most a quarter of the rows take part, the activation is the compiler's, which
+    fuses it with its neighbours; only those rows go through a kernel of their own.
+
     Args:
         x: activations ``(N, C, *spatial)`` before the nonlinearity, as for :func:`vcl_loss`.
         activation: ``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"gelu"``, ``"silu"``, ``"tanh"`` or ``"identity"``.

@@ -38,7 +38,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data-dir", type=Path, help="folder of fashion-mnist (IDX files) or cifar10, cifar100 (python version)")
     add("--networks", nargs="+", default=["elu-11", "resnet"], choices=("elu-11", "resnet", "demo", "multilayer"))
     add("--activations", nargs="+", default=list(ACTIVATIONS), choices=tuple(ACTIVATIONS))
-    add("--methods", nargs="+", default=list(IMAGE_METHODS), choices=tuple(IMAGE_METHODS))
+    add("--methods", nargs="+", default=[m for m in IMAGE_METHODS if m != "vcl-pairs"], choices=tuple(IMAGE_METHODS))
     add("--batch-sizes", nargs="+", type=count, help="(100)")
     add("--seeds", type=count, help="(5)")
     add("--epochs", type=count, help="(10)")

@@ -236,7 +236,8 @@ def image_study(name: str, folder: Path) -> list[str]:
         lines.append([which, IMAGE_METHODS[method], str(len(same)), f"{mean:.2f} ± {half:.2f}", *cells, *spent])
     header = ["network", "method", "seeds", "test error, %", "difference from none", "from batch norm"]
     text = f"`python -m benchmarks.accuracy images {asked_for(asked)}` makes [{name}.csv]({SHOWN}/{name}.csv)."
-    title = f"### {rows[0]['dataset']}, {rows[0]['epochs']} epochs"
+    images = f"{rows[0]['images']} training images, " if rows[0]["images"] else ""
+    title = f"### {rows[0]['dataset']}, {images}{rows[0]['epochs']} epochs"
     return [title, "", text, "", *table([*header, "step, ms", "saved for backward, MB"], lines)]
 
 

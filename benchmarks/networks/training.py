@@ -43,7 +43,7 @@ def settings(device: str, rehearse: bool) -> list[Setting]:
         ]
     return [
         Setting("ELU-11, k = 0.5", partial(elu_11, k=0.5), 10, (50, 3, 32, 32)),
-        Setting("ResNet-50", resnet_50, 1000, (20, 3, 64, 64)),
+        Setting("ResNet-50", resnet_50, 1000, (64, 3, 64, 64)),
     ]
 
 
