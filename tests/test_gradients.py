@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from common import LAYOUTS
 from conftest import FORMS, UNITS, device_of
 
@@ -65,6 +66,21 @@ def test_beta_alone(kernel_backend):
     x, beta = case(kernel_backend, "ratio", "channel", "contiguous")
     x = x.detach()
     assert torch.autograd.gradcheck(lambda b: vk.vcl_loss(x, b, sub_batch_size=3, backend=kernel_backend), (beta,))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # forward mode of eager PyTorch itself
+def test_forward_mode_is_refused_by_kernels_and_not_by_the_reference(kernel_backend):
+    x = torch.randn(14, 4, dtype=torch.float64, device=device_of(kernel_backend))
+    direction = torch.randn_like(x)
+    with fwAD.dual_level():
+        dual = fwAD.make_dual(x, direction)
+        for call in (vk.vcl_loss, vk.vcl_activation, lambda x, backend: vk.sub_batch_moments(x, 3, backend=backend)):
+            with pytest.raises(RuntimeError, match="forward"):
+                call(dual, backend=kernel_backend)
+        slope = fwAD.unpack_dual(vk.vcl_loss(dual, backend="reference")).tangent
+    leaf = x.clone().requires_grad_()
+    (dx,) = torch.autograd.grad(vk.vcl_loss(leaf, backend=kernel_backend), leaf)
+    torch.testing.assert_close(slope, (dx * direction).sum())
 
 
 def test_gradient_penalty_reaches_the_weights(kernel_backend):

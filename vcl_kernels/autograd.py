@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from . import reference
 from .geometry import empty_rows, in_unit_order
@@ -20,6 +21,7 @@ def loss(x: Tensor, beta: Tensor | None, spec: LossSpec, backend: Any) -> Tensor
     """Differentiable loss of ``x``, which lies in a supported layout."""
     kernel_beta = _as_kernels_read(beta, x, spec)
     if not (torch.is_grad_enabled() and (x.requires_grad or (beta is not None and beta.requires_grad))):
+        _refuse_forward_mode(x, beta)
         return backend.loss(x, kernel_beta, *spec)
     if 2 * spec.K * spec.n <= x.shape[0]:
         return DeferredLoss.apply(x, beta, kernel_beta, spec, backend, True)[0]
@@ -207,6 +209,12 @@ def _differentiable(x: Tensor, beta: Tensor | None, ctx: Any, g: Tensor) -> tupl
     found = iter(torch.autograd.grad(value, inputs, g, create_graph=True))
     dx = next(found) if ctx.needs_input_grad[0] else None
     return dx, next(found) if ctx.needs_input_grad[1] else None
+
+
+def _refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Raise where an op would silently drop a tangent, as autograd functions do by themselves."""
+    if not torch.compiler.is_compiling() and any(t is not None and unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError('forward-mode derivatives are not supported by the kernels; backend="reference" has them')
 
 
 def _as_kernels_read(beta: Tensor | None, x: Tensor, spec: LossSpec) -> Tensor | None:
