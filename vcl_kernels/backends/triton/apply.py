@@ -154,8 +154,11 @@ def loss_gradient(x, mean_ptr, scale_ptr, shift_ptr, g_ptr, at, valid):
 
 @functools.lru_cache(maxsize=1024)
 def rule(saved: Geometry, dx: Geometry, itemsize: int) -> Settings:
-    """Choose settings: a thread has 16 elements of each of four tensors; 8 if float64, or of two bytes and by unit."""
-    weight = 4 if itemsize == 8 or (itemsize == 2 and not saved.spatial) else 2
+    """Choose settings: a thread has 16 elements of each of four tensors.
+
+    8 where coefficients take as many registers: in float64, of many units, and by unit in two bytes.
+    """
+    weight = 4 if itemsize == 8 or (dx.P <= 16 if saved.spatial else itemsize == 2) else 2
     if saved.spatial:
         PB = fitting(dx.P, 1024)
         UB = min(power_of_2(dx.U), TILE // PB)
