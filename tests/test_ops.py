@@ -1,12 +1,14 @@
 """The registered ops under torch.library.opcheck, torch.compile, checkpointing and threads."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import FORMS, UNITS, device_of
+from torch._inductor.utils import run_and_get_code
 from torch.utils.checkpoint import checkpoint
 
 import vcl_kernels as vk
@@ -20,6 +22,7 @@ def inputs():
     yield torch.randn(16, 5, 3, 4).to(memory_format=torch.channels_last)
     yield torch.randn(16, 7).bfloat16()
     yield torch.randn(16, 3, 5, 4).transpose(1, 2)  # which no kernel reads where it lies
+    yield torch.randn(16, 8, 3, 4)[:, :5]  # which kernels do, and give results without its gaps
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -85,6 +88,11 @@ def test_whatever_layout_a_compiler_chooses(kernel_backend, unit, order):
 
     args = (*spec, True)
     for found, wanted in (
+        ([backend.loss(other(x), other(beta), *spec)], [backend.loss(x, beta, *spec)]),
+        (
+            backend.loss_coefficients(other(x), other(beta), *args, True),
+            backend.loss_coefficients(x, beta, *args, True),
+        ),
         (backend.loss_dx(other(x), other(beta), *args), backend.loss_dx(x, beta, *args)),
         (backend.moments(other(x), *args[2:4], args[5]), backend.moments(x, *args[2:4], args[5])),
         (
@@ -101,15 +109,22 @@ def test_whatever_layout_a_compiler_chooses(kernel_backend, unit, order):
         if index != 1:
             moved = (*tensors[:index], other(t), *tensors[index + 1 :])
             torch.testing.assert_close(backend.activation_dx(*moved, *rest), wanted)
+    gaps = torch.stack([rows, rows], 1)[:, 0]  # between samples
+    for moved, dense in (
+        ((None, True, gaps, None, mean, scale), rows),
+        ((y, True, other(rows), None, mean, scale), rows),
+    ):
+        wanted = backend.activation_dx(None, True, dense, None, mean, scale, *rest)
+        torch.testing.assert_close(backend.activation_dx(*moved, *rest), wanted)
     wanted = backend.moments_dx(x, mean, scale, mean, None, 4, 16, spec[5])
     found = backend.moments_dx(other(x), other(mean), other(scale), other(mean), None, 4, 16, spec[5])
     torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:dynamo_pgo force disabled")
 @pytest.mark.parametrize("unit", UNITS)
 def test_inductor_gives_convolutions_the_layout_that_it_likes(unit):
-    """And VCL takes it: eager convolutions are contiguous here, Inductor's channels_last."""
+    """And VCL takes it as it is: eager convolutions are contiguous here, Inductor's channels_last."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     conv, options = torch.nn.Conv2d(4, 32, 3), {"form": "relative_variance", "sub_batch_size": 4, "unit": unit}
@@ -120,8 +135,12 @@ def test_inductor_gives_convolutions_the_layout_that_it_likes(unit):
         y, loss = vk.vcl_activation(conv(x), "elu", beta, **options)
         return y.square().mean() + 0.3 * loss
 
-    compiled = torch.compile(step, fullgraph=True)
-    for a, b in zip(torch.autograd.grad(compiled(), wanted), torch.autograd.grad(step(), wanted), strict=True):
+    with torch._inductor.config.patch(force_disable_caches=True):
+        loss, codes = run_and_get_code(torch.compile(step, fullgraph=True))
+    (convolved,) = re.findall(r"(\w+) = extern_kernels.convolution\(", codes[0])
+    assert re.search(rf"assert_size_stride\({convolved}, \(20, 32, 8, 8\), \(2048, 1, 256, 32\)", codes[0])
+    assert f"vcl_kernels.activation.default({convolved}," in codes[0]
+    for a, b in zip(torch.autograd.grad(loss, wanted), torch.autograd.grad(step(), wanted), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 

@@ -13,36 +13,33 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from . import reference
-from .geometry import empty_rows, in_unit_order
+from .geometry import empty_rows
 from .spec import Activation, LossSpec
 
 
 def loss(x: Tensor, beta: Tensor | None, spec: LossSpec, backend: Any) -> Tensor:
     """Differentiable loss of ``x``, which lies in a supported layout."""
-    kernel_beta = _as_kernels_read(beta, x, spec)
     if not (torch.is_grad_enabled() and (x.requires_grad or (beta is not None and beta.requires_grad))):
         _refuse_forward_mode(x, beta)
-        return backend.loss(x, kernel_beta, *spec)
+        return backend.loss(x, beta, *spec)
     if 2 * spec.K * spec.n <= x.shape[0]:
-        return DeferredLoss.apply(x, beta, kernel_beta, spec, backend, True)[0]
+        return DeferredLoss.apply(x, beta, spec, backend, True)[0]
     # float16: scaling by the upstream gradient (a GradScaler's) must come before rounding, or small values
     # vanish. Units that do not fit on chip: x is read twice in any case, and then once the upstream is known.
     # Nor is dx made for a beta that alone is learnt.
     deferred = x.dtype == torch.float16 or not x.requires_grad
     if deferred or not backend.one_pass(x, spec.n, spec.K, spec.per_activation):
-        return DeferredLoss.apply(x, beta, kernel_beta, spec, backend, False)[0]
-    return OnePassLoss.apply(x, beta, kernel_beta, spec, backend)
+        return DeferredLoss.apply(x, beta, spec, backend, False)[0]
+    return OnePassLoss.apply(x, beta, spec, backend)
 
 
 class OnePassLoss(torch.autograd.Function):
     """Loss and gradient in one pass over x; nothing is left for backward if the upstream gradient is 1."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, beta: Tensor | None, kernel_beta: Tensor | None, spec: LossSpec, backend: Any
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, beta: Tensor | None, spec: LossSpec, backend: Any) -> Tensor:
         """Save dx for an upstream gradient of 1, and x for a second derivative."""
-        loss, dx, dbeta = backend.loss_dx(x, kernel_beta, *spec, ctx.needs_input_grad[1])
+        loss, dx, dbeta = backend.loss_dx(x, beta, *spec, ctx.needs_input_grad[1])
         ctx.save_for_backward(x, beta, dx, dbeta)
         ctx.spec, ctx.backend = spec, backend
         return loss
@@ -52,10 +49,10 @@ class OnePassLoss(torch.autograd.Function):
         """Scale what forward computed."""
         x, beta, dx, dbeta = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_differentiable(x, beta, ctx, g), None, None, None
+            return *_differentiable(x, beta, ctx, g), None, None
         if ctx.needs_input_grad[0]:
             dx = _scaled(dx, g, ctx.backend)
-        return dx, _beta_gradient(ctx, beta, dbeta, g), None, None, None
+        return dx, _beta_gradient(ctx, beta, dbeta, g), None, None
 
 
 class DeferredLoss(torch.autograd.Function):
@@ -70,16 +67,13 @@ class DeferredLoss(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         beta: Tensor | None,
-        kernel_beta: Tensor | None,
         spec: LossSpec,
         backend: Any,
         keep_rows: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Save the rows that take part and the (K, U) coefficients."""
         ctx.set_materialize_grads(False)
-        loss, mean, scale, dbeta, rows = backend.loss_coefficients(
-            x, kernel_beta, *spec, ctx.needs_input_grad[1], keep_rows
-        )
+        loss, mean, scale, dbeta, rows = backend.loss_coefficients(x, beta, *spec, ctx.needs_input_grad[1], keep_rows)
         ctx.save_for_backward(rows if keep_rows else x, beta, mean, scale, dbeta)
         ctx.spec, ctx.backend, ctx.rows = spec, backend, x.shape[0]
         return loss, rows if keep_rows else None
@@ -95,12 +89,12 @@ class DeferredLoss(torch.autograd.Function):
             dx = None if dx is None else _padded(dx, ctx.rows)
         elif g is not None:
             if ctx.needs_input_grad[0]:
-                scale, g_one = _with_upstream(scale, g, kept, spec)
+                scale, g_one = _with_upstream(scale, g)
                 dx = ctx.backend.moments_dx(kept, mean, scale, None, g_one, spec.n, ctx.rows, spec.per_activation)
             db = _beta_gradient(ctx, beta, dbeta, g)
         if g_rows is not None:  # a second derivative by way of the kept rows
             dx = _padded(g_rows, ctx.rows) if dx is None else dx + _padded(g_rows, ctx.rows)
-        return dx, db, None, None, None, None
+        return dx, db, None, None, None
 
 
 def activation_and_loss(
@@ -110,8 +104,7 @@ def activation_and_loss(
     if torch.compiler.is_compiling() and 4 * spec.K * spec.n <= x.shape[0]:
         # a compiler fuses the bare activation with its neighbours, which saves more than a few rows cost
         return reference.activate(x, activation), loss(x[: spec.K * spec.n], beta, spec, backend)
-    kernel_beta = _as_kernels_read(beta, x, spec)
-    return ActivationAndLoss.apply(x, beta, kernel_beta, activation, spec, backend)[:2]
+    return ActivationAndLoss.apply(x, beta, activation, spec, backend)[:2]
 
 
 class ActivationAndLoss(torch.autograd.Function):
@@ -127,7 +120,6 @@ class ActivationAndLoss(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         beta: Tensor | None,
-        kernel_beta: Tensor | None,
         activation: Activation,
         spec: LossSpec,
         backend: Any,
@@ -137,7 +129,7 @@ class ActivationAndLoss(torch.autograd.Function):
         few = spec.K * spec.n <= x.shape[0] // 2 or (spec.K == 2 and 2 * spec.n < x.shape[0])
         ctx.keep_rows = ctx.needs_input_grad[0] and activation.from_output and few
         y, loss, mean, scale, dbeta, kept = backend.activation(
-            x, kernel_beta, *spec, ctx.needs_input_grad[1], *activation, ctx.keep_rows
+            x, beta, *spec, ctx.needs_input_grad[1], *activation, ctx.keep_rows
         )
         rows = kept if ctx.keep_rows else None
         ctx.save_for_backward(y if ctx.keep_rows else x, rows, beta, mean, scale, dbeta)
@@ -160,14 +152,14 @@ class ActivationAndLoss(torch.autograd.Function):
                 dx = part if dx is None else dx + part
         else:
             if ctx.needs_input_grad[0] and not (dy is None and g is None):
-                scale, g_one = (scale, None) if g is None else _with_upstream(scale, g, kept, spec)
+                scale, g_one = (scale, None) if g is None else _with_upstream(scale, g)
                 dx = ctx.backend.activation_dx(
                     saved, ctx.keep_rows, rows, dy, mean, scale, g_one, spec.n, N, spec.per_activation, *ctx.activation
                 )
             db = None if g is None else _beta_gradient(ctx, beta, dbeta, g)
         if g_rows is not None:  # a second derivative by way of the kept rows
             dx = _padded(g_rows, N) if dx is None else dx + _padded(g_rows, N)
-        return dx, db, None, None, None, None
+        return dx, db, None, None, None
 
 
 class Moments(torch.autograd.Function):
@@ -196,8 +188,7 @@ class Moments(torch.autograd.Function):
             return dx, None, None, None, None
         M = n if per_activation else n * (x[0, 0].numel())
         scale = torch.zeros_like(mean) if dvar is None else dvar * (2 / (M - 1))
-        shift = None if dmean is None else in_unit_order(dmean / M, x, per_activation)
-        scale = in_unit_order(scale, x, per_activation)
+        shift = None if dmean is None else dmean / M
         dx = ctx.backend.moments_dx(x, mean, scale, shift, None, n, x.shape[0], per_activation)
         return dx, None, None, None, None
 
@@ -217,15 +208,11 @@ def _refuse_forward_mode(*tensors: Tensor | None) -> None:
         raise RuntimeError('forward-mode derivatives are not supported by the kernels; backend="reference" has them')
 
 
-def _as_kernels_read(beta: Tensor | None, x: Tensor, spec: LossSpec) -> Tensor | None:
-    return None if beta is None else in_unit_order(beta.detach(), x, spec.per_activation)
-
-
-def _with_upstream(scale: Tensor, g: Tensor, x: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor]:
+def _with_upstream(scale: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """Return scale and an upstream gradient of one value, which kernels multiply; one for each unit goes to scale."""
     if g.dim() == 0:
         return scale, g
-    return in_unit_order(scale * g, x, spec.per_activation), g.new_ones(())
+    return scale * g, g.new_ones(())
 
 
 def _padded(rows: Tensor, count: int) -> Tensor:

@@ -1,8 +1,8 @@
 """The registered ops: their schemas, what they return for fake tensors, and the backend that each device gets.
 
-Every function here takes tensors and the values of a ``LossSpec``. ``mean``, ``var``, ``scale`` and ``shift`` are
-``(K, *units)`` in the accumulation dtype, in x's order of units. Results lie as x does, or as a contiguous x would
-where kernels cannot read x where it lies.
+Every function here but ``multiply_`` takes tensors however they lie, and the values of a ``LossSpec``. ``mean``,
+``var``, ``scale`` and ``shift`` are ``(K, *units)`` in the accumulation dtype. Results lie as x does, those of units in
+x's order of units; or as for a contiguous x where kernels cannot read x where it lies.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _define(
     "activation_dx(Tensor? saved, bool from_output, Tensor? rows, Tensor? dy, Tensor mean, Tensor scale, Tensor? g, "
     f"SymInt n, SymInt N, bool per_activation, {_ACTIVATION}) -> Tensor"
 )
-_define("multiply_(Tensor(a!) dx, Tensor g) -> ()")
+_library.define("multiply_(Tensor(a!) dx, Tensor g) -> ()")  # dx is dense
 
 load_native()
 register_triton(_library)

@@ -84,7 +84,7 @@ def _tensors_read(one: Recorded) -> list[Any]:
         with_saved = activation if given["dy_ptr"] is not None else given["mean_ptr"] is not None
         return [given["dy_ptr"]] * (given["dy_ptr"] is not None) + [given["saved_ptr"]] * with_saved
     if kernel == "finalise":
-        return [given["partial_ptr"]] * 3
+        return [given["partial_ptr"]] * (1 if one.launch.constants["WHOLE"] else 2)
     return [given["dx_ptr" if kernel == "multiply" else "x_ptr"]]
 
 

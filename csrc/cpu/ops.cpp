@@ -408,12 +408,11 @@ struct Upstream {
 // dx of N rows, laid out as what was saved; the caller has set what is not a tensor.
 Tensor gradients(Job& j, Upstream u, int64_t n, int64_t N, bool per_activation) {
   const auto data_of = [](const std::optional<Tensor>& t) { return t ? t->data_ptr() : nullptr; };
-  std::optional<Tensor>& given = u.saved ? u.saved : u.rows;
-  given = in_layout(*given, per_activation);
-  const Tensor like = *given;
+  const Tensor like = in_layout(u.saved ? *u.saved : *u.rows, per_activation);
+  if (u.saved) u.saved = like;
   const DType t = dtype_of(like);
   const Shape shape(like), to = rows_as(like, shape, N);
-  if (u.rows && u.saved) u.rows = laid_out(*u.rows, rows_as(like, shape, u.rows->size(0)));
+  if (u.rows) u.rows = laid_out(*u.rows, rows_as(like, shape, u.rows->size(0)));
   if (u.dy) u.dy = laid_out(*u.dy, to);  // it may be expanded, or in another memory format
   for (std::optional<Tensor>* of : {&u.mean, &u.scale, &u.shift}) {
     if (*of) *of = in_unit_order(**of, shape, per_activation);

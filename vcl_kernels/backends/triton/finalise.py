@@ -94,7 +94,17 @@ def store_units(ptr, value, units, U, REDUCE: tl.constexpr):
 
 def arguments(x: Geometry, splits: int) -> tuple[int, ...]:
     """Return the shape arguments."""
-    return x.K, x.M, x.U, splits * x.K * x.U, splits
+    return x.K, x.M, x.U, plane(x, splits), splits
+
+
+def plane(x: Geometry, splits: int) -> int:
+    """Return the distance between what is kept of parts: mean - pilot, m2, pilot, and then their counts."""
+    return 0 if splits == 1 else splits * x.K * x.U
+
+
+def partial_size(x: Geometry, splits: int) -> int:
+    """Return how many values are read: m2 of each sub-batch, or of parts three planes and a count for each split."""
+    return x.K * x.U if splits == 1 else 3 * plane(x, splits) + splits
 
 
 @functools.lru_cache(maxsize=1024)
@@ -104,7 +114,8 @@ def rule(x: Geometry, splits: int, reduce: bool) -> Settings:
     in_one = reduce and KB * UB <= ONE_PROGRAM and KB * UB * splits <= READ_BY_ONE
     if not in_one:
         few = 128 if splits == 1 else 16  # float64 takes many registers
-        UB = min(UB, max(4, min(few, 8 * few // KB)))  # 4 units of float64: the least that memory moves
+        least = max(1, min(4, ONE_PROGRAM // KB))  # 4 units of float64 are the least that memory moves
+        UB = min(UB, max(least, min(few, 8 * few // KB)))
     SB = min(power_of_2(splits), AT_ONCE // (KB * UB))
     SB = SB if SB >= 4 else 1
     return Settings({"SB": SB, "KB": KB, "UB": UB}, warps_for((8 if in_one else 16) * SB * KB * UB))

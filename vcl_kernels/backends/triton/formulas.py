@@ -19,7 +19,7 @@ def given_beta(beta_ptr, beta_value, u, valid, BETA: tl.constexpr):
 def loss_and_slopes(var, k, K, beta, FORM: tl.constexpr, KB: tl.constexpr, UB: tl.constexpr):
     """Loss of each unit, its derivatives by var [KB, UB] and by beta: the table of the README.
 
-    Divisions in float64 are calls, which take registers: one for each unit, at most.
+    Divisions in float64 are calls, which take registers: one for each pair or unit, and for each count.
     """
     if FORM == "ratio":  # the mean over pairs (a, b) of (1 - r)², r = v_a / (v_b + beta)
         pairs = tl.reshape(var, [KB // 2, 2, UB])

@@ -35,10 +35,16 @@ def loss(x, beta, beta_value, beta_min, n, K, form, per_activation, factor, redu
 def loss_dx(
     x, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce, beta_grad
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and gradient in one pass, for units that fit on chip."""
+    """Loss and gradient: in one pass where a unit fits on chip."""
     x = in_layout(x, per_activation)
     beta = None if beta is None else in_unit_order(beta, x, per_activation)
-    g, dx = _seen(x, n, K, per_activation), empty_rows(x, x.shape[0])
+    g = _seen(x, n, K, per_activation)
+    if not fused.fits(g, x.element_size()):  # as it lies here: a compiler may have chosen after one_pass was asked
+        mean = empty_units(x, per_activation, K)
+        given = beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce
+        loss, mean, scale, dbeta = _coefficients(x, *_moments(x, mean, n, K, per_activation), mean, *given, beta_grad)
+        return loss, moments_dx(x, mean, scale, None, None, n, x.shape[0], per_activation), dbeta
+    dx = empty_rows(x, x.shape[0])
     to = _seen(dx, n, K, per_activation)
     per_unit = empty_units(x, per_activation)
     dbeta = empty_units(x, per_activation) if beta_grad else None
@@ -127,17 +133,16 @@ def multiply_(dx: Tensor, g: Tensor) -> None:
 
 
 def _moments(x, mean, n, K, per_activation, y=None, rows=None, activation=None, parameter=0.0) -> tuple[Tensor, int]:
-    """Σ (x - mean)² of each sub-batch, (K, U), and mean is filled if given; or what finalise makes them of.
+    """Σ (x - mean)² of each sub-batch, (K, U), with mean filled if given; y and rows are filled if given.
 
-    y and rows are filled if given. Also return how many parts each sub-batch was split into.
+    Where sub-batches are split, what finalise makes both of. Also return how many parts each was split into.
     """
     g = _seen(x, n, K, per_activation)
     to = None if y is None else _seen(y, n, K, per_activation)
     launch, splits, per_split = partial_moments.plan(g, to, x.element_size(), keep_rows=rows is not None)
-    plane = splits * K * g.U
-    partial = torch.empty(plane if splits == 1 else 3 * plane + splits, dtype=torch.float64, device=x.device)
+    partial = torch.empty(finalise.partial_size(g, splits), dtype=torch.float64, device=x.device)
     launch.constants.update(ACTIVATION=activation, ACC=_accumulation(x))
-    launch(x, y, rows, partial, mean, parameter, *arguments(g, to or g), plane, splits, per_split)
+    launch(x, y, rows, partial, mean, parameter, *arguments(g, to or g), finalise.plane(g, splits), splits, per_split)
     return partial, splits
 
 

@@ -1,4 +1,4 @@
-"""Moments of sub-batches that do not fit on chip: samples over many programs, merged in a fixed order.
+"""Moments of sub-batches, and of parts of those that take too long for one program, for finalise to merge.
 
 With an activation, the same pass over x also writes y, for all rows, and keeps the rows that take part.
 """
@@ -15,7 +15,7 @@ from .activations import activate
 from .launch import RUN_TIME, Launch, Settings, cdiv, dense_units, fitting, positions_constant, power_of_2, warps_for
 
 TILE = 2048
-FEW = 256  # values of a unit in a sub-batch, at most, whose rounding errors do not average out: squares are float64
+FEW = 256  # values of a unit in a sub-batch at most whose errors do not average out: one tile, squares in float64
 PROGRAMS = 1024  # wanted at least: several for each of a GPU's multiprocessors
 
 
@@ -235,7 +235,10 @@ def store_moments(partial_ptr, mean_ptr, at, plane, valid, mean, m2, pilot, WHOL
 
 @functools.lru_cache(maxsize=1024)
 def rule(x: Geometry, writes: bool, itemsize: int) -> Settings:
-    """Choose settings: a thread has 16 elements; 8 where addresses, of an odd P or two results, take registers too."""
+    """Choose settings: a thread has 16 elements; 8 where addresses take registers too.
+
+    Those of an odd P do, and of values of two bytes that are written by unit.
+    """
     most = TILE if writes or itemsize > 2 else 2 * TILE
     if x.spatial:
         PB = fitting(x.P, most)
@@ -248,8 +251,8 @@ def rule(x: Geometry, writes: bool, itemsize: int) -> Settings:
         UB = min(power_of_2(x.U), 64)
         tile = {"MB": min(power_of_2(x.M), most // UB), "UB": UB}
     splits = max(1, PROGRAMS // (cdiv(x.U, tile["UB"]) * x.K))
-    scattered = x.P % 2 if x.spatial else writes and itemsize == 2
-    return Settings(tile, warps_for(math.prod(tile.values()) * (4 if scattered else 2)), splits)
+    addresses = x.P % 2 if x.spatial else writes and itemsize == 2
+    return Settings(tile, warps_for(math.prod(tile.values()) * (4 if addresses else 2)), splits)
 
 
 def squares_in_float64(x: Geometry, itemsize: int) -> bool:
