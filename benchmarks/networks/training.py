@@ -59,7 +59,7 @@ class Step:
         self.handle = None if options is None else vk.attach(self.model, self.x, **options)
         self.optimizer = torch.optim.SGD(vk.param_groups(self.model, 1e-4), lr=1e-6, momentum=0.9)
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=half)
-        self.run = torch.compile(self.model, options={"force_disable_caches": True}) if compiled else self.model
+        self.run = torch.compile(self.model, options={"fx_graph_cache": False}) if compiled else self.model
 
     def objective(self) -> torch.Tensor:
         with self.autocast:
