@@ -40,10 +40,9 @@ def loss_dx(
     beta = None if beta is None else in_unit_order(beta, x, per_activation)
     g = _seen(x, n, K, per_activation)
     if not fused.fits(g, x.element_size()):  # as it lies here: a compiler may have chosen after one_pass was asked
-        mean = empty_units(x, per_activation, K)
         given = beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce
-        loss, mean, scale, dbeta = _coefficients(x, *_moments(x, mean, n, K, per_activation), mean, *given, beta_grad)
-        return loss, moments_dx(x, mean, scale, None, None, n, x.shape[0], per_activation), dbeta
+        loss, mean, scale, by_beta, _ = loss_coefficients(x, *given, beta_grad, False)
+        return loss, moments_dx(x, mean, scale, None, None, n, x.shape[0], per_activation), by_beta
     dx = empty_rows(x, x.shape[0])
     to = _seen(dx, n, K, per_activation)
     per_unit = empty_units(x, per_activation)
