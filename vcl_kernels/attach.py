@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .geometry import accumulation_dtype
+from .example import Call, calls_of
 from .modules import VCL, VCLActivation
 from .places import replace
 
@@ -134,6 +134,7 @@ def attach(
     beta_min: float = 1e-3,
     layers: Iterable[str | nn.Module] | Callable[[str, nn.Module], bool] | None = None,
     inject: bool = False,
+    channel_dim: int | None = None,
 ) -> VCLHandle:
     r"""Give every activation module of ``model`` the variance constancy loss of its input, in place.
 
@@ -149,13 +150,16 @@ def attach(
             (``self.act = nn.ReLU()``), call :func:`vcl_kernels.vcl_activation` instead, or name the layers behind
             which they stand with ``layers``.
         example_input: a tensor, or tuple or dict of arguments, for one evaluation forward (nothing is learnt from it)
-            that finds the shape of each beta and activations called more than once. None: shapes come from the first
-            training forward, after which the optimizer is to be made.
+            that finds the shape of each beta, activations called more than once, and those whose channels are last.
+            None: shapes come from the first training forward, after which the optimizer is to be made.
         weight: multiplies the sum over layers.
         sub_batch_size, form, unit, learn_beta, beta_init, beta_min: as for :class:`vcl_kernels.VCL`.
         layers: other places: names or modules before which VCL is put, or a predicate of (name, module).
         inject: the loss enters the graph through each layer's output, which must then not be changed in place, and
             the training loop needs no change. Under a ``torch.amp.GradScaler``, set ``handle.grad_scaler`` to it.
+        channel_dim: where activations have their channels, dimension 0 being that of samples. None: in the last
+            dimension of what ``example_input`` shows to come straight from ``nn.Linear`` or ``nn.LayerNorm`` (as in a
+            transformer's feed-forward layers, ``(N, L, C)``), else in dimension 1.
 
     Returns:
         A :class:`VCLHandle`: ``handle.loss()`` to add to the objective, unless ``inject``.
@@ -183,11 +187,14 @@ def attach(
         "beta_init": beta_init,
         "beta_min": beta_min,
         "inject": inject,
+        "channel_dim": 1 if channel_dim is None else channel_dim,
     }
     VCL(**settings)  # type: ignore[arg-type]  # raises for a wrong setting before the model is touched
     chosen = _chosen(model, layers)
-    shapes = None if example_input is None else _shapes(model, [m for _, m in chosen], example_input)
-    return VCLHandle(model, chosen, shapes, settings)
+    calls = {} if example_input is None else calls_of(model, [module for _, module in chosen], example_input)
+    if channel_dim is not None:
+        calls = {module: [Call(x, channel_dim) for x, _ in seen] for module, seen in calls.items()}
+    return VCLHandle(model, chosen, calls, settings)
 
 
 class VCLHandle:
@@ -197,7 +204,7 @@ class VCLHandle:
         self,
         model: nn.Module,
         chosen: list[tuple[str, nn.Module]],
-        shapes: dict[nn.Module, list[Tensor]] | None,
+        seen: dict[nn.Module, list[Call]],
         settings: dict[str, Any],
     ) -> None:
         self.model = model
@@ -207,11 +214,10 @@ class VCLHandle:
         self._hooks = []
         self._calls: list[Calls] = []
         for module in self._modules:  # all that may fail, before the model is touched
-            seen = None if shapes is None else shapes.get(module, [])
-            vcls = [_vcl_for(module, settings) for _ in range(1 if not seen else len(seen))]
-            for vcl, x in zip(vcls, seen or [], strict=False):
-                vcl.materialize(x.shape, x.device, accumulation_dtype(x.dtype))
-            self._calls.append(Calls(vcls))
+            vcls = [_vcl_for(module, {**settings, "channel_dim": call.channel_dim}) for call in seen.get(module, [])]
+            for vcl, call in zip(vcls, seen.get(module, []), strict=True):
+                vcl.materialize(call.x)
+            self._calls.append(Calls(vcls or [_vcl_for(module, settings)]))
         stand_ins: dict[nn.Module, nn.Module] = {}
         for module, calls in zip(self._modules, self._calls, strict=True):
             if _can_fuse(module):
@@ -387,27 +393,3 @@ def _vcl_for(module: nn.Module, settings: dict[str, Any]) -> VCLActivation:
         return VCL(**settings)
     activation, names = FUSED[type(module)]
     return VCLActivation(activation, **{name: getattr(module, name) for name in names}, **settings)
-
-
-def _shapes(model: nn.Module, modules: list[nn.Module], example: Any) -> dict[nn.Module, list[Tensor]]:
-    """The inputs (as meta-data) of each call of each module in one evaluation forward."""
-    shapes: dict[nn.Module, list[Tensor]] = {}
-
-    def record(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        shapes.setdefault(module, []).append(args[0] if args else next(iter(named.values())))
-
-    hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            if isinstance(example, dict):
-                model(**example)
-            else:
-                model(*example) if isinstance(example, tuple) else model(example)
-    finally:
-        for module, mode in training:
-            module.training = mode
-        for hook in hooks:
-            hook.remove()
-    return shapes

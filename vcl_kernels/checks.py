@@ -28,6 +28,15 @@ def check_count(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}; got {value}")
 
 
+def check_channel_dim(x: Tensor, channel_dim: int) -> None:
+    """Raise unless ``channel_dim`` is a dimension of ``x`` other than that of samples."""
+    if x.dim() > 1 and (channel_dim == 0 or not 1 - x.dim() <= channel_dim < x.dim()):
+        raise ValueError(
+            f"channel_dim must be a dimension of x, and not 0, that of samples; got {channel_dim} for shape "
+            f"{tuple(x.shape)}"
+        )
+
+
 def check_moments(x: Tensor, sub_batch_size: int, unit: str, num_sub_batches: int | None) -> tuple[int, bool]:
     """Check what all functions share; return (number of sub-batches asked for or all, per_activation)."""
     if not isinstance(x, Tensor):

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from . import reference
-from .checks import check_activation, check_choice, check_count
+from .checks import check_activation, check_channel_dim, check_choice, check_count
 from .functional import weighted_activation
-from .geometry import accumulation_dtype
-from .spec import FORMS, UNITS
+from .geometry import accumulation_dtype, channels_first, unit_shape
+from .spec import FORMS, IDENTITY, UNITS
 
 __all__ = ["VCL", "VCLActivation"]
 
@@ -39,12 +39,15 @@ class VCLActivation(nn.Module):
         beta_min: least value that acts.
         inject: the loss enters the graph through the output, so that ``backward`` of whatever is made from it adds
             the loss's gradient; :attr:`loss` is then detached. Set :attr:`grad_scaler` where one scales the loss.
+        channel_dim: where x has its channels: -1 for ``(N, L, C)``, as linear layers of a transformer make them, and
+            ``(N, H, W, C)``. Such x is read and y written where they lie; ``units`` has C first all the same.
         backend: as for :func:`vcl_kernels.vcl_loss`.
 
-    Shape: any ``(N, C, *spatial)``, kept.
+    Shape: any ``(N, C, *spatial)``, or with its channels at ``channel_dim``, kept.
 
     Raises:
-        TypeError, ValueError: an unknown activation, form or unit, sub_batch_size or num_sub_batches too small.
+        TypeError, ValueError: an unknown activation, form or unit, sub_batch_size or num_sub_batches too small, a
+            channel_dim that x does not have or that is 0.
 
     >>> import torch
     >>> act = VCLActivation("elu", 16, weight=0.01)
@@ -72,6 +75,7 @@ class VCLActivation(nn.Module):
         beta_init: float = 1.0,
         beta_min: float = 1e-3,
         inject: bool = False,
+        channel_dim: int = 1,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -81,9 +85,11 @@ class VCLActivation(nn.Module):
         check_count("sub_batch_size", sub_batch_size, 1)
         if num_sub_batches is not None:
             check_count("num_sub_batches", num_sub_batches, 2)
+        if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
+            raise TypeError(f"channel_dim must be an int; got {channel_dim!r} ({type(channel_dim).__name__})")
         self.sub_batch_size, self.form, self.unit, self.num_sub_batches = sub_batch_size, form, unit, num_sub_batches
         self.weight, self.beta_init, self.beta_min = weight, beta_init, beta_min
-        self.inject, self.backend = inject, backend
+        self.inject, self.channel_dim, self.backend = inject, channel_dim, backend
         self.grad_scaler: torch.amp.GradScaler | None = None
         self.loss = None
         self.in_grad_mode = True  # the forward that made the loss
@@ -106,10 +112,12 @@ class VCLActivation(nn.Module):
                 self.loss = self.loss + 0 * self.beta.sum()  # DistributedDataParallel waits for a gradient
             y = reference.activate(x, self.activation)
             return InjectLoss.apply(y, self.loss, None) if self.inject and self.loss.requires_grad else y
+        check_channel_dim(x, self.channel_dim)
+        seen = channels_first(x, self.channel_dim)
         y, loss = weighted_activation(
-            x,
+            seen,
             self.activation,
-            self._beta(x),
+            self._beta(seen),
             sub_batch_size=self.sub_batch_size,
             form=self.form,
             unit=self.unit,
@@ -119,6 +127,8 @@ class VCLActivation(nn.Module):
             weight=self.weight,
             beta_min=self.beta_min,
         )
+        if seen is not x:
+            y = x if self.activation == IDENTITY else y.movedim(1, self.channel_dim)
         if not self.inject:
             self.loss = loss
             return y
@@ -135,13 +145,14 @@ class VCLActivation(nn.Module):
         if self.beta is None:
             return max(self.beta_init, self.beta_min)
         if isinstance(self.beta, UninitializedParameter):
-            self.materialize(x.shape, x.device, accumulation_dtype(x.dtype))
+            self._make(unit_shape(x, self.unit == "activation"), x.device, accumulation_dtype(x.dtype))
         return self.beta
 
-    def materialize(self, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> None:
-        """Give a beta without a shape the one that x of ``shape`` has it."""
-        if self.beta is not None and isinstance(self.beta, UninitializedParameter):
-            self._make(shape[1:2] if self.unit == "channel" else shape[1:], device, dtype)
+    def materialize(self, x: Tensor) -> None:
+        """Give a beta without a shape the one that a first forward of ``x`` would."""
+        if x.dim() > 1:
+            check_channel_dim(x, self.channel_dim)
+            self._beta(channels_first(x, self.channel_dim))
 
     def _make(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
         beta = self.beta

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .attach import ACTIVATIONS, Calls, FusedActivation, VCLHandle
-from .checks import check_choice, check_count
+from .checks import check_channel_dim, check_choice, check_count
 from .functional import sub_batch_moments
-from .geometry import accumulation_dtype
+from .geometry import accumulation_dtype, channels_first
 from .modules import VCLActivation
 from .spec import UNITS
 
@@ -49,6 +49,8 @@ class VCLMonitor:
         every: look at each ``every``-th training forward, from the first.
         sub_batch_size: n. None: the VCL's own where a layer has one, else 5.
         unit: ``"channel"`` or ``"activation"``.
+        channel_dim: where inputs have their channels (-1 for ``(N, L, C)``). None: the VCL's own where a layer has one,
+            else 1.
         csv: file to which :meth:`flush` appends a row for each step and layer.
         tensorboard: folder, or ``SummaryWriter``, to which :meth:`flush` writes scalars ``<statistic>/<layer>``.
 
@@ -71,6 +73,7 @@ class VCLMonitor:
         every: int = 1,
         sub_batch_size: int | None = None,
         unit: str = "channel",
+        channel_dim: int | None = None,
         csv: str | Path | None = None,
         tensorboard: Any = None,
     ) -> None:
@@ -79,7 +82,7 @@ class VCLMonitor:
             check_count("sub_batch_size", sub_batch_size, 1)
         check_choice("unit", unit, UNITS)
         self.model = model.model if isinstance(model, VCLHandle) else model
-        self.every, self.sub_batch_size, self.unit = every, sub_batch_size, unit
+        self.every, self.sub_batch_size, self.unit, self.channel_dim = every, sub_batch_size, unit, channel_dim
         self.rows: list[dict[str, Any]] = []  # what was flushed: step, layer and STATISTICS
         self.step = 0  # training forwards so far
         self._layers = _layers(self.model)
@@ -178,10 +181,18 @@ class VCLMonitor:
             x = args[0] if args else next(iter(named.values()))
             vcl = _vcl_of(module, calls)
             n = self.sub_batch_size or (5 if vcl is None else vcl.sub_batch_size)
+            x = self._channels_first(x, vcl)
             self._seen.append((f"{name}:{calls}" if calls else name, _statistics(x, n, self.unit), vcl))
             calls += 1
 
         return record
+
+    def _channels_first(self, x: Tensor, vcl: VCLActivation | None) -> Tensor:
+        dim = self.channel_dim
+        if dim is None:
+            dim = 1 if vcl is None else vcl.channel_dim
+        check_channel_dim(x, dim)
+        return channels_first(x, dim)
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for hook in self._layer_hooks:

@@ -1,0 +1,142 @@
+"""Activations whose channels are not in dimension 1: transformers' (N, L, C), and (N, H, W, C)."""
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import device_of
+
+import vcl_kernels as vk
+
+
+class Encoder(nn.Module):
+    """A convolution over patches, and a pre-norm feed-forward block on tokens."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches, self.stem = nn.Conv2d(1, 6, 4, 4), nn.ReLU()
+        self.norm, self.up, self.act, self.down = nn.LayerNorm(6), nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6)
+        self.gate = nn.SiLU()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        tokens = self.stem(self.patches(x)).flatten(2).transpose(1, 2)
+        tokens = tokens + self.down(self.act(self.up(self.norm(tokens))))
+        return self.head(self.gate(tokens.mean(1)))
+
+
+X = torch.randn(20, 1, 12, 12)
+
+
+@pytest.mark.parametrize("unit", ["channel", "activation"])
+@pytest.mark.parametrize(("shape", "dim"), [((20, 7, 12), -1), ((20, 7, 12), 2), ((20, 3, 5, 12), -1), ((20, 12), -1)])
+@pytest.mark.parametrize("activation", ["elu", "gelu", "identity"])
+def test_values_and_gradients_are_those_of_the_transposed(backend, unit, shape, dim, activation):
+    device = device_of(backend)
+    x, dy = torch.randn(shape, requires_grad=True, device=device), torch.randn(shape, device=device)
+    first = x.detach().movedim(dim, 1).contiguous().requires_grad_()
+    settings = {"sub_batch_size": 4, "form": "relative_variance", "unit": unit, "backend": backend}
+    ours = vk.VCLActivation(activation, channel_dim=dim, **settings)
+    plain = vk.VCLActivation(activation, **settings)
+    y, expected = ours(x), plain(first)
+    assert y.is_contiguous()
+    (ours.loss + (y * dy).sum()).backward()
+    (plain.loss + (expected * dy.movedim(dim, 1)).sum()).backward()
+    assert ours.beta.shape == plain.beta.shape == ((12,) if unit == "channel" else first.shape[1:])
+    torch.testing.assert_close(y, expected.movedim(1, dim))
+    torch.testing.assert_close(ours.loss, plain.loss)
+    torch.testing.assert_close(x.grad, first.grad.movedim(1, dim))
+    torch.testing.assert_close(ours.beta.grad, plain.beta.grad)
+
+
+def test_nothing_is_copied(monkeypatch):
+    x = torch.randn(20, 7, 12, requires_grad=True)
+    act = vk.VCLActivation("relu", 12, channel_dim=-1)
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda *_: pytest.fail("copied"))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = act(x)
+    assert y.stride() == x.stride()
+    assert y.untyped_storage().data_ptr() in {t.untyped_storage().data_ptr() for t in saved}
+
+
+def test_identity_returns_its_input():
+    vcl, x = vk.VCL(12, channel_dim=-1), torch.randn(20, 7, 12)
+    assert vcl(x) is x
+    torch.testing.assert_close(vcl.loss, vk.vcl_loss(x.transpose(1, 2), vcl.beta))
+
+
+@pytest.mark.parametrize("inject", [True, False])
+def test_attach_sees_what_comes_from_a_linear_layer(inject):
+    net = Encoder()
+    handle = vk.attach(net, X[:1], weight=0.5, inject=inject)
+    assert [(name, tuple(beta.shape)) for name, beta in net.named_parameters() if "vcl" in name] == [
+        ("stem.vcl.0.beta", (6,)),
+        ("act.vcl.0.beta", (12,)),
+        ("gate.vcl.0.beta", (6,)),
+    ]
+    seen = {}
+    for name in ("stem", "act", "gate"):
+        net.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0]}))
+    net(X).sum().backward()
+    seen["act"] = seen["act"].transpose(1, 2)
+    assert seen["act"].shape == (20, 12, 9)
+    for name, x in seen.items():
+        torch.testing.assert_close(handle.losses[name], 0.5 * vk.vcl_loss(x, 1.0), check_dtype=False)
+    assert (net.act.vcl[0].beta.grad is not None) == inject
+
+
+def test_attach_is_told_a_dimension():
+    net = nn.Sequential(nn.Conv1d(4, 8, 3), nn.ELU())
+    handle = vk.attach(net, torch.randn(1, 4, 9), channel_dim=-1)
+    assert [tuple(beta.shape) for beta in handle.parameters()] == [(7,)]
+    handle.remove()
+    net = nn.Sequential(nn.Linear(4, 8), nn.ELU())
+    handle = vk.attach(net, torch.randn(1, 3, 4), channel_dim=1)
+    assert [tuple(beta.shape) for beta in handle.parameters()] == [(3,)]
+    handle.remove()
+    handle = vk.attach(net, channel_dim=-1)
+    net(torch.randn(10, 3, 4))
+    assert [tuple(beta.shape) for beta in handle.parameters()] == [(8,)]
+
+
+def test_monitor_looks_where_vcl_does():
+    net = Encoder()
+    handle = vk.attach(net, X[:1])
+    with vk.VCLMonitor(handle) as monitor, vk.VCLMonitor(handle, channel_dim=1) as other:
+        x = net.up(net.norm(net.stem(net.patches(X)).flatten(2).transpose(1, 2))).detach()
+        net(X)
+    found = {row["layer"]: row["variance"] for row in monitor.rows}
+    _, var = vk.sub_batch_moments(x.transpose(1, 2), 5)
+    assert found["act"] == pytest.approx(var.mean().item(), rel=1e-5)
+    assert {row["layer"]: row["variance"] for row in other.rows}["act"] != found["act"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_in_one_graph():
+    torch._dynamo.reset()
+    act = vk.VCLActivation("gelu", 12, channel_dim=-1)
+    x = torch.randn(20, 7, 12, requires_grad=True)
+
+    def step(x):
+        y = act(x)
+        return y.sum() + act.loss
+
+    step(x).backward()
+    expected, x.grad = x.grad, None
+    torch.compile(step, fullgraph=True, backend="aot_eager")(x).backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("dim", [0, 3, -3])
+def test_a_dimension_that_x_has_not_is_an_error(dim):
+    with pytest.raises(ValueError, match=r"channel_dim must be a dimension of x.*got .* for shape \(20, 7, 12\)"):
+        vk.VCLActivation("elu", channel_dim=dim)(torch.randn(20, 7, 12))
+
+
+def test_a_dimension_that_is_no_integer_is_an_error():
+    with pytest.raises(TypeError, match="channel_dim must be an int; got 'last'"):
+        vk.VCL(channel_dim="last")
+    with pytest.raises(TypeError, match="channel_dim"):
+        vk.attach(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), channel_dim=1.0)
