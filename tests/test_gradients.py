@@ -113,3 +113,20 @@ def test_activation(backend, name, options):
 
     assert torch.autograd.gradcheck(both, (x, beta))
     assert torch.autograd.gradgradcheck(both, (x, beta))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of ops without batching rules
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("form", FORMS)
+def test_several_upstream_gradients_at_once(form, reduction):
+    inputs = case("cpu", form, "channel", "contiguous")
+    one, many = (
+        vk.vcl_loss(*inputs, sub_batch_size=3, form=form, reduction=reduction, backend=name)
+        for name in ("reference", "cpu")
+    )
+    g = torch.randn(4, *one.shape, dtype=one.dtype)
+    found = torch.autograd.grad(many, inputs, g, is_grads_batched=True)
+    for k in range(4):
+        expected = torch.autograd.grad(one, inputs, g[k], retain_graph=True)
+        for got, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(got[k], wanted)

@@ -233,7 +233,7 @@ def _scaled(dx: Tensor, g: Tensor, backend: Any) -> Tensor:
     """dx · g; dx itself is used up unless the graph is kept for another backward."""
     if g.dim() == 1:
         g = g.view(-1, *[1] * (dx.dim() - 2))
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._functorch.is_legacy_batchedtensor(g):  # is_grads_batched
         return (dx * g).to(dx.dtype)
     if torch._C._autograd._get_current_graph_task_keep_graph():
         return torch.mul(dx, g, out=torch.empty_like(dx))
