@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -110,6 +113,48 @@ def test_processes_find_what_one_process_finds(tmp_path):
     alone, together = (results.read("images-digits", tmp_path / name) for name in ("alone", "together"))
     assert [{**row, "step_ms": 0} for row in together] == [{**row, "step_ms": 0} for row in alone]
     assert [row["method"] for row in alone] == ["none", "bn"]
+
+
+FOREVER = """
+import os, sys, time
+from pathlib import Path
+from rich.console import Console
+from benchmarks.accuracy.work import do
+
+def work(unit):
+    Path(sys.argv[1], str(os.getpid())).touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    do([{"i": i} for i in range(2)], work, Path(sys.argv[1], "units.jsonl"), Console(quiet=True), processes=2)
+"""
+
+
+def test_workers_end_with_a_process_that_is_killed(tmp_path):
+    script, folder = tmp_path / "forever.py", tmp_path / "at work"
+    script.write_text(FOREVER)
+    folder.mkdir()
+    environment = os.environ | {"PYTHONPATH": str(PAGE.parents[1])}
+    with subprocess.Popen([sys.executable, script, folder], env=environment) as process:
+        wait_until(lambda: sum(path.name.isdigit() for path in folder.iterdir()) == 2)
+        process.kill()
+    for worker in (int(path.name) for path in folder.iterdir() if path.name.isdigit()):
+        wait_until(lambda worker=worker: not running(worker))
+
+
+def wait_until(condition, seconds=60):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def running(pid):
+    """Whether there is such a process that has not ended (one that nobody waits for stays in the table)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_tables_keep_numbers_and_names(tmp_path):

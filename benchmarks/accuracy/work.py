@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -75,7 +77,7 @@ def finished(
             yield unit, work(unit)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=one_thread) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=begin) as pool:
         running = {pool.submit(work, unit): unit for unit in islice(waiting, 2 * processes)}
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -83,6 +85,14 @@ def finished(
                 running.update({pool.submit(work, unit): unit for unit in islice(waiting, 1)})
 
 
-def one_thread() -> None:
-    """Leave the other cores to the other processes."""
+def begin() -> None:
+    """Leave the other cores to the other processes, and end when the process that gives out the work does."""
     torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
