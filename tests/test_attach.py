@@ -260,3 +260,12 @@ def test_autocast():
     assert handle.loss().dtype == torch.float32
     (out.float().mean() + handle.loss()).backward()
     assert net[0].weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("form", "asked", "rows", "present"), [("ratio", 6, 40, 6), ("ratio", 1000, 33, 6), ("variance", 3, 40, 3)])  # fmt: skip  # noqa: E501
+def test_sub_batches_are_those_asked_for_as_far_as_the_batch_has_them(form, asked, rows, present):
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.ELU()), torch.randn(rows, 4)
+    handle = vk.attach(net, x, form=form, num_sub_batches=asked)
+    net(x)
+    expected = vk.vcl_loss(net[0](x), form=form, num_sub_batches=present)
+    torch.testing.assert_close(handle.loss(), 0.01 * expected)

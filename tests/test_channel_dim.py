@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch import nn
-
 from conftest import device_of
+from torch import nn
 
 import vcl_kernels as vk
 

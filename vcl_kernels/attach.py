@@ -129,6 +129,7 @@ def attach(
     sub_batch_size: int = 5,
     form: str = "ratio",
     unit: str = "channel",
+    num_sub_batches: int | None = None,
     learn_beta: bool = True,
     beta_init: float = 1.0,
     beta_min: float = 1e-3,
@@ -153,7 +154,7 @@ def attach(
             that finds the shape of each beta, activations called more than once, and those whose channels are last.
             None: shapes come from the first training forward, after which the optimizer is to be made.
         weight: multiplies the sum over layers.
-        sub_batch_size, form, unit, learn_beta, beta_init, beta_min: as for :class:`vcl_kernels.VCL`.
+        sub_batch_size, form, unit, num_sub_batches, learn_beta, beta_init, beta_min: as for :class:`vcl_kernels.VCL`.
         layers: other places: names or modules before which VCL is put, or a predicate of (name, module).
         inject: the loss enters the graph through each layer's output, which must then not be changed in place, and
             the training loop needs no change. Under a ``torch.amp.GradScaler``, set ``handle.grad_scaler`` to it.
@@ -183,6 +184,7 @@ def attach(
         "sub_batch_size": sub_batch_size,
         "form": form,
         "unit": unit,
+        "num_sub_batches": num_sub_batches,
         "learn_beta": learn_beta,
         "beta_init": beta_init,
         "beta_min": beta_min,

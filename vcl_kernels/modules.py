@@ -32,7 +32,8 @@ class VCLActivation(nn.Module):
         sub_batch_size: n, samples in a sub-batch. A training batch of fewer than 2n has loss 0.
         form: ``"ratio"``, ``"variance"`` (which has no beta) or ``"relative_variance"``.
         unit: ``"channel"`` or ``"activation"``.
-        num_sub_batches: K; default 2 for ``"ratio"``, all for the others.
+        num_sub_batches: K, or as many as the batch has where those are fewer; default 2 for ``"ratio"``, all for the
+            others.
         weight: multiplies the loss.
         learn_beta: whether beta is a parameter, or stays at ``beta_init``.
         beta_init: first value of beta.

@@ -22,8 +22,6 @@ from .networks import build
 from .recipe import RECIPES, Recipe, ReferenceLearner, crop_and_flip
 from .work import Record, do
 
-SUB_BATCH_SIZE = 5  # that of attach, and of the paper
-
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Do the study; write ``images-NAME``: a row for each training, with what a step of its method costs."""
@@ -92,8 +90,6 @@ def learner(unit: Record, seen: data.Data, vcl: dict[str, Any] | None = None) ->
         "weight_decay": recipe.weight_decay,
     }
     example, chosen = seen.train_x[:1], recipe.vcl | VCL.get(unit["method"], {}) | (vcl or {})
-    if unit["method"] == "vcl-pairs":
-        chosen["num_sub_batches"] = size // SUB_BATCH_SIZE
     if not recipe.reference:
         start = {"seed": unit["seed"], "he": unit.get("he", True)}
         return short_learner(model, unit["method"], example, **start, **settings, **chosen)

@@ -30,7 +30,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "elu": nn.EL
 VCL: dict[str, dict[str, Any]] = {
     "vcl-ratio": {"form": "ratio"},
     "vcl-channel": {"form": "ratio", "unit": "channel"},
-    "vcl-pairs": {"form": "ratio"},
+    "vcl-pairs": {"form": "ratio", "num_sub_batches": 1000},  # at most as many as the batch has take part
     "vcl-relative": {"form": "relative_variance", "learn_beta": False, "beta_init": 1e-3},
 }
 
@@ -67,15 +67,6 @@ def learner(
     return Learner(model, handle, steps=steps, learning_rate=learning_rate, weight_decay=weight_decay)
 
 
-def attach(
-    model: nn.Module, method: str, example: Tensor, *, num_sub_batches: int | None = None, **vcl: Any
-) -> vk.VCLHandle | None:
+def attach(model: nn.Module, method: str, example: Tensor, **vcl: Any) -> vk.VCLHandle | None:
     """Put VCL on where it is the method, ``vcl`` over its own settings."""
-    if method not in VCL:
-        return None
-    handle = vk.attach(model, example, **{**VCL[method], **vcl})
-    if num_sub_batches is not None:
-        for module in model.modules():
-            if isinstance(module, vk.VCLActivation):
-                module.num_sub_batches = num_sub_batches
-    return handle
+    return vk.attach(model, example, **{**VCL[method], **vcl}) if method in VCL else None
