@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -48,41 +49,49 @@ FUSED: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
 }
 
 
+class Turn:
+    """Where a forward has got to. (Not a module: see modules.Latest.)"""
+
+    next = 0  # call of the activation module
+    inside = False  # a forward of the whole model
+
+
 class Calls(nn.ModuleList):
     """The VCL of each call of one activation module within a forward (a module may be used more than once)."""
 
     def __init__(self, modules: Iterable[VCLActivation]) -> None:
         super().__init__(modules)
-        self.next = 0
-        self.inside = False  # a forward of the whole model
+        self.turn = Turn()
 
     def begin(self) -> None:
         """Forget the last forward: a layer that is skipped now must not add its old loss."""
-        self.next, self.inside = 0, True
+        turn = self.turn
+        turn.next, turn.inside = 0, True
         for vcl in self:
-            vcl.loss = None  # type: ignore[assignment]
+            vcl.latest.loss = None  # type: ignore[union-attr]
 
     def end(self) -> None:
         """Leave the model's forward; what calls now is a recomputation, or a part of the model used alone."""
-        self.inside = False
+        self.turn.inside = False
 
     def take(self, module: nn.Module) -> VCLActivation:
         """Return the VCL of the call that is being made."""
-        call = self.next
-        if len(self) > 1 and not self.inside and torch.is_grad_enabled():
+        turn, vcls = self.turn, self._modules
+        call = turn.next
+        if len(vcls) > 1 and not turn.inside and torch.is_grad_enabled():
             raise RuntimeError(
                 f"{_type_name(module)} is called more than once in a forward, and now outside one (by checkpointing, "
                 "or by a part of the model used alone): which beta is meant? Give each call a module of its own"
             )
-        if call >= len(self):
-            if self.inside:
+        if call >= len(vcls):
+            if turn.inside:
                 raise RuntimeError(
-                    f"{_type_name(module)} is called {call + 1} times in one forward, and has VCL for {len(self)}; "
+                    f"{_type_name(module)} is called {call + 1} times in one forward, and has VCL for {len(vcls)}; "
                     "give attach an example_input whose forward makes every call, so that each gets a beta of its own"
                 )
             call = 0
-        self.next = call + 1
-        return self[call]  # type: ignore[return-value]
+        turn.next = call + 1
+        return vcls[str(call)]  # type: ignore[return-value]
 
 
 class FusedActivation(nn.Module):
@@ -105,7 +114,8 @@ class FusedActivation(nn.Module):
         """Return the activation of ``input``, which has the name that it has in torch.nn."""
         if not self.training:
             return self.original.forward(input)
-        return self.vcl.take(self)(input)
+        calls: Calls = self._modules["vcl"]  # type: ignore[assignment]  # self.vcl is looked for in three places first
+        return calls.take(self)(input)
 
     def __getattr__(self, name: str) -> Any:
         """Look a name up here, and then in the module that this stands for."""
@@ -245,16 +255,18 @@ class VCLHandle:
         Raises:
             RuntimeError: no training forward was run, or only without grad mode, so that the loss has no gradient.
         """
-        ran = [vcl for _, vcl in self._vcls() if vcl.loss is not None]
+        every: Iterator[VCLActivation] = chain.from_iterable(self._calls)  # type: ignore[arg-type]
+        ran = [vcl.latest for vcl in every if vcl.loss is not None]
         if not ran:
             raise RuntimeError("handle.loss() wants a training forward of the model first (model.train())")
-        if torch.is_grad_enabled() and not any(vcl.in_grad_mode for vcl in ran):
+        if torch.is_grad_enabled() and not any(latest.in_grad_mode for latest in ran):
             raise RuntimeError(
                 "handle.loss() has no gradient: the training forward ran without grad mode, under torch.no_grad() "
                 "(read handle.losses then) or reentrant checkpointing (use_reentrant=False or inject=True helps)"
             )
-        losses = [vcl.loss for vcl in ran if vcl.loss is not None]
-        return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
+        losses: list[Tensor] = [latest.loss for latest in ran]  # type: ignore[misc]
+        device = losses[0].device
+        return torch.stack([loss if loss.device == device else loss.to(device) for loss in losses]).sum()
 
     @property
     def losses(self) -> dict[str, Tensor]:

@@ -225,21 +225,34 @@ def _padded(rows: Tensor, count: int) -> Tensor:
 def _beta_gradient(ctx: Any, beta: Tensor | None, dbeta: Tensor, g: Tensor) -> Tensor | None:
     if beta is None or not ctx.needs_input_grad[1]:
         return None
-    dbeta = dbeta * g
+    dbeta = dbeta if _is_one(g) and not _kept() else dbeta * g
     return dbeta.sum() if dbeta.dim() > beta.dim() else dbeta
+
+
+def _is_one(g: Tensor) -> bool:
+    """Whether ``g`` is known to be 1 without a look at a device; a tensor of a subclass (a fake one) has no value."""
+    return type(g) is Tensor and g.dim() == 0 and g.device.type == "cpu" and not _traced(g) and g.item() == 1.0
+
+
+def _traced(g: Tensor) -> bool:
+    """Whether ``g`` stands for more than one value: in a compiler's graph, or under ``is_grads_batched``."""
+    return torch.compiler.is_compiling() or torch._C._functorch.is_legacy_batchedtensor(g)
+
+
+def _kept() -> bool:
+    """Whether the graph is kept for another backward, so that what was saved must stay as it is."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _scaled(dx: Tensor, g: Tensor, backend: Any) -> Tensor:
     """dx · g; dx itself is used up unless the graph is kept for another backward."""
     if g.dim() == 1:
         g = g.view(-1, *[1] * (dx.dim() - 2))
-    if torch.compiler.is_compiling() or torch._C._functorch.is_legacy_batchedtensor(g):  # is_grads_batched
+    if _traced(g):
         return (dx * g).to(dx.dtype)
-    if torch._C._autograd._get_current_graph_task_keep_graph():
+    if _kept():
         return torch.mul(dx, g, out=torch.empty_like(dx))
     if dx.device.type != "cpu" and g.dim() == 0:
         backend.multiply_(dx, g)
         return dx
-    if g.dim() == 0 and type(g) is Tensor and g.item() == 1.0:  # a fake tensor has no value
-        return dx
-    return dx.mul_(g)
+    return dx if _is_one(g) else dx.mul_(g)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,32 +40,73 @@ def check_channel_dim(x: Tensor, channel_dim: int) -> None:
         )
 
 
-def check_moments(x: Tensor, sub_batch_size: int, unit: str, num_sub_batches: int | None) -> tuple[int, bool]:
-    """Check what all functions share; return (number of sub-batches asked for or all, per_activation)."""
+class SubBatches(NamedTuple):
+    """How a tensor of some shape is cut, checked."""
+
+    K: int
+    per_activation: bool
+    units: tuple[int, ...]  # shape of a value for each unit
+
+
+def check_moments(x: Tensor, sub_batch_size: int, unit: str, num_sub_batches: int | None) -> SubBatches:
+    """Check the arguments of ``sub_batch_moments``; return how x is cut: K is the number asked for, or all."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor; got {type(x).__name__}")
-    if x.dtype not in FLOATING:
-        raise TypeError(f"x must be float32, float64, bfloat16 or float16; got {x.dtype}")
-    if not 2 <= x.dim() <= 8:
-        raise ValueError(f"x must have 2 to 8 dimensions (N, C, *spatial); got shape {tuple(x.shape)}")
+    return _cut(x.shape, x.dtype, sub_batch_size, unit, num_sub_batches)
+
+
+def _cut(
+    shape: torch.Size, dtype: torch.dtype, sub_batch_size: int, unit: str, num_sub_batches: int | None
+) -> SubBatches:
+    """Check what all functions share."""
+    if dtype not in FLOATING:
+        raise TypeError(f"x must be float32, float64, bfloat16 or float16; got {dtype}")
+    if not 2 <= len(shape) <= 8:
+        raise ValueError(f"x must have 2 to 8 dimensions (N, C, *spatial); got shape {tuple(shape)}")
     check_choice("unit", unit, UNITS)
     check_count("sub_batch_size", sub_batch_size, 1)
     if num_sub_batches is not None:
         check_count("num_sub_batches", num_sub_batches, 1)
     per_activation = unit == "activation"
-    M = sub_batch_size * (1 if per_activation else math.prod(x.shape[2:]))
+    M = sub_batch_size * (1 if per_activation else math.prod(shape[2:]))
     if M < 2:
         raise ValueError(
             f"sub_batch_size={sub_batch_size} gives {M} value(s) to a sample variance for unit={unit!r} and x of shape "
-            f"{tuple(x.shape)}; at least 2 are needed"
+            f"{tuple(shape)}; at least 2 are needed"
         )
-    K = x.shape[0] // sub_batch_size if num_sub_batches is None else num_sub_batches
-    if x.shape[0] < max(K, 1) * sub_batch_size:
+    K = shape[0] // sub_batch_size if num_sub_batches is None else num_sub_batches
+    if shape[0] < max(K, 1) * sub_batch_size:
         raise ValueError(
-            f"x has {x.shape[0]} samples; sub_batch_size={sub_batch_size} with num_sub_batches={max(K, 1)} "
+            f"x has {shape[0]} samples; sub_batch_size={sub_batch_size} with num_sub_batches={max(K, 1)} "
             f"needs at least {max(K, 1) * sub_batch_size}"
         )
-    return K, per_activation
+    return SubBatches(K, per_activation, unit_shape(shape, per_activation))
+
+
+def _cut_for_loss(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    sub_batch_size: int,
+    form: str,
+    unit: str,
+    num_sub_batches: int | None,
+    reduction: str,
+) -> SubBatches:
+    """Check what all losses share; K is the number of sub-batches that take part."""
+    check_choice("form", form, FORMS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if num_sub_batches is not None:
+        check_count("num_sub_batches", num_sub_batches, 2)
+    found = _cut(shape, dtype, sub_batch_size, unit, num_sub_batches)
+    if shape[0] < 2 * sub_batch_size:
+        raise ValueError(
+            f"x has {shape[0]} samples; a loss over two sub-batches of sub_batch_size={sub_batch_size} "
+            f"needs at least {2 * sub_batch_size}"
+        )
+    return found._replace(K=sub_batches(form, shape[0], sub_batch_size, num_sub_batches))
+
+
+_known_cut_for_loss = lru_cache(1024, typed=True)(_cut_for_loss)  # a small loss costs less than its checks
 
 
 def check_loss(
@@ -77,24 +121,23 @@ def check_loss(
     beta_min: float = NO_MINIMUM,
 ) -> tuple[Tensor | None, LossSpec]:
     """Check the arguments of a loss; return beta as a tensor, if it is one, and everything else resolved."""
-    check_choice("form", form, FORMS)
-    check_choice("reduction", reduction, REDUCTIONS)
-    if num_sub_batches is not None:
-        check_count("num_sub_batches", num_sub_batches, 2)
-    K, per_activation = check_moments(x, sub_batch_size, unit, num_sub_batches)
-    if x.shape[0] < 2 * sub_batch_size:
-        raise ValueError(
-            f"x has {x.shape[0]} samples; a loss over two sub-batches of sub_batch_size={sub_batch_size} "
-            f"needs at least {2 * sub_batch_size}"
-        )
-    K = sub_batches(form, x.shape[0], sub_batch_size, num_sub_batches)
-    tensor, value = check_beta(x, beta, form, per_activation)
-    units = math.prod(unit_shape(x, per_activation))
-    factor = weight / units if reduction == "mean" and units else weight
-    if reduction == "mean" and not units:
-        factor = math.nan  # the mean of nothing, as torch.mean has it
-    spec = LossSpec(value, beta_min, sub_batch_size, K, FORMS.index(form), per_activation, factor, reduction != "none")
-    return tensor, spec
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor; got {type(x).__name__}")
+    cut = None
+    if not torch.compiler.is_compiling():
+        with suppress(TypeError):  # symbolic sizes; or an argument of a wrong type, which the check itself names
+            cut = _known_cut_for_loss(x.shape, x.dtype, sub_batch_size, form, unit, num_sub_batches, reduction)
+    if cut is None:
+        cut = _cut_for_loss(x.shape, x.dtype, sub_batch_size, form, unit, num_sub_batches, reduction)
+    tensor, value = check_beta(x, beta, form, cut.units)
+    factor = weight
+    if reduction == "mean":
+        units = math.prod(cut.units)
+        factor = weight / units if units else math.nan  # the mean of nothing, as torch.mean has it
+    K, per_activation, _ = cut
+    return tensor, LossSpec(
+        value, beta_min, sub_batch_size, K, FORMS.index(form), per_activation, factor, reduction != "none"
+    )
 
 
 def check_activation(
@@ -111,7 +154,9 @@ def check_activation(
     return Activation(ACTIVATIONS.index(name), float(parameter))
 
 
-def check_beta(x: Tensor, beta: float | Tensor | None, form: str, per_activation: bool) -> tuple[Tensor | None, float]:
+def check_beta(
+    x: Tensor, beta: float | Tensor | None, form: str, units: tuple[int, ...]
+) -> tuple[Tensor | None, float]:
     """Return (beta as a tensor of the accumulation dtype or None, its value if it is not a tensor)."""
     if beta is None:
         return None, DEFAULT_BETA[form]
@@ -121,8 +166,7 @@ def check_beta(x: Tensor, beta: float | Tensor | None, form: str, per_activation
         return None, float(beta)
     if not isinstance(beta, Tensor):
         raise TypeError(f"beta must be a float or a Tensor; got {type(beta).__name__}")
-    units = unit_shape(x, per_activation)
-    if beta.dim() and tuple(beta.shape) != units:
+    if beta.dim() and beta.shape != units:
         raise ValueError(f"beta must have shape () or {units}, one for each unit; got {tuple(beta.shape)}")
     if beta.device != x.device:
         raise ValueError(f"beta must be on x's device, {x.device}; got {beta.device}")
@@ -130,7 +174,7 @@ def check_beta(x: Tensor, beta: float | Tensor | None, form: str, per_activation
     if beta.dtype not in (wide, x.dtype):
         wanted = wide if wide == x.dtype else f"{wide} or {x.dtype}"
         raise TypeError(f"beta must be {wanted} for x of {x.dtype}; got {beta.dtype}")
-    return beta.to(wide), 0.0
+    return beta if beta.dtype == wide else beta.to(wide), 0.0
 
 
 def _described(beta: object) -> str:

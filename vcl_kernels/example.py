@@ -16,7 +16,7 @@ class Call(NamedTuple):
     """One call of a module in the example's forward."""
 
     x: Tensor  # what it was given
-    channel_dim: int  # -1 where that very tensor came from one of CHANNELS_LAST, else 1
+    channel_dim: int  # -1 where that very tensor came from one of CHANNELS_LAST with more than two dimensions, else 1
 
 
 def calls_of(model: nn.Module, modules: list[nn.Module], example: Any) -> dict[nn.Module, list[Call]]:
@@ -29,7 +29,7 @@ def calls_of(model: nn.Module, modules: list[nn.Module], example: Any) -> dict[n
 
     def record(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(named.values()))
-        calls.setdefault(module, []).append(Call(x, -1 if id(x) in channels_last else 1))
+        calls.setdefault(module, []).append(Call(x, -1 if id(x) in channels_last and x.dim() > 2 else 1))
 
     hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
     hooks += [module.register_forward_hook(note) for module in model.modules() if isinstance(module, CHANNELS_LAST)]

@@ -83,9 +83,9 @@ def channels_first(x: Tensor, channel_dim: int) -> Tensor:
     return x if channel_dim in (1, 1 - x.dim()) else x.movedim(channel_dim, 1)
 
 
-def unit_shape(x: Tensor, per_activation: bool) -> tuple[int, ...]:
-    """Return the shape of a value for each unit."""
-    return tuple(x.shape[1:]) if per_activation else (x.shape[1],)
+def unit_shape(shape: torch.Size, per_activation: bool) -> tuple[int, ...]:
+    """Return the shape of a value for each unit of x of ``shape``."""
+    return tuple(shape[1:]) if per_activation else (shape[1],)
 
 
 def unit_strides(x: Tensor, per_activation: bool) -> tuple[int, ...]:
@@ -112,7 +112,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def empty_units(x: Tensor, per_activation: bool, K: int | None = None) -> Tensor:
     """Return an empty value for each unit (and with K for each sub-batch), in x's order of units."""
-    shape, strides = unit_shape(x, per_activation), unit_strides(x, per_activation)
+    shape, strides = unit_shape(x.shape, per_activation), unit_strides(x, per_activation)
     if not per_activation or x.is_contiguous():
         return x.new_empty(shape if K is None else (K, *shape), dtype=accumulation_dtype(x.dtype))
     if K is not None:

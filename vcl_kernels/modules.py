@@ -17,6 +17,13 @@ from .spec import FORMS, IDENTITY, UNITS
 __all__ = ["VCL", "VCLActivation"]
 
 
+class Latest:
+    """What the latest training forward left. (To set an attribute of a module takes as long as a small kernel.)"""
+
+    loss: Tensor | None = None
+    in_grad_mode = True  # of that forward
+
+
 class VCLActivation(nn.Module):
     r"""An activation function that keeps the variance constancy loss of its input; in evaluation the bare function.
 
@@ -57,8 +64,6 @@ class VCLActivation(nn.Module):
     torch.Size([])
     """
 
-    loss: Tensor | None  # of the latest training forward
-
     def __init__(
         self,
         activation: str,
@@ -92,8 +97,7 @@ class VCLActivation(nn.Module):
         self.weight, self.beta_init, self.beta_min = weight, beta_init, beta_min
         self.inject, self.channel_dim, self.backend = inject, channel_dim, backend
         self.grad_scaler: torch.amp.GradScaler | None = None
-        self.loss = None
-        self.in_grad_mode = True  # the forward that made the loss
+        self.latest = Latest()
         self.beta: nn.Parameter | None
         if not learn_beta or form == "variance":
             self.register_parameter("beta", None)
@@ -102,19 +106,25 @@ class VCLActivation(nn.Module):
         else:
             self.beta = nn.Parameter(torch.full((units,) if isinstance(units, int) else units, float(beta_init)))
 
+    @property
+    def loss(self) -> Tensor | None:
+        """``weight`` times the loss of the latest training forward."""
+        return self.latest.loss
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the activation of x; in training, keep the loss of x."""
         if not self.training:
             return reference.activate(x, self.activation)
-        self.in_grad_mode = torch.is_grad_enabled()
+        latest = self.latest
+        latest.in_grad_mode = torch.is_grad_enabled()
         if x.shape[0] < 2 * self.sub_batch_size:
-            self.loss = x.new_zeros((), dtype=accumulation_dtype(x.dtype))
+            loss = x.new_zeros((), dtype=accumulation_dtype(x.dtype))
             if self.beta is not None and not isinstance(self.beta, UninitializedParameter):
-                self.loss = self.loss + 0 * self.beta.sum()  # DistributedDataParallel waits for a gradient
+                loss = loss + 0 * self.beta.sum()  # DistributedDataParallel waits for a gradient
+            latest.loss = loss
             y = reference.activate(x, self.activation)
-            return InjectLoss.apply(y, self.loss, None) if self.inject and self.loss.requires_grad else y
-        check_channel_dim(x, self.channel_dim)
-        seen = channels_first(x, self.channel_dim)
+            return InjectLoss.apply(y, loss, None) if self.inject and loss.requires_grad else y
+        seen = self._channels_first(x)
         y, loss = weighted_activation(
             seen,
             self.activation,
@@ -131,10 +141,16 @@ class VCLActivation(nn.Module):
         if seen is not x:
             y = x if self.activation == IDENTITY else y.movedim(1, self.channel_dim)
         if not self.inject:
-            self.loss = loss
+            latest.loss = loss
             return y
-        self.loss = loss.detach()
+        latest.loss = loss.detach()
         return InjectLoss.apply(y, loss, self.grad_scaler) if loss.requires_grad else y
+
+    def _channels_first(self, x: Tensor) -> Tensor:
+        if self.channel_dim == 1:
+            return x
+        check_channel_dim(x, self.channel_dim)
+        return channels_first(x, self.channel_dim)
 
     def _present(self, x: Tensor) -> int | None:
         """The sub-batches asked for, as far as a short last batch has them."""
@@ -143,17 +159,17 @@ class VCLActivation(nn.Module):
     def _beta(self, x: Tensor) -> Tensor | float | None:
         if self.form == "variance":
             return None
-        if self.beta is None:
+        beta = self.beta
+        if beta is None:
             return max(self.beta_init, self.beta_min)
-        if isinstance(self.beta, UninitializedParameter):
-            self._make(unit_shape(x, self.unit == "activation"), x.device, accumulation_dtype(x.dtype))
-        return self.beta
+        if isinstance(beta, UninitializedParameter):
+            self._make(unit_shape(x.shape, self.unit == "activation"), x.device, accumulation_dtype(x.dtype))
+        return beta
 
     def materialize(self, x: Tensor) -> None:
         """Give a beta without a shape the one that a first forward of ``x`` would."""
         if x.dim() > 1:
-            check_channel_dim(x, self.channel_dim)
-            self._beta(channels_first(x, self.channel_dim))
+            self._beta(self._channels_first(x))
 
     def _make(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
         beta = self.beta
@@ -178,7 +194,7 @@ class VCLActivation(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one step, so that a copy or a pickle can be made at any time."""
-        return {**self.__dict__, "loss": None, "grad_scaler": None}
+        return {**self.__dict__, "latest": Latest(), "grad_scaler": None}
 
     def extra_repr(self) -> str:
         """Return the settings that differ from the paper's."""
