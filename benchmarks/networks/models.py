@@ -1,4 +1,4 @@
-"""The networks that are trained: the 11-layer ELU network of the paper's code, and ResNet-50.
+"""The networks that are trained: the 11-layer ELU network of the paper's code, ResNet-50, and a small MLP.
 
 Each is built with batch norm or without; VCL is attached to one without.
 """
@@ -78,3 +78,14 @@ def resnet_50(classes: int = 1000, *, batch_norm: bool = False) -> nn.Sequential
             layers.append(Bottleneck(before, width, 2 if stage and block == 0 else 1, batch_norm))
             before = 4 * width
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
+
+
+def mlp(classes: int = 10, *, depth: int = 4, width: int = 64, batch_norm: bool = False) -> nn.Sequential:
+    """Hidden layers with ELU, as wide as their input: what a layer costs before there is anything to compute."""
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        layers.append(nn.Linear(width, width, bias=not batch_norm))
+        if batch_norm:
+            layers.append(nn.BatchNorm1d(width))
+        layers.append(nn.ELU())
+    return nn.Sequential(*layers, nn.Linear(width, classes))

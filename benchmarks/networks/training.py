@@ -15,7 +15,7 @@ import vcl_kernels as vk
 from ..contest import Contest
 from ..memory import saved_bytes
 from ..race import Candidate, Clock
-from .models import elu_11, resnet_50
+from .models import elu_11, mlp, resnet_50
 
 METHODS: dict[str, dict[str, Any] | None] = {
     "no normalisation": None,
@@ -29,7 +29,7 @@ class Setting(NamedTuple):
     name: str
     build: Callable[..., nn.Module]
     classes: int
-    images: tuple[int, int, int, int]
+    shape: tuple[int, ...]
 
 
 def settings(device: str, rehearse: bool) -> list[Setting]:
@@ -39,10 +39,12 @@ def settings(device: str, rehearse: bool) -> list[Setting]:
     if device == "cuda":
         return [
             Setting("ELU-11, k = 1", elu_11, 10, (250, 3, 32, 32)),
+            Setting("MLP, 4 layers of 64", mlp, 10, (64, 64)),
             Setting("ResNet-50", resnet_50, 1000, (128, 3, 224, 224)),
         ]
     return [
         Setting("ELU-11, k = 0.5", partial(elu_11, k=0.5), 10, (50, 3, 32, 32)),
+        Setting("MLP, 4 layers of 64", mlp, 10, (64, 64)),
         Setting("ResNet-50", resnet_50, 1000, (64, 3, 64, 64)),
     ]
 
@@ -52,8 +54,8 @@ class Step:
 
     def __init__(self, setting: Setting, method: str, device: str, half: bool, compiled: bool) -> None:
         torch.manual_seed(0)
-        self.x = torch.randn(setting.images, device=device)
-        self.y = torch.randint(setting.classes, setting.images[:1], device=device)
+        self.x = torch.randn(setting.shape, device=device)
+        self.y = torch.randint(setting.classes, setting.shape[:1], device=device)
         self.model = setting.build(setting.classes, batch_norm=method == "batch norm").to(device)
         options = METHODS[method]
         self.handle = None if options is None else vk.attach(self.model, self.x, **options)
@@ -86,12 +88,13 @@ class Step:
 
 
 def contests(device: str, rehearse: bool, clock: Callable[[], Clock]) -> list[Contest]:
-    """Eager before compiled; on a CPU only the small network is compiled, which takes minutes."""
+    """Eager before compiled; on a CPU only the small networks are compiled, which takes minutes."""
     chosen = settings(device, rehearse)
     found = []
     for compiled in (False, True) if not rehearse else (False,):
-        for setting in chosen if device == "cuda" or not compiled else chosen[:1]:
-            for half in (False, True) if not (compiled and device == "cpu") else (False,):
+        for setting in chosen if device == "cuda" or not compiled else chosen[:2]:
+            small = setting.build is mlp  # nothing to compute, in whatever dtype
+            for half in (False, True) if not (small or (compiled and device == "cpu")) else (False,):
                 found.append(_contest(setting, device, half, compiled, clock, rehearse))
     return found
 
@@ -99,14 +102,14 @@ def contests(device: str, rehearse: bool, clock: Callable[[], Clock]) -> list[Co
 def _contest(
     setting: Setting, device: str, half: bool, compiled: bool, clock: Callable[[], Clock], rehearse: bool
 ) -> Contest:
-    images = "x".join(map(str, setting.images))
+    shape = "x".join(map(str, setting.shape))
     kind = f"{'bfloat16 autocast' if half else 'float32'}, {'compiled' if compiled else 'eager'}"
 
     def factory(method: str) -> Callable[[], Candidate]:
         return lambda: Candidate(Step(setting, method, device, half, compiled))
 
     return Contest(
-        f"{setting.name} {images}, {kind}",
+        f"{setting.name} {shape}, {kind}",
         {method: factory(method) for method in METHODS},
         clock,
         whole=frozenset(METHODS),
@@ -114,5 +117,5 @@ def _contest(
         seconds=0.1 if rehearse else 12.0,
         least=2 if rehearse else 7,
         most=200,
-        info={"network": setting.name, "dtype": kind.split(",")[0], "compiled": compiled, "images": setting.images},
+        info={"network": setting.name, "dtype": kind.split(",")[0], "compiled": compiled, "shape": setting.shape},
     )
