@@ -29,6 +29,8 @@ X = torch.randn(20, 6, 4)
         ((X, "1"), {}, TypeError, "beta must be a float or a Tensor; got str"),
         ((X, 1.0), {"form": "variance"}, ValueError, "takes no beta; got 1.0"),
         ((X,), {"form": "var"}, ValueError, "form must be one of 'ratio'.*got 'var'"),
+        ((X,), {"unit": ["channel"]}, ValueError, r"unit must be one of.*\['channel'\]"),
+        ((X, [1.0]), {}, TypeError, "beta must be a float or a Tensor; got list"),
         ((X,), {"unit": "neuron"}, ValueError, "unit must be one of.*'neuron'"),
         ((X,), {"reduction": "max"}, ValueError, "reduction must be one of.*'max'"),
         ((X,), {"backend": "cuda"}, ValueError, "backend must be None or one of.*'cuda'"),
@@ -37,6 +39,27 @@ X = torch.randn(20, 6, 4)
 def test_errors(args, options, error, match):
     with pytest.raises(error, match=match):
         vk.vcl_loss(*args, **options)
+
+
+def test_what_was_checked_before_is_not_taken_for_what_equals_it():
+    vk.vcl_loss(X, sub_batch_size=1)
+    with pytest.raises(TypeError, match="sub_batch_size must be an int; got True"):
+        vk.vcl_loss(X, sub_batch_size=True)
+    vk.vcl_loss(X, torch.ones(6))
+    with pytest.raises(ValueError, match=r"beta must have shape"):
+        vk.vcl_loss(X, torch.ones(6), unit="activation")
+
+
+def test_a_weight_that_may_change_by_itself_is_an_error():
+    vcl = vk.VCL(6, weight=0.5)
+    vcl(X)
+    before = vcl.loss
+    vcl.weight = 1.0
+    vcl(X)
+    torch.testing.assert_close(vcl.loss, 2 * before)
+    vcl.weight = torch.tensor(1.0)
+    with pytest.raises(TypeError, match="weight and beta_min must be floats; got a Tensor"):
+        vcl(X)
 
 
 def test_backends_say_what_is_missing(monkeypatch):

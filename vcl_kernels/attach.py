@@ -115,7 +115,7 @@ class FusedActivation(nn.Module):
         if not self.training:
             return self.original.forward(input)
         calls: Calls = self._modules["vcl"]  # type: ignore[assignment]  # self.vcl is looked for in three places first
-        return calls.take(self)(input)
+        return calls.take(self).forward(input)  # this module's hooks have run, and that one has none
 
     def __getattr__(self, name: str) -> Any:
         """Look a name up here, and then in the module that this stands for."""

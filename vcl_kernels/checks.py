@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -40,16 +39,8 @@ def check_channel_dim(x: Tensor, channel_dim: int) -> None:
         )
 
 
-class SubBatches(NamedTuple):
-    """How a tensor of some shape is cut, checked."""
-
-    K: int
-    per_activation: bool
-    units: tuple[int, ...]  # shape of a value for each unit
-
-
-def check_moments(x: Tensor, sub_batch_size: int, unit: str, num_sub_batches: int | None) -> SubBatches:
-    """Check the arguments of ``sub_batch_moments``; return how x is cut: K is the number asked for, or all."""
+def check_moments(x: Tensor, sub_batch_size: int, unit: str, num_sub_batches: int | None) -> tuple[int, bool]:
+    """Check the arguments of ``sub_batch_moments``; return (number of sub-batches asked for or all, per_activation)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor; got {type(x).__name__}")
     return _cut(x.shape, x.dtype, sub_batch_size, unit, num_sub_batches)
@@ -57,7 +48,7 @@ def check_moments(x: Tensor, sub_batch_size: int, unit: str, num_sub_batches: in
 
 def _cut(
     shape: torch.Size, dtype: torch.dtype, sub_batch_size: int, unit: str, num_sub_batches: int | None
-) -> SubBatches:
+) -> tuple[int, bool]:
     """Check what all functions share."""
     if dtype not in FLOATING:
         raise TypeError(f"x must be float32, float64, bfloat16 or float16; got {dtype}")
@@ -80,33 +71,15 @@ def _cut(
             f"x has {shape[0]} samples; sub_batch_size={sub_batch_size} with num_sub_batches={max(K, 1)} "
             f"needs at least {max(K, 1) * sub_batch_size}"
         )
-    return SubBatches(K, per_activation, unit_shape(shape, per_activation))
+    return K, per_activation
 
 
-def _cut_for_loss(
-    shape: torch.Size,
-    dtype: torch.dtype,
-    sub_batch_size: int,
-    form: str,
-    unit: str,
-    num_sub_batches: int | None,
-    reduction: str,
-) -> SubBatches:
-    """Check what all losses share; K is the number of sub-batches that take part."""
-    check_choice("form", form, FORMS)
-    check_choice("reduction", reduction, REDUCTIONS)
-    if num_sub_batches is not None:
-        check_count("num_sub_batches", num_sub_batches, 2)
-    found = _cut(shape, dtype, sub_batch_size, unit, num_sub_batches)
-    if shape[0] < 2 * sub_batch_size:
-        raise ValueError(
-            f"x has {shape[0]} samples; a loss over two sub-batches of sub_batch_size={sub_batch_size} "
-            f"needs at least {2 * sub_batch_size}"
-        )
-    return found._replace(K=sub_batches(form, shape[0], sub_batch_size, num_sub_batches))
+class Like(NamedTuple):
+    """What a check sees of a tensor."""
 
-
-_known_cut_for_loss = lru_cache(1024, typed=True)(_cut_for_loss)  # a small loss costs less than its checks
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
 
 
 def check_loss(
@@ -123,21 +96,60 @@ def check_loss(
     """Check the arguments of a loss; return beta as a tensor, if it is one, and everything else resolved."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor; got {type(x).__name__}")
-    cut = None
+    tensor: Tensor | None = None
+    given: float | Like | None
+    if isinstance(beta, Tensor):
+        tensor, given = beta, Like(beta.shape, beta.dtype, beta.device)
+    else:
+        given = beta
+    seen = Like(x.shape, x.dtype, x.device)
+    options = (sub_batch_size, form, unit, num_sub_batches, reduction, weight, beta_min)
+    spec = None
     if not torch.compiler.is_compiling():
-        with suppress(TypeError):  # symbolic sizes; or an argument of a wrong type, which the check itself names
-            cut = _known_cut_for_loss(x.shape, x.dtype, sub_batch_size, form, unit, num_sub_batches, reduction)
-    if cut is None:
-        cut = _cut_for_loss(x.shape, x.dtype, sub_batch_size, form, unit, num_sub_batches, reduction)
-    tensor, value = check_beta(x, beta, form, cut.units)
-    factor = weight
-    if reduction == "mean":
-        units = math.prod(cut.units)
-        factor = weight / units if units else math.nan  # the mean of nothing, as torch.mean has it
-    K, per_activation, _ = cut
-    return tensor, LossSpec(
-        value, beta_min, sub_batch_size, K, FORMS.index(form), per_activation, factor, reduction != "none"
-    )
+        try:
+            spec = _known_spec(seen, given, *options)
+        except TypeError:  # symbolic sizes cannot be looked up; nor a wrong argument, which the check itself names
+            spec = None
+    if spec is None:
+        spec = _loss_spec(seen, given, *options)
+    if tensor is not None and tensor.dtype.itemsize < 4:
+        tensor = tensor.float()
+    return tensor, spec
+
+
+def _loss_spec(
+    x: Like,
+    beta: float | Like | None,
+    sub_batch_size: int,
+    form: str,
+    unit: str,
+    num_sub_batches: int | None,
+    reduction: str,
+    weight: float,
+    beta_min: float,
+) -> LossSpec:
+    check_choice("form", form, FORMS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if isinstance(weight, Tensor) or isinstance(beta_min, Tensor):  # its value may change
+        raise TypeError("weight and beta_min must be floats; got a Tensor")
+    if num_sub_batches is not None:
+        check_count("num_sub_batches", num_sub_batches, 2)
+    _, per_activation = _cut(x.shape, x.dtype, sub_batch_size, unit, num_sub_batches)
+    if x.shape[0] < 2 * sub_batch_size:
+        raise ValueError(
+            f"x has {x.shape[0]} samples; a loss over two sub-batches of sub_batch_size={sub_batch_size} "
+            f"needs at least {2 * sub_batch_size}"
+        )
+    K = sub_batches(form, x.shape[0], sub_batch_size, num_sub_batches)
+    value = _check_beta(x, beta, form, per_activation)
+    units = math.prod(unit_shape(x.shape, per_activation))
+    factor = weight / units if reduction == "mean" and units else weight
+    if reduction == "mean" and not units:
+        factor = math.nan  # the mean of nothing, as torch.mean has it
+    return LossSpec(value, beta_min, sub_batch_size, K, FORMS.index(form), per_activation, factor, reduction != "none")
+
+
+_known_spec = lru_cache(1024, typed=True)(_loss_spec)  # a small loss takes less time than its checks
 
 
 def check_activation(
@@ -154,19 +166,18 @@ def check_activation(
     return Activation(ACTIVATIONS.index(name), float(parameter))
 
 
-def check_beta(
-    x: Tensor, beta: float | Tensor | None, form: str, units: tuple[int, ...]
-) -> tuple[Tensor | None, float]:
-    """Return (beta as a tensor of the accumulation dtype or None, its value if it is not a tensor)."""
+def _check_beta(x: Like, beta: float | Like | None, form: str, per_activation: bool) -> float:
+    """Check beta; return its value if it is not a tensor."""
     if beta is None:
-        return None, DEFAULT_BETA[form]
+        return DEFAULT_BETA[form]
     if form == "variance":
         raise ValueError(f'form="variance" takes no beta; got {_described(beta)}')
     if isinstance(beta, (int, float)) and not isinstance(beta, bool):
-        return None, float(beta)
-    if not isinstance(beta, Tensor):
+        return float(beta)
+    if not isinstance(beta, Like):
         raise TypeError(f"beta must be a float or a Tensor; got {type(beta).__name__}")
-    if beta.dim() and beta.shape != units:
+    units = unit_shape(x.shape, per_activation)
+    if beta.shape and tuple(beta.shape) != units:
         raise ValueError(f"beta must have shape () or {units}, one for each unit; got {tuple(beta.shape)}")
     if beta.device != x.device:
         raise ValueError(f"beta must be on x's device, {x.device}; got {beta.device}")
@@ -174,8 +185,8 @@ def check_beta(
     if beta.dtype not in (wide, x.dtype):
         wanted = wide if wide == x.dtype else f"{wide} or {x.dtype}"
         raise TypeError(f"beta must be {wanted} for x of {x.dtype}; got {beta.dtype}")
-    return beta if beta.dtype == wide else beta.to(wide), 0.0
+    return 0.0
 
 
 def _described(beta: object) -> str:
-    return f"a tensor of shape {tuple(beta.shape)}" if isinstance(beta, Tensor) else repr(beta)
+    return f"a tensor of shape {tuple(beta.shape)}" if isinstance(beta, Like) else repr(beta)

@@ -209,7 +209,7 @@ def sub_batch_moments(
             [4.]]), tensor([[2.],
             [8.]]))
     """
-    K, per_activation, _ = check_moments(x, sub_batch_size, unit, num_sub_batches)
+    K, per_activation = check_moments(x, sub_batch_size, unit, num_sub_batches)
     implementation = _implementation(x, backend)
     if implementation is None:
         return reference.moments(x, sub_batch_size, K, per_activation)

@@ -63,7 +63,7 @@ def sub_batch_moments(
     x: Tensor, sub_batch_size: int, *, unit: str = "channel", num_sub_batches: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance of each sub-batch: see :func:`vcl_kernels.sub_batch_moments`."""
-    K, per_activation, _ = check_moments(x, sub_batch_size, unit, num_sub_batches)
+    K, per_activation = check_moments(x, sub_batch_size, unit, num_sub_batches)
     return moments(x, sub_batch_size, K, per_activation)
 
 
