@@ -112,7 +112,7 @@ def check_loss(
             spec = None
     if spec is None:
         spec = _loss_spec(seen, given, *options)
-    if tensor is not None and tensor.dtype.itemsize < 4:
+    if tensor is not None and tensor.dtype in (torch.bfloat16, torch.float16):
         tensor = tensor.float()
     return tensor, spec
 

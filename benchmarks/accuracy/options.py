@@ -28,7 +28,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = studies.add_parser(
         "tabular", parents=[shared], help="fully connected networks on UCI and KEEL sets"
     ).add_argument
-    add("--splits", type=count, help="of each set into training and test rows (16)")
+    add("--splits", type=count, help="of each set into training and test rows (8)")
     add("--trials", type=count, help="of the search for settings (4)")
     add("--steps", type=count, help="of each training (300)")
     add("--sets", type=count, help="only the so many smallest")

@@ -28,7 +28,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     """Do the study; write its results and figures."""
     quick = options.quick
     settings = {
-        "splits": options.splits or (1 if quick else 16),
+        "splits": options.splits or (1 if quick else 8),
         "trials": options.trials or (1 if quick else 4),
         "steps": options.steps or (50 if quick else 300),
         "sets": options.sets,
