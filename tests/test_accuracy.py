@@ -130,14 +130,17 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
 def test_workers_end_with_a_process_that_is_killed(tmp_path):
     script, folder = tmp_path / "forever.py", tmp_path / "at work"
     script.write_text(FOREVER)
     folder.mkdir()
     environment = os.environ | {"PYTHONPATH": str(PAGE.parents[1])}
     with subprocess.Popen([sys.executable, script, folder], env=environment) as process:
-        wait_until(lambda: sum(path.name.isdigit() for path in folder.iterdir()) == 2)
-        process.kill()
+        try:
+            wait_until(lambda: sum(path.name.isdigit() for path in folder.iterdir()) == 2)
+        finally:
+            process.kill()
     for worker in (int(path.name) for path in folder.iterdir() if path.name.isdigit()):
         wait_until(lambda worker=worker: not running(worker))
 

@@ -30,12 +30,14 @@ X = torch.randn(20, 1, 12, 12)
 
 @pytest.mark.parametrize("unit", ["channel", "activation"])
 @pytest.mark.parametrize(("shape", "dim"), [((20, 7, 12), -1), ((20, 7, 12), 2), ((20, 3, 5, 12), -1), ((20, 12), -1)])
-@pytest.mark.parametrize("activation", ["elu", "gelu", "identity"])
-def test_values_and_gradients_are_those_of_the_transposed(backend, unit, shape, dim, activation):
+@pytest.mark.parametrize(
+    ("activation", "form"), [("elu", "ratio"), ("gelu", "relative_variance"), ("identity", "ratio")]
+)
+def test_values_and_gradients_are_those_of_the_transposed(backend, unit, shape, dim, activation, form):
     device = device_of(backend)
     x, dy = torch.randn(shape, requires_grad=True, device=device), torch.randn(shape, device=device)
     first = x.detach().movedim(dim, 1).contiguous().requires_grad_()
-    settings = {"sub_batch_size": 4, "form": "relative_variance", "unit": unit, "backend": backend}
+    settings = {"sub_batch_size": 4, "form": form, "unit": unit, "backend": backend}
     ours = vk.VCLActivation(activation, channel_dim=dim, **settings)
     plain = vk.VCLActivation(activation, **settings)
     y, expected = ours(x), plain(first)
@@ -128,14 +130,71 @@ def test_compiled_in_one_graph():
     torch.testing.assert_close(x.grad, expected)
 
 
-@pytest.mark.parametrize("dim", [0, 3, -3])
+@pytest.mark.parametrize("dim", [3, -3])
 def test_a_dimension_that_x_has_not_is_an_error(dim):
-    with pytest.raises(ValueError, match=r"channel_dim must be a dimension of x.*got .* for shape \(20, 7, 12\)"):
+    with pytest.raises(ValueError, match=r"channel_dim must be a dimension of x; got .* for shape \(20, 7, 12\)"):
         vk.VCLActivation("elu", channel_dim=dim)(torch.randn(20, 7, 12))
 
 
-def test_a_dimension_that_is_no_integer_is_an_error():
-    with pytest.raises(TypeError, match="channel_dim must be an int; got 'last'"):
-        vk.VCL(channel_dim="last")
-    with pytest.raises(TypeError, match="channel_dim"):
-        vk.attach(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), channel_dim=1.0)
+@pytest.mark.parametrize("make", [lambda dim: vk.VCL(channel_dim=dim), lambda dim: vk.VCLMonitor(Encoder(), channel_dim=dim), lambda dim: vk.attach(Encoder(), channel_dim=dim)])  # fmt: skip  # noqa: E501
+def test_a_wrong_dimension_is_an_error_at_once(make):
+    for wrong in ("last", 1.0, True):
+        with pytest.raises(TypeError, match="channel_dim must be an int; got"):
+            make(wrong)
+    with pytest.raises(ValueError, match="channel_dim must not be 0, the dimension of samples"):
+        make(0)
+
+
+@pytest.mark.parametrize("channel_dim", [1, -1])
+def test_one_dimension_is_too_few(channel_dim):
+    for act in (vk.VCL(channel_dim=channel_dim), vk.VCLActivation("elu", 4, channel_dim=channel_dim)):
+        with pytest.raises(ValueError, match=r"x must have 2 to 8 dimensions.*\(20,\)"):
+            act(torch.randn(20))
+
+
+class Turned(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(6, 24), nn.SiLU(), nn.Linear(12, 6)
+
+    def forward(self, x):
+        gate, up = self.up(x).chunk(2, -1)
+        return self.down(self.act(gate) * up)
+
+
+class Transposed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.act = nn.Linear(8, 8), nn.GELU()
+
+    def forward(self, x):
+        return self.act(self.tokens(x).transpose(1, 2))
+
+
+IMAGES, TOKENS = torch.randn(2, 6, 4, 8), torch.randn(2, 9, 6)
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "options", "units"),
+    [
+        (nn.Sequential(nn.Linear(6, 12), nn.Dropout(), nn.GELU()), TOKENS, {}, 12),
+        (nn.Sequential(nn.RMSNorm(6), nn.GELU()), TOKENS, {}, 6),
+        (nn.Sequential(nn.LayerNorm([6, 4, 8]), nn.ReLU()), IMAGES, {}, 6),
+        (nn.Sequential(Turned(6), nn.ReLU()), IMAGES, {}, 6),
+        (Gated(), TOKENS, {}, 12),
+        (Transposed(), torch.randn(2, 6, 8), {}, 8),
+        (nn.Sequential(nn.Identity(), nn.Linear(6, 3)), TOKENS, {"layers": ["1"]}, 6),
+        (nn.Sequential(nn.Linear(6, 12), nn.GELU()), torch.randn(2, 6), {}, 12),
+    ],
+    ids=["dropout", "rms norm", "norm of images", "norm that turns", "gated", "transposed", "layers", "2-D"],
+)
+def test_the_example_shows_where_features_are_last(model, example, options, units):
+    handle = vk.attach(model, example, **options)
+    assert [tuple(beta.shape) for beta in handle.parameters()] == [(units,)]
+    (vcl,) = (module for module in model.modules() if isinstance(module, vk.VCLActivation))
+    assert ("channel_dim=-1" in repr(model)) == (vcl.channel_dim == -1)

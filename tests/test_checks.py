@@ -58,8 +58,11 @@ def test_a_weight_that_may_change_by_itself_is_an_error():
     vcl(X)
     torch.testing.assert_close(vcl.loss, 2 * before)
     vcl.weight = torch.tensor(1.0)
-    with pytest.raises(TypeError, match="weight and beta_min must be floats; got a Tensor"):
+    with pytest.raises(TypeError, match=r"weight must be a float; got tensor\(1\.\)"):
         vcl(X)
+    for name in ("weight", "beta_init", "beta_min"):
+        with pytest.raises(TypeError, match=f"{name} must be a float"):
+            vk.VCL(6, **{name: torch.tensor(0.1)})
 
 
 def test_backends_say_what_is_missing(monkeypatch):

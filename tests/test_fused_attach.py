@@ -249,3 +249,28 @@ def test_shared_activation_under_checkpointing_is_refused():
     vk.attach(net, x[:2].detach(), inject=True)
     with pytest.raises(RuntimeError, match="Give each call a module of its own"):
         net(x).sum().backward()
+
+
+def test_the_module_that_has_beta_is_called_as_a_module():
+    """Sharding and pruning give it its parameters in hooks of its own."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.ELU(), nn.Linear(8, 8), nn.Mish())
+    vk.attach(net, torch.randn(2, 4))
+    called = []
+    for index in (1, 3):
+        net[index].vcl[0].register_forward_hook(lambda *_, index=index: called.append(index))
+    net(torch.randn(20, 4))
+    assert called == [1, 3]
+
+
+def test_replicas_of_a_model_keep_their_own_losses():
+    """Of nn.DataParallel, which is not supported: an error, not the loss of the last replica."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.ELU())
+    handle = vk.attach(net, torch.randn(2, 4))
+    replica = nn.Sequential(net[0], net[1]._replicate_for_data_parallel())
+    calls = replica[1]._modules["vcl"] = net[1].vcl._replicate_for_data_parallel()
+    calls._modules["0"] = net[1].vcl[0]._replicate_for_data_parallel()
+    calls[0]._parameters = {"beta": net[1].vcl[0].beta}
+    replica(torch.randn(20, 4))
+    assert calls[0].loss is not None
+    with pytest.raises(RuntimeError, match="wants a training forward"):
+        handle.loss()

@@ -5,6 +5,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from common import LAYOUTS
 from conftest import FORMS, UNITS, device_of
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import vcl_kernels as vk
 
@@ -115,18 +116,36 @@ def test_activation(backend, name, options):
     assert torch.autograd.gradgradcheck(both, (x, beta))
 
 
+LOSSES = {
+    "one pass": lambda x, beta, **to: vk.vcl_loss(x, beta, sub_batch_size=3, **to),
+    "deferred": lambda x, beta, **to: vk.vcl_loss(torch.cat([x, x]), beta, sub_batch_size=3, **to),
+    "activation": lambda x, beta, **to: vk.vcl_activation(x, "elu", beta, sub_batch_size=3, **to)[1],
+}
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of ops without batching rules
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("form", FORMS)
-def test_several_upstream_gradients_at_once(form, reduction):
-    inputs = case("cpu", form, "channel", "contiguous")
-    one, many = (
-        vk.vcl_loss(*inputs, sub_batch_size=3, form=form, reduction=reduction, backend=name)
-        for name in ("reference", "cpu")
-    )
+@pytest.mark.parametrize("name", LOSSES)
+def test_several_upstream_gradients_at_once(name, reduction):
+    inputs = case("cpu", "ratio", "channel", "contiguous")
+    one, many = (LOSSES[name](*inputs, reduction=reduction, backend=backend) for backend in ("reference", "cpu"))
     g = torch.randn(4, *one.shape, dtype=one.dtype)
-    found = torch.autograd.grad(many, inputs, g, is_grads_batched=True)
-    for k in range(4):
-        expected = torch.autograd.grad(one, inputs, g[k], retain_graph=True)
-        for got, wanted in zip(found, expected, strict=True):
-            torch.testing.assert_close(got[k], wanted)
+    expected = [torch.autograd.grad(one, inputs, g[k], retain_graph=True) for k in range(4)]
+    batched = torch.autograd.grad(many, inputs, g, is_grads_batched=True, retain_graph=True)
+    mapped = torch.vmap(lambda g: torch.autograd.grad(many, inputs, g, retain_graph=True))(g)
+    for found in (batched, mapped):
+        for k in range(4):
+            for got, wanted in zip(found, expected[k], strict=True):
+                torch.testing.assert_close(got[k], wanted)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_gradient_that_is_traced(name):
+    """Its upstream gradient of 1 is no constant: the graph is right for others too."""
+    inputs = case("cpu", "ratio", "channel", "contiguous")
+    backward = make_fx(lambda g: torch.autograd.grad(LOSSES[name](*inputs), inputs, g))(inputs[0].new_ones(()))
+    for upstream in (1.0, 2.5):
+        g = inputs[0].new_tensor(upstream)
+        expected = torch.autograd.grad(LOSSES[name](*inputs, backend="reference"), inputs, g)
+        for got, wanted in zip(backward(g), expected, strict=True):
+            torch.testing.assert_close(got, wanted)

@@ -50,7 +50,7 @@ FUSED: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
 
 
 class Turn:
-    """Where a forward has got to. (Not a module: see modules.Latest.)"""
+    """Where a forward of the whole model has got to with one activation module."""
 
     next = 0  # call of the activation module
     inside = False  # a forward of the whole model
@@ -62,6 +62,11 @@ class Calls(nn.ModuleList):
     def __init__(self, modules: Iterable[VCLActivation]) -> None:
         super().__init__(modules)
         self.turn = Turn()
+
+    def _replicate_for_data_parallel(self) -> Calls:
+        replica = super()._replicate_for_data_parallel()
+        replica.turn = Turn()
+        return replica
 
     def begin(self) -> None:
         """Forget the last forward: a layer that is skipped now must not add its old loss."""
@@ -115,7 +120,7 @@ class FusedActivation(nn.Module):
         if not self.training:
             return self.original.forward(input)
         calls: Calls = self._modules["vcl"]  # type: ignore[assignment]  # self.vcl is looked for in three places first
-        return calls.take(self).forward(input)  # this module's hooks have run, and that one has none
+        return calls.take(self)(input)
 
     def __getattr__(self, name: str) -> Any:
         """Look a name up here, and then in the module that this stands for."""
@@ -169,8 +174,9 @@ def attach(
         inject: the loss enters the graph through each layer's output, which must then not be changed in place, and
             the training loop needs no change. Under a ``torch.amp.GradScaler``, set ``handle.grad_scaler`` to it.
         channel_dim: where activations have their channels, dimension 0 being that of samples. None: in the last
-            dimension of what ``example_input`` shows to come straight from ``nn.Linear`` or ``nn.LayerNorm`` (as in a
-            transformer's feed-forward layers, ``(N, L, C)``), else in dimension 1.
+            dimension of what ``example_input`` shows to be the very output, or a part of the output, of ``nn.Linear``,
+            ``nn.LayerNorm`` or ``nn.RMSNorm`` (as in a transformer's feed-forward layers, ``(N, L, C)``), or the input
+            of one that ``layers`` names; else in dimension 1. The model's repr shows it.
 
     Returns:
         A :class:`VCLHandle`: ``handle.loss()`` to add to the objective, unless ``inject``.
@@ -226,9 +232,10 @@ class VCLHandle:
         self._hooks = []
         self._calls: list[Calls] = []
         for module in self._modules:  # all that may fail, before the model is touched
-            vcls = [_vcl_for(module, {**settings, "channel_dim": call.channel_dim}) for call in seen.get(module, [])]
-            for vcl, call in zip(vcls, seen.get(module, []), strict=True):
-                vcl.materialize(call.x)
+            vcls = []
+            for x, channel_dim in seen.get(module, []):
+                vcls.append(_vcl_for(module, {**settings, "channel_dim": channel_dim}))
+                vcls[-1].materialize(x)
             self._calls.append(Calls(vcls or [_vcl_for(module, settings)]))
         stand_ins: dict[nn.Module, nn.Module] = {}
         for module, calls in zip(self._modules, self._calls, strict=True):

@@ -225,18 +225,23 @@ def _padded(rows: Tensor, count: int) -> Tensor:
 def _beta_gradient(ctx: Any, beta: Tensor | None, dbeta: Tensor, g: Tensor) -> Tensor | None:
     if beta is None or not ctx.needs_input_grad[1]:
         return None
-    dbeta = dbeta if _is_one(g) and not _kept() else dbeta * g
+    dbeta = dbeta * g if _traced(g) or _kept() or not _is_one(g) else dbeta
     return dbeta.sum() if dbeta.dim() > beta.dim() else dbeta
 
 
 def _is_one(g: Tensor) -> bool:
-    """Whether ``g`` is known to be 1 without a look at a device; a tensor of a subclass (a fake one) has no value."""
-    return type(g) is Tensor and g.dim() == 0 and g.device.type == "cpu" and not _traced(g) and g.item() == 1.0
+    """Whether ``g`` is known to be 1 without a look at a device; a tensor of a subclass has no value."""
+    return type(g) is Tensor and g.dim() == 0 and g.device.type == "cpu" and g.item() == 1.0
 
 
 def _traced(g: Tensor) -> bool:
-    """Whether ``g`` stands for more than one value: in a compiler's graph, or under ``is_grads_batched``."""
-    return torch.compiler.is_compiling() or torch._C._functorch.is_legacy_batchedtensor(g)
+    """Whether ``g`` stands for other values too: for a compiler, ``make_fx``, ``vmap`` or ``is_grads_batched``."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.is_legacy_batchedtensor(g)
+        or torch._C._functorch.is_functorch_wrapped_tensor(g)
+    )
 
 
 def _kept() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -30,13 +31,31 @@ def check_count(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}; got {value}")
 
 
-def check_channel_dim(x: Tensor, channel_dim: int) -> None:
-    """Raise unless ``channel_dim`` is a dimension of ``x`` other than that of samples."""
-    if x.dim() > 1 and (channel_dim == 0 or not 1 - x.dim() <= channel_dim < x.dim()):
-        raise ValueError(
-            f"channel_dim must be a dimension of x, and not 0, that of samples; got {channel_dim} for shape "
-            f"{tuple(x.shape)}"
-        )
+def check_number(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is a number; a tensor of one is not, for it may change."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a float; got {value!r} ({type(value).__name__})")
+
+
+def check_channel_dim(channel_dim: object) -> None:
+    """Raise unless ``channel_dim`` is an integer, and not 0."""
+    if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
+        raise TypeError(f"channel_dim must be an int; got {channel_dim!r} ({type(channel_dim).__name__})")
+    if channel_dim == 0:
+        raise ValueError("channel_dim must not be 0, the dimension of samples")
+
+
+def check_channel_dim_of(x: Tensor, channel_dim: int) -> None:
+    """Raise unless ``x`` has that dimension."""
+    check_dimensions(x.shape)
+    if not 1 - x.dim() <= channel_dim < x.dim():
+        raise ValueError(f"channel_dim must be a dimension of x; got {channel_dim} for shape {tuple(x.shape)}")
+
+
+def check_dimensions(shape: torch.Size) -> None:
+    """Raise unless x of ``shape`` has as many dimensions as kernels know."""
+    if not 2 <= len(shape) <= 8:
+        raise ValueError(f"x must have 2 to 8 dimensions (N, C, *spatial); got shape {tuple(shape)}")
 
 
 def check_moments(x: Tensor, sub_batch_size: int, unit: str, num_sub_batches: int | None) -> tuple[int, bool]:
@@ -52,8 +71,7 @@ def _cut(
     """Check what all functions share."""
     if dtype not in FLOATING:
         raise TypeError(f"x must be float32, float64, bfloat16 or float16; got {dtype}")
-    if not 2 <= len(shape) <= 8:
-        raise ValueError(f"x must have 2 to 8 dimensions (N, C, *spatial); got shape {tuple(shape)}")
+    check_dimensions(shape)
     check_choice("unit", unit, UNITS)
     check_count("sub_batch_size", sub_batch_size, 1)
     if num_sub_batches is not None:
@@ -130,8 +148,9 @@ def _loss_spec(
 ) -> LossSpec:
     check_choice("form", form, FORMS)
     check_choice("reduction", reduction, REDUCTIONS)
-    if isinstance(weight, Tensor) or isinstance(beta_min, Tensor):  # its value may change
-        raise TypeError("weight and beta_min must be floats; got a Tensor")
+    for name, value in (("weight", weight), ("beta_min", beta_min)):
+        if isinstance(value, Tensor):  # under a compiler a number may be a symbol
+            check_number(name, value)
     if num_sub_batches is not None:
         check_count("num_sub_batches", num_sub_batches, 2)
     _, per_activation = _cut(x.shape, x.dtype, sub_batch_size, unit, num_sub_batches)
@@ -158,9 +177,8 @@ def check_activation(
     """Check the choice of an activation; return it as kernels are told it."""
     check_choice("activation", activation, _NAMED)
     check_choice("approximate", approximate, ("none", "tanh"))
-    for name, value in (("alpha", alpha), ("negative_slope", negative_slope)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a float; got {value!r} ({type(value).__name__})")
+    check_number("alpha", alpha)
+    check_number("negative_slope", negative_slope)
     parameter = {"elu": alpha, "leaky_relu": negative_slope}.get(activation, 0.0)
     name = "gelu_tanh" if activation == "gelu" and approximate == "tanh" else activation
     return Activation(ACTIVATIONS.index(name), float(parameter))

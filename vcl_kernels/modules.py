@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from . import reference
-from .checks import check_activation, check_channel_dim, check_choice, check_count
+from .checks import (
+    check_activation,
+    check_channel_dim,
+    check_channel_dim_of,
+    check_choice,
+    check_count,
+    check_dimensions,
+    check_number,
+)
 from .functional import weighted_activation
 from .geometry import accumulation_dtype, channels_first, unit_shape
 from .spec import FORMS, IDENTITY, UNITS
@@ -18,7 +26,7 @@ __all__ = ["VCL", "VCLActivation"]
 
 
 class Latest:
-    """What the latest training forward left. (To set an attribute of a module takes as long as a small kernel.)"""
+    """What the latest training forward left: of a step, not of the module, whose attributes are also slow to set."""
 
     loss: Tensor | None = None
     in_grad_mode = True  # of that forward
@@ -91,8 +99,9 @@ class VCLActivation(nn.Module):
         check_count("sub_batch_size", sub_batch_size, 1)
         if num_sub_batches is not None:
             check_count("num_sub_batches", num_sub_batches, 2)
-        if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
-            raise TypeError(f"channel_dim must be an int; got {channel_dim!r} ({type(channel_dim).__name__})")
+        for name, value in (("weight", weight), ("beta_init", beta_init), ("beta_min", beta_min)):
+            check_number(name, value)
+        check_channel_dim(channel_dim)
         self.sub_batch_size, self.form, self.unit, self.num_sub_batches = sub_batch_size, form, unit, num_sub_batches
         self.weight, self.beta_init, self.beta_min = weight, beta_init, beta_min
         self.inject, self.channel_dim, self.backend = inject, channel_dim, backend
@@ -149,7 +158,7 @@ class VCLActivation(nn.Module):
     def _channels_first(self, x: Tensor) -> Tensor:
         if self.channel_dim == 1:
             return x
-        check_channel_dim(x, self.channel_dim)
+        check_channel_dim_of(x, self.channel_dim)
         return channels_first(x, self.channel_dim)
 
     def _present(self, x: Tensor) -> int | None:
@@ -163,11 +172,12 @@ class VCLActivation(nn.Module):
         if beta is None:
             return max(self.beta_init, self.beta_min)
         if isinstance(beta, UninitializedParameter):
+            check_dimensions(x.shape)
             self._make(unit_shape(x.shape, self.unit == "activation"), x.device, accumulation_dtype(x.dtype))
         return beta
 
     def materialize(self, x: Tensor) -> None:
-        """Give a beta without a shape the one that a first forward of ``x`` would."""
+        """Give a beta without a shape the one that a first forward of ``x`` would, if that would be no error."""
         if x.dim() > 1:
             self._beta(self._channels_first(x))
 
@@ -196,14 +206,20 @@ class VCLActivation(nn.Module):
         """Leave out what belongs to one step, so that a copy or a pickle can be made at any time."""
         return {**self.__dict__, "latest": Latest(), "grad_scaler": None}
 
+    def _replicate_for_data_parallel(self) -> VCLActivation:
+        replica = super()._replicate_for_data_parallel()
+        replica.latest = Latest()
+        return replica
+
     def extra_repr(self) -> str:
-        """Return the settings that differ from the paper's."""
+        """Return the settings."""
         beta, shape = self.beta, "none"
         if beta is not None:
             shape = "from the first batch" if isinstance(beta, UninitializedParameter) else str(tuple(beta.shape))
         activation = "" if self.activation.name == "identity" else f"{self.activation.name}, "
         settings = f"form={self.form}, n={self.sub_batch_size}, unit={self.unit}, weight={self.weight:g}"
-        return f"{activation}{settings}, beta={shape}"
+        where = "" if self.channel_dim == 1 else f", channel_dim={self.channel_dim}"
+        return f"{activation}{settings}, beta={shape}{where}"
 
 
 class VCL(VCLActivation):

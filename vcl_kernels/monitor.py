@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .attach import ACTIVATIONS, Calls, FusedActivation, VCLHandle
-from .checks import check_channel_dim, check_choice, check_count
+from .checks import check_channel_dim, check_channel_dim_of, check_choice, check_count
 from .functional import sub_batch_moments
 from .geometry import accumulation_dtype, channels_first
 from .modules import VCLActivation
@@ -81,6 +81,8 @@ class VCLMonitor:
         if sub_batch_size is not None:
             check_count("sub_batch_size", sub_batch_size, 1)
         check_choice("unit", unit, UNITS)
+        if channel_dim is not None:
+            check_channel_dim(channel_dim)
         self.model = model.model if isinstance(model, VCLHandle) else model
         self.every, self.sub_batch_size, self.unit, self.channel_dim = every, sub_batch_size, unit, channel_dim
         self.rows: list[dict[str, Any]] = []  # what was flushed: step, layer and STATISTICS
@@ -191,7 +193,7 @@ class VCLMonitor:
         dim = self.channel_dim
         if dim is None:
             dim = 1 if vcl is None else vcl.channel_dim
-        check_channel_dim(x, dim)
+        check_channel_dim_of(x, dim)
         return channels_first(x, dim)
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:

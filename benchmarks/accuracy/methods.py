@@ -26,11 +26,12 @@ IMAGE_METHODS = {  # where a channel has many activations; layer norm is for ful
 }
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU}
 
+ALL = 1 << 30  # sub-batches: as many as the batch has
 # The paper's form learns beta from 1; relative_variance needs none where no unit is dead, so its guard stays small.
 VCL: dict[str, dict[str, Any]] = {
     "vcl-ratio": {"form": "ratio"},
     "vcl-channel": {"form": "ratio", "unit": "channel"},
-    "vcl-pairs": {"form": "ratio", "num_sub_batches": 1000},  # at most as many as the batch has take part
+    "vcl-pairs": {"form": "ratio", "num_sub_batches": ALL},
     "vcl-relative": {"form": "relative_variance", "learn_beta": False, "beta_init": 1e-3},
 }
 
