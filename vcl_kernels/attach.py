@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .example import Call, calls_of
 from .modules import VCL, VCLActivation
 from .places import replace
+from .stand_ins import Calls, FusedActivation, before_activation, can_fuse, vcl_for
 
 __all__ = ["ACTIVATIONS", "VCLHandle", "attach", "param_groups"]
 
@@ -36,104 +37,6 @@ ACTIVATIONS = (
     nn.Softplus,
     nn.Softsign,
 )
-
-
-# What vcl_activation has: the activation's name, and those of its settings by the module's attributes.
-FUSED: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
-    nn.ReLU: ("relu", ()),
-    nn.LeakyReLU: ("leaky_relu", ("negative_slope",)),
-    nn.ELU: ("elu", ("alpha",)),
-    nn.GELU: ("gelu", ("approximate",)),
-    nn.SiLU: ("silu", ()),
-    nn.Tanh: ("tanh", ()),
-}
-
-
-class Turn:
-    """Where a forward of the whole model has got to with one activation module."""
-
-    next = 0  # call of the activation module
-    inside = False  # a forward of the whole model
-
-
-class Calls(nn.ModuleList):
-    """The VCL of each call of one activation module within a forward (a module may be used more than once)."""
-
-    def __init__(self, modules: Iterable[VCLActivation]) -> None:
-        super().__init__(modules)
-        self.turn = Turn()
-
-    def _replicate_for_data_parallel(self) -> Calls:
-        replica = super()._replicate_for_data_parallel()
-        replica.turn = Turn()
-        return replica
-
-    def begin(self) -> None:
-        """Forget the last forward: a layer that is skipped now must not add its old loss."""
-        turn = self.turn
-        turn.next, turn.inside = 0, True
-        for vcl in self:
-            vcl.latest.loss = None  # type: ignore[union-attr]
-
-    def end(self) -> None:
-        """Leave the model's forward; what calls now is a recomputation, or a part of the model used alone."""
-        self.turn.inside = False
-
-    def take(self, module: nn.Module) -> VCLActivation:
-        """Return the VCL of the call that is being made."""
-        turn, vcls = self.turn, self._modules
-        call = turn.next
-        if len(vcls) > 1 and not turn.inside and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{_type_name(module)} is called more than once in a forward, and now outside one (by checkpointing, "
-                "or by a part of the model used alone): which beta is meant? Give each call a module of its own"
-            )
-        if call >= len(vcls):
-            if turn.inside:
-                raise RuntimeError(
-                    f"{_type_name(module)} is called {call + 1} times in one forward, and has VCL for {len(vcls)}; "
-                    "give attach an example_input whose forward makes every call, so that each gets a beta of its own"
-                )
-            call = 0
-        turn.next = call + 1
-        return vcls[str(call)]  # type: ignore[return-value]
-
-
-class FusedActivation(nn.Module):
-    """Stands where an activation module stood: VCLActivation in training, that module in evaluation.
-
-    The module is not a child, so that the state dict gains the betas alone; the hooks that it has are run here, and
-    its attributes are found here.
-    """
-
-    original: nn.Module
-
-    def __init__(self, original: nn.Module, calls: Calls) -> None:
-        super().__init__()
-        self.__dict__.update({name: value for name, value in vars(original).items() if "hook" in name})
-        self.__dict__["original"] = original
-        self.vcl = calls
-        self.train(original.training)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the activation of ``input``, which has the name that it has in torch.nn."""
-        if not self.training:
-            return self.original.forward(input)
-        calls: Calls = self._modules["vcl"]  # type: ignore[assignment]  # self.vcl is looked for in three places first
-        return calls.take(self)(input)
-
-    def __getattr__(self, name: str) -> Any:
-        """Look a name up here, and then in the module that this stands for."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "original" not in self.__dict__:
-                raise
-            return getattr(self.__dict__["original"], name)
-
-    def extra_repr(self) -> str:
-        """Return what this stands for."""
-        return repr(self.original)
 
 
 def attach(
@@ -228,22 +131,22 @@ class VCLHandle:
         self.model = model
         self._names = [name for name, _ in chosen]
         self._modules = [module for _, module in chosen]
-        self._inplace = [m for m in self._modules if getattr(m, "inplace", False) and not _can_fuse(m)]
+        self._inplace = [m for m in self._modules if getattr(m, "inplace", False) and not can_fuse(m)]
         self._hooks = []
         self._calls: list[Calls] = []
         for module in self._modules:  # all that may fail, before the model is touched
             vcls = []
             for x, channel_dim in seen.get(module, []):
-                vcls.append(_vcl_for(module, {**settings, "channel_dim": channel_dim}))
+                vcls.append(vcl_for(module, {**settings, "channel_dim": channel_dim}))
                 vcls[-1].materialize(x)
-            self._calls.append(Calls(vcls or [_vcl_for(module, settings)]))
+            self._calls.append(Calls(vcls or [vcl_for(module, settings)]))
         stand_ins: dict[nn.Module, nn.Module] = {}
         for module, calls in zip(self._modules, self._calls, strict=True):
-            if _can_fuse(module):
+            if can_fuse(module):
                 stand_ins[module] = FusedActivation(module, calls)
             else:
                 module.vcl = calls.train(module.training)
-                self._hooks.append(module.register_forward_pre_hook(_before_activation, with_kwargs=True))
+                self._hooks.append(module.register_forward_pre_hook(before_activation, with_kwargs=True))
         self._replaced = replace(model, stand_ins)
         for module in self._inplace:
             module.inplace = False  # type: ignore[assignment]
@@ -337,18 +240,6 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 # Hooks are plain functions, so that a model with VCL attached can be copied and pickled.
 
 
-def _before_activation(
-    module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    calls: Calls = module.vcl  # type: ignore[assignment]
-    if not calls.training:
-        return None
-    if args:
-        return (calls.take(module)(args[0]), *args[1:]), named
-    first = next(iter(named))
-    return args, {**named, first: calls.take(module)(named[first])}
-
-
 def _before_model(model: nn.Module, args: tuple[Any, ...]) -> None:
     if model.training:
         for calls in model._vcl_calls:  # type: ignore[union-attr]
@@ -397,20 +288,3 @@ def _chosen(
     if not found:
         raise ValueError("layers must choose at least one module of the model; it chose none")
     return found
-
-
-def _type_name(module: nn.Module) -> str:
-    return type(module.original if isinstance(module, FusedActivation) else module).__name__
-
-
-def _can_fuse(module: nn.Module) -> bool:
-    """Whether ``module`` is one of PyTorch's activations that are fused, and its forward is still PyTorch's."""
-    return type(module) in FUSED and "forward" not in vars(module)
-
-
-def _vcl_for(module: nn.Module, settings: dict[str, Any]) -> VCLActivation:
-    """The VCL of one call of ``module``: fused with it if it can be, else one that stands before it."""
-    if not _can_fuse(module):
-        return VCL(**settings)
-    activation, names = FUSED[type(module)]
-    return VCLActivation(activation, **{name: getattr(module, name) for name in names}, **settings)

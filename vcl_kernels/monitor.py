@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import ACTIVATIONS, Calls, FusedActivation, VCLHandle
+from .attach import ACTIVATIONS, VCLHandle
 from .checks import check_channel_dim, check_channel_dim_of, check_choice, check_count
 from .functional import sub_batch_moments
 from .geometry import accumulation_dtype, channels_first
 from .modules import VCLActivation
 from .spec import UNITS
+from .stand_ins import Calls, FusedActivation
 
 __all__ = ["VCLMonitor"]
 
