@@ -23,7 +23,11 @@ IMAGE_METHODS = {  # where a channel has many activations; layer norm is for ful
     **{method: name for method, name in METHODS.items() if method != "ln"},
     "vcl-channel": "VCL, ratio, channel units",
     "vcl-pairs": "VCL, ratio, as many pairs as the batch has",
+    "vcl-n10": "VCL, ratio, n = 10",
+    "vcl-n25": "VCL, ratio, n = 25",
+    "vcl-beta100": "VCL, ratio, β from 100",
 }
+IMAGE_DEFAULT = ("none", "bn", "vcl-ratio", "vcl-relative", "vcl-channel")  # the others answer questions of their own
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU}
 
 ALL = 1 << 30  # sub-batches: as many as the batch has
@@ -32,6 +36,9 @@ VCL: dict[str, dict[str, Any]] = {
     "vcl-ratio": {"form": "ratio"},
     "vcl-channel": {"form": "ratio", "unit": "channel"},
     "vcl-pairs": {"form": "ratio", "num_sub_batches": ALL},
+    "vcl-n10": {"form": "ratio", "sub_batch_size": 10},
+    "vcl-n25": {"form": "ratio", "sub_batch_size": 25},
+    "vcl-beta100": {"form": "ratio", "beta_init": 100.0},
     "vcl-relative": {"form": "relative_variance", "learn_beta": False, "beta_init": 1e-3},
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..demo.data import DATASETS
 from ..demo.options import count
-from .methods import ACTIVATIONS, IMAGE_METHODS
+from .methods import ACTIVATIONS, IMAGE_DEFAULT, IMAGE_METHODS
 
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
 PAGE = Path(__file__).parents[2] / "docs" / "findings.md"
@@ -38,7 +38,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data-dir", type=Path, help="folder of fashion-mnist (IDX files) or cifar10, cifar100 (python version)")
     add("--networks", nargs="+", default=["elu-11", "resnet"], choices=("elu-11", "resnet", "demo", "multilayer"))
     add("--activations", nargs="+", default=list(ACTIVATIONS), choices=tuple(ACTIVATIONS))
-    add("--methods", nargs="+", default=[m for m in IMAGE_METHODS if m != "vcl-pairs"], choices=tuple(IMAGE_METHODS))
+    add("--methods", nargs="+", default=list(IMAGE_DEFAULT), choices=tuple(IMAGE_METHODS))
     add("--batch-sizes", nargs="+", type=count, help="(100)")
     add("--seeds", type=count, help="(5)")
     add("--epochs", type=count, help="(10)")
