@@ -27,6 +27,14 @@ def test_tables_come_from_the_results(suite):
     assert ratios(record, SHOWN) in (ROOT / "README.md").read_text()
 
 
+def test_errors_are_those_of_the_findings():
+    (advice,) = re.findall(r"\*\*Does it help\?\*\*(.*?)\n## ", (ROOT / "README.md").read_text(), re.DOTALL)
+    errors = re.findall(r"\d+\.\d\d", advice)
+    findings = (ROOT / "docs/findings.md").read_text()
+    assert errors
+    assert [error for error in errors if f"| {error} ± " not in findings] == []
+
+
 @pytest.mark.parametrize("record", RECORDS, ids=lambda path: str(path.relative_to(RESULTS)))
 def test_reports_are_what_their_records_say(record):
     assert record.with_suffix(".md").read_text() == render(json.loads(record.read_text()))

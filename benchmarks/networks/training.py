@@ -115,7 +115,7 @@ def _contest(
         whole=frozenset(METHODS),
         memory=lambda candidate: candidate.forward.memory(),  # type: ignore[attr-defined]
         seconds=0.1 if rehearse else 12.0,
-        least=2 if rehearse else 7,
+        least=2 if rehearse else 15,
         most=200,
         info={"network": setting.name, "dtype": kind.split(",")[0], "compiled": compiled, "shape": setting.shape},
     )
