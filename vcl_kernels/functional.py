@@ -42,7 +42,8 @@ def vcl_loss(
         beta: guards variances near zero: a float, or a tensor of shape ``()``, ``(C,)`` for channel units or
             ``(C, *spatial)`` for activation units, in float32 (float64 for float64 x) or x's dtype. Default 1.0 for
             ``"ratio"``, 1e-5 for ``"relative_variance"``; ``"variance"`` takes none.
-        sub_batch_size: n, samples in a sub-batch.
+        sub_batch_size: n, samples in a sub-batch. Of Gaussian values with a variance far above beta, the ratio has a
+            finite mean only for more than 5 values in a sub-batch of a unit.
         form: ``"ratio"`` (the paper's), ``"variance"`` or ``"relative_variance"``.
         unit: ``"channel"``: one statistic for each channel, over n·P values (P spatial positions);
             ``"activation"``: one for each (channel, position), over n values.
