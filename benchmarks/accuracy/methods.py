@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import vcl_kernels as vk
 
 from ..demo.learner import Learner, initialise
+from ..networks.models import mlp
 
 METHODS = {
     "none": "no normalisation",
@@ -44,16 +45,9 @@ VCL: dict[str, dict[str, Any]] = {
 
 
 def multilayer(inputs: int, classes: int, method: str, activation: str, *, depth: int, width: int) -> nn.Sequential:
-    """``depth`` hidden layers of ``width``: linear, normalisation if it is the method, activation."""
-    layers: list[nn.Module] = []
-    for before in [inputs] + [width] * (depth - 1):
-        layers.append(nn.Linear(before, width, bias=method != "bn"))  # batch norm has its own bias
-        if method == "bn":
-            layers.append(nn.BatchNorm1d(width))
-        elif method == "ln":
-            layers.append(nn.LayerNorm(width))
-        layers.append(ACTIVATIONS[activation]())
-    return nn.Sequential(*layers, nn.Linear(width, classes))
+    """``depth`` hidden layers of ``width``, with the normalisation that is the method, if it is one."""
+    norms = {"batch_norm": method == "bn", "layer_norm": method == "ln"}
+    return mlp(classes, inputs=inputs, depth=depth, width=width, activation=ACTIVATIONS[activation], **norms)
 
 
 def learner(

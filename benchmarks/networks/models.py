@@ -80,12 +80,23 @@ def resnet_50(classes: int = 1000, *, batch_norm: bool = False) -> nn.Sequential
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
 
 
-def mlp(classes: int = 10, *, depth: int = 4, width: int = 64, batch_norm: bool = False) -> nn.Sequential:
-    """Hidden layers with ELU, as wide as their input: what a layer costs before there is anything to compute."""
+def mlp(
+    classes: int = 10,
+    *,
+    inputs: int = 64,
+    depth: int = 4,
+    width: int = 64,
+    batch_norm: bool = False,
+    layer_norm: bool = False,
+    activation: Callable[[], nn.Module] = nn.ELU,
+) -> nn.Sequential:
+    """``depth`` hidden layers of ``width``: linear, normalisation if there is one, activation."""
     layers: list[nn.Module] = []
-    for _ in range(depth):
-        layers.append(nn.Linear(width, width, bias=not batch_norm))
+    for before in [inputs] + [width] * (depth - 1):
+        layers.append(nn.Linear(before, width, bias=not batch_norm))  # batch norm has its own bias
         if batch_norm:
             layers.append(nn.BatchNorm1d(width))
-        layers.append(nn.ELU())
+        if layer_norm:
+            layers.append(nn.LayerNorm(width))
+        layers.append(activation())
     return nn.Sequential(*layers, nn.Linear(width, classes))
