@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
 from typing import Any
 
 import torch
@@ -165,8 +164,7 @@ class VCLHandle:
         Raises:
             RuntimeError: no training forward was run, or only without grad mode, so that the loss has no gradient.
         """
-        every: Iterator[VCLActivation] = chain.from_iterable(self._calls)  # type: ignore[arg-type]
-        ran = [vcl.latest for vcl in every if vcl.loss is not None]
+        ran = [vcl.latest for _, vcl in self._vcls() if vcl.loss is not None]
         if not ran:
             raise RuntimeError("handle.loss() wants a training forward of the model first (model.train())")
         if torch.is_grad_enabled() and not any(latest.in_grad_mode for latest in ran):
@@ -174,9 +172,8 @@ class VCLHandle:
                 "handle.loss() has no gradient: the training forward ran without grad mode, under torch.no_grad() "
                 "(read handle.losses then) or reentrant checkpointing (use_reentrant=False or inject=True helps)"
             )
-        losses: list[Tensor] = [latest.loss for latest in ran]  # type: ignore[misc]
-        device = losses[0].device
-        return torch.stack([loss if loss.device == device else loss.to(device) for loss in losses]).sum()
+        losses = [latest.loss for latest in ran if latest.loss is not None]
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
 
     @property
     def losses(self) -> dict[str, Tensor]:

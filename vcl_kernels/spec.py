@@ -52,9 +52,7 @@ class Activation(NamedTuple):
     @property
     def from_output(self) -> bool:
         """Whether the derivative follows from y, which the next layer saves anyway."""
-        return self.kind in _FROM_OUTPUT or (self.kind in _FROM_OUTPUT_IF_RISING and self.parameter >= 0)
+        return self.name in ("identity", "relu", "tanh") or (self.name in ("leaky_relu", "elu") and self.parameter >= 0)
 
 
-_FROM_OUTPUT = tuple(map(ACTIVATIONS.index, ("identity", "relu", "tanh")))
-_FROM_OUTPUT_IF_RISING = tuple(map(ACTIVATIONS.index, ("leaky_relu", "elu")))
 IDENTITY = Activation(ACTIVATIONS.index("identity"), 0.0)
