@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,10 +23,15 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
-def check_count(name: str, value: object, least: int) -> None:
-    """Raise unless ``value`` is an integer of at least ``least``."""
+def check_integer(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is an integer."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int; got {value!r} ({type(value).__name__})")
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raise unless ``value`` is an integer of at least ``least``."""
+    check_integer(name, value)
     if value < least:
         raise ValueError(f"{name} must be at least {least}; got {value}")
 
@@ -39,17 +44,19 @@ def check_number(name: str, value: object) -> None:
 
 def check_channel_dim(channel_dim: object) -> None:
     """Raise unless ``channel_dim`` is an integer, and not 0."""
-    if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
-        raise TypeError(f"channel_dim must be an int; got {channel_dim!r} ({type(channel_dim).__name__})")
+    check_integer("channel_dim", channel_dim)
     if channel_dim == 0:
         raise ValueError("channel_dim must not be 0, the dimension of samples")
 
 
-def check_channel_dim_of(x: Tensor, channel_dim: int) -> None:
-    """Raise unless ``x`` has that dimension."""
+def channels_first(x: Tensor, channel_dim: int) -> Tensor:
+    """Return ``x``, or a view of it, whose dimension 1 is what was ``channel_dim``: ``(N, L, C)`` as ``(N, C, L)``."""
+    if channel_dim == 1:
+        return x
     check_dimensions(x.shape)
     if not 1 - x.dim() <= channel_dim < x.dim():
         raise ValueError(f"channel_dim must be a dimension of x; got {channel_dim} for shape {tuple(x.shape)}")
+    return x if channel_dim == 1 - x.dim() else x.movedim(channel_dim, 1)
 
 
 def check_dimensions(shape: torch.Size) -> None:
@@ -58,46 +65,48 @@ def check_dimensions(shape: torch.Size) -> None:
         raise ValueError(f"x must have 2 to 8 dimensions (N, C, *spatial); got shape {tuple(shape)}")
 
 
-def check_moments(x: Tensor, sub_batch_size: int, unit: str, num_sub_batches: int | None) -> tuple[int, bool]:
-    """Check the arguments of ``sub_batch_moments``; return (number of sub-batches asked for or all, per_activation)."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a Tensor; got {type(x).__name__}")
-    return _cut(x.shape, x.dtype, sub_batch_size, unit, num_sub_batches)
-
-
-def _cut(
-    shape: torch.Size, dtype: torch.dtype, sub_batch_size: int, unit: str, num_sub_batches: int | None
-) -> tuple[int, bool]:
-    """Check what all functions share."""
-    if dtype not in FLOATING:
-        raise TypeError(f"x must be float32, float64, bfloat16 or float16; got {dtype}")
-    check_dimensions(shape)
-    check_choice("unit", unit, UNITS)
-    check_count("sub_batch_size", sub_batch_size, 1)
-    if num_sub_batches is not None:
-        check_count("num_sub_batches", num_sub_batches, 1)
-    per_activation = unit == "activation"
-    M = sub_batch_size * (1 if per_activation else math.prod(shape[2:]))
-    if M < 2:
-        raise ValueError(
-            f"sub_batch_size={sub_batch_size} gives {M} value(s) to a sample variance for unit={unit!r} and x of shape "
-            f"{tuple(shape)}; at least 2 are needed"
-        )
-    K = shape[0] // sub_batch_size if num_sub_batches is None else num_sub_batches
-    if shape[0] < max(K, 1) * sub_batch_size:
-        raise ValueError(
-            f"x has {shape[0]} samples; sub_batch_size={sub_batch_size} with num_sub_batches={max(K, 1)} "
-            f"needs at least {max(K, 1) * sub_batch_size}"
-        )
-    return K, per_activation
-
-
 class Like(NamedTuple):
     """What a check sees of a tensor."""
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+
+
+def _seen(x: Tensor) -> Like:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor; got {type(x).__name__}")
+    return Like(x.shape, x.dtype, x.device)
+
+
+def check_moments(x: Tensor, sub_batch_size: int, unit: str, num_sub_batches: int | None) -> tuple[int, bool]:
+    """Check the arguments of ``sub_batch_moments``; return (number of sub-batches asked for or all, per_activation)."""
+    return _cut(_seen(x), sub_batch_size, unit, num_sub_batches)
+
+
+def _cut(x: Like, sub_batch_size: int, unit: str, num_sub_batches: int | None) -> tuple[int, bool]:
+    """Check what all functions share."""
+    if x.dtype not in FLOATING:
+        raise TypeError(f"x must be float32, float64, bfloat16 or float16; got {x.dtype}")
+    check_dimensions(x.shape)
+    check_choice("unit", unit, UNITS)
+    check_count("sub_batch_size", sub_batch_size, 1)
+    if num_sub_batches is not None:
+        check_count("num_sub_batches", num_sub_batches, 1)
+    per_activation = unit == "activation"
+    M = sub_batch_size * (1 if per_activation else math.prod(x.shape[2:]))
+    if M < 2:
+        raise ValueError(
+            f"sub_batch_size={sub_batch_size} gives {M} value(s) to a sample variance for unit={unit!r} and x of shape "
+            f"{tuple(x.shape)}; at least 2 are needed"
+        )
+    K = x.shape[0] // sub_batch_size if num_sub_batches is None else num_sub_batches
+    if x.shape[0] < max(K, 1) * sub_batch_size:
+        raise ValueError(
+            f"x has {x.shape[0]} samples; sub_batch_size={sub_batch_size} with num_sub_batches={max(K, 1)} "
+            f"needs at least {max(K, 1) * sub_batch_size}"
+        )
+    return K, per_activation
 
 
 def check_loss(
@@ -112,27 +121,19 @@ def check_loss(
     beta_min: float = NO_MINIMUM,
 ) -> tuple[Tensor | None, LossSpec]:
     """Check the arguments of a loss; return beta as a tensor, if it is one, and everything else resolved."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a Tensor; got {type(x).__name__}")
-    tensor: Tensor | None = None
-    given: float | Like | None
-    if isinstance(beta, Tensor):
-        tensor, given = beta, Like(beta.shape, beta.dtype, beta.device)
-    else:
-        given = beta
-    seen = Like(x.shape, x.dtype, x.device)
-    options = (sub_batch_size, form, unit, num_sub_batches, reduction, weight, beta_min)
+    given = Like(beta.shape, beta.dtype, beta.device) if isinstance(beta, Tensor) else beta
+    arguments = (_seen(x), given, sub_batch_size, form, unit, num_sub_batches, reduction, weight, beta_min)
     spec = None
     if not torch.compiler.is_compiling():
         try:
-            spec = _known_spec(seen, given, *options)
+            spec = _known_spec(*arguments)
         except TypeError:  # symbolic sizes cannot be looked up; nor a wrong argument, which the check itself names
             spec = None
     if spec is None:
-        spec = _loss_spec(seen, given, *options)
-    if tensor is not None and tensor.dtype in (torch.bfloat16, torch.float16):
-        tensor = tensor.float()
-    return tensor, spec
+        spec = _loss_spec(*arguments)
+    if not isinstance(beta, Tensor):
+        return None, spec
+    return beta.float() if beta.dtype in (torch.bfloat16, torch.float16) else beta, spec
 
 
 def _loss_spec(
@@ -153,7 +154,7 @@ def _loss_spec(
             check_number(name, value)
     if num_sub_batches is not None:
         check_count("num_sub_batches", num_sub_batches, 2)
-    _, per_activation = _cut(x.shape, x.dtype, sub_batch_size, unit, num_sub_batches)
+    _, per_activation = _cut(x, sub_batch_size, unit, num_sub_batches)
     if x.shape[0] < 2 * sub_batch_size:
         raise ValueError(
             f"x has {x.shape[0]} samples; a loss over two sub-batches of sub_batch_size={sub_batch_size} "

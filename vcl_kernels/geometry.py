@@ -78,11 +78,6 @@ def in_layout(x: Tensor, per_activation: bool) -> Tensor:
     return x if spatial or unit else x.contiguous()
 
 
-def channels_first(x: Tensor, channel_dim: int) -> Tensor:
-    """Return ``x``, or a view of it, whose dimension 1 is what was ``channel_dim``: ``(N, L, C)`` as ``(N, C, L)``."""
-    return x if channel_dim in (1, 1 - x.dim()) else x.movedim(channel_dim, 1)
-
-
 def unit_shape(shape: torch.Size, per_activation: bool) -> tuple[int, ...]:
     """Return the shape of a value for each unit of x of ``shape``."""
     return tuple(shape[1:]) if per_activation else (shape[1],)

@@ -10,16 +10,16 @@ from torch.nn.parameter import UninitializedParameter
 
 from . import reference
 from .checks import (
+    channels_first,
     check_activation,
     check_channel_dim,
-    check_channel_dim_of,
     check_choice,
     check_count,
     check_dimensions,
     check_number,
 )
 from .functional import weighted_activation
-from .geometry import accumulation_dtype, channels_first, unit_shape
+from .geometry import accumulation_dtype, unit_shape
 from .spec import FORMS, IDENTITY, UNITS
 
 __all__ = ["VCL", "VCLActivation"]
@@ -133,7 +133,7 @@ class VCLActivation(nn.Module):
             latest.loss = loss
             y = reference.activate(x, self.activation)
             return InjectLoss.apply(y, loss, None) if self.inject and loss.requires_grad else y
-        seen = self._channels_first(x)
+        seen = channels_first(x, self.channel_dim)
         y, loss = weighted_activation(
             seen,
             self.activation,
@@ -155,12 +155,6 @@ class VCLActivation(nn.Module):
         latest.loss = loss.detach()
         return InjectLoss.apply(y, loss, self.grad_scaler) if loss.requires_grad else y
 
-    def _channels_first(self, x: Tensor) -> Tensor:
-        if self.channel_dim == 1:
-            return x
-        check_channel_dim_of(x, self.channel_dim)
-        return channels_first(x, self.channel_dim)
-
     def _present(self, x: Tensor) -> int | None:
         """The sub-batches asked for, as far as a short last batch has them."""
         return None if self.num_sub_batches is None else min(self.num_sub_batches, x.shape[0] // self.sub_batch_size)
@@ -179,7 +173,7 @@ class VCLActivation(nn.Module):
     def materialize(self, x: Tensor) -> None:
         """Give a beta without a shape the one that a first forward of ``x`` would, if that would be no error."""
         if x.dim() > 1:
-            self._beta(self._channels_first(x))
+            self._beta(channels_first(x, self.channel_dim))
 
     def _make(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
         beta = self.beta

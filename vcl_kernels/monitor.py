@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .attach import ACTIVATIONS, VCLHandle
-from .checks import check_channel_dim, check_channel_dim_of, check_choice, check_count
+from .checks import channels_first, check_channel_dim, check_choice, check_count
 from .functional import sub_batch_moments
-from .geometry import accumulation_dtype, channels_first
+from .geometry import accumulation_dtype
 from .modules import VCLActivation
 from .spec import UNITS
 from .stand_ins import Calls, FusedActivation
@@ -184,18 +184,12 @@ class VCLMonitor:
             x = args[0] if args else next(iter(named.values()))
             vcl = _vcl_of(module, calls)
             n = self.sub_batch_size or (5 if vcl is None else vcl.sub_batch_size)
-            x = self._channels_first(x, vcl)
+            dim = self.channel_dim or (1 if vcl is None else vcl.channel_dim)
+            x = channels_first(x, dim)
             self._seen.append((f"{name}:{calls}" if calls else name, _statistics(x, n, self.unit), vcl))
             calls += 1
 
         return record
-
-    def _channels_first(self, x: Tensor, vcl: VCLActivation | None) -> Tensor:
-        dim = self.channel_dim
-        if dim is None:
-            dim = 1 if vcl is None else vcl.channel_dim
-        check_channel_dim_of(x, dim)
-        return channels_first(x, dim)
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for hook in self._layer_hooks:
