@@ -117,18 +117,22 @@ def test_activation(backend, name, options):
 
 
 LOSSES = {
-    "one pass": lambda x, beta, **to: vk.vcl_loss(x, beta, sub_batch_size=3, **to),
-    "deferred": lambda x, beta, **to: vk.vcl_loss(torch.cat([x, x]), beta, sub_batch_size=3, **to),
-    "activation": lambda x, beta, **to: vk.vcl_activation(x, "elu", beta, sub_batch_size=3, **to)[1],
+    "one pass": lambda x, beta=None, **to: vk.vcl_loss(x, beta, sub_batch_size=3, **to),
+    "deferred": lambda x, beta=None, **to: vk.vcl_loss(
+        torch.cat([x, x]), beta, sub_batch_size=3, num_sub_batches=2, **to
+    ),
+    "activation": lambda x, beta=None, **to: vk.vcl_activation(x, "elu", beta, sub_batch_size=3, **to)[1],
 }
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of ops without batching rules
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", LOSSES)
-def test_several_upstream_gradients_at_once(name, reduction):
-    inputs = case("cpu", "ratio", "channel", "contiguous")
-    one, many = (LOSSES[name](*inputs, reduction=reduction, backend=backend) for backend in ("reference", "cpu"))
+def test_several_upstream_gradients_at_once(name, form, reduction):
+    inputs = case("cpu", form, "channel", "contiguous")
+    options = {"form": form, "reduction": reduction}
+    one, many = (LOSSES[name](*inputs, **options, backend=backend) for backend in ("reference", "cpu"))
     g = torch.randn(4, *one.shape, dtype=one.dtype)
     expected = [torch.autograd.grad(one, inputs, g[k], retain_graph=True) for k in range(4)]
     batched = torch.autograd.grad(many, inputs, g, is_grads_batched=True, retain_graph=True)
