@@ -158,6 +158,16 @@ def errors(rows: list[Record], activation: str) -> np.ndarray:
     return by_set(rows, activation, lambda row: ((1 - row["accuracy"]) * row["tested"] + 1) / (row["tested"] + 2))
 
 
+def linked(name: str) -> str:
+    """Return a link to a file of results."""
+    return f"[{name}.csv]({SHOWN}/{name}.csv)"
+
+
+def made(command: str, name: str) -> str:
+    """Return the sentence that says how a file of results is made."""
+    return f"`python -m benchmarks.accuracy {command}` makes {linked(name)}."
+
+
 def tabular(folder: Path) -> list[str]:
     """Return the section of the tabular study."""
     rows = results.read("tabular", folder)
@@ -174,8 +184,7 @@ def tabular(folder: Path) -> list[str]:
         f"layers of 64; {settings['trials']} trials of a random search (learning rate, weight decay; for VCL its "
         "weight too), scored on a quarter of the training rows, then "
         f"{settings['steps']} steps on all of them: the same for every method. "
-        f"`python -m benchmarks.accuracy tabular --splits {many}` makes "
-        "[tabular.csv](../benchmarks/results/accuracy/tabular.csv).",
+        + made(f"tabular --splits {many}", "tabular"),
         "",
     ]
     for activation in ACTIVATIONS:
@@ -235,7 +244,7 @@ def image_study(name: str, folder: Path) -> list[str]:
         which = f"{network}, {activation}, batch {batch}"
         lines.append([which, IMAGE_METHODS[method], str(len(same)), f"{mean:.2f} ± {half:.2f}", *cells, *spent])
     header = ["network", "method", "seeds", "test error, %", "difference from none", "from batch norm"]
-    text = f"`python -m benchmarks.accuracy images {asked_for(asked)}` makes [{name}.csv]({SHOWN}/{name}.csv)."
+    text = made(f"images {asked_for(asked)}", name)
     images = f"{rows[0]['images']} training images, " if rows[0]["images"] else ""
     title = f"### {rows[0]['dataset']}, {images}{rows[0]['epochs']} epochs"
     return [title, "", text, "", *table([*header, "step, ms", "saved for backward, MB"], lines)]
@@ -282,8 +291,7 @@ def sensitivity(folder: Path) -> list[str]:
         f"Digits, {rows[0]['images']} training images, {rows[0]['epochs']} epochs; ELU, He's initialisation, learning "
         "rate 0.05, weight 0.01, n = 5 and channel units but where changed; a method beside others under the same "
         "learning rate, activation and initialisation; differences paired by seed. "
-        "`python -m benchmarks.accuracy sensitivity` makes "
-        "[sensitivity.csv](../benchmarks/results/accuracy/sensitivity.csv)."
+        + made("sensitivity", "sensitivity")
     )
     header = [
         "network",
@@ -332,8 +340,7 @@ def modes(folder: Path) -> list[str]:
             f"{len({r['unit'] for r in rows})} units turned (± from a bootstrap over units; the priors tried there are "
             "0.005 apart). The theory is of the variance of sample variances over their squared mean, which "
             "relative_variance is; the ratio divides by a noisy sample variance, and its turning point is its own. "
-            "`python -m benchmarks.accuracy modes` makes "
-            "[mixture.csv](../benchmarks/results/accuracy/mixture.csv).",
+            + made("modes", "mixture"),
             "",
             *table(["form", "prior p at which units turn", "p (1 - p)"], lines),
             "![Joined or separated](findings/mixture.png)",
@@ -359,7 +366,7 @@ def modes(folder: Path) -> list[str]:
         f"The demo's network on {seeds} seeds, as `VCLMonitor` sees it: from the first step to step {steps[-1]}, mean "
         "of channels and seeds, ± between seeds. Constancy is the relative variance of the sub-batch variances (0 is "
         "best); VCL is the ratio with weight 0.01 and channel units. "
-        "[layers.csv](../benchmarks/results/accuracy/layers.csv), by the same command.",
+        f"{linked('layers')}, by the same command.",
         "",
         *table(["method", "layer", "kurtosis", "constancy", "variance", "beta"], lines),
         "![Kurtosis and histograms](findings/layers.png)",
