@@ -236,6 +236,30 @@ def test_layers_named_twice_count_once():
     assert list(handle.losses) == ["1"]
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("channel_dim", [1, -1])
+@pytest.mark.parametrize("activation", ["elu", "gelu", "identity"])
+def test_an_injected_loss_is_as_an_added_one(activation, channel_dim, backend):
+    settings = {"weight": 0.5, "channel_dim": channel_dim, "backend": backend}
+    x, w = torch.randn(12, 6, 6), torch.randn(12, 6, 6)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    added, injected = (vk.VCLActivation(activation, 6, inject=inject, **settings) for inject in (False, True))
+    ((added(a) * w).sum() + added.loss).backward()
+    (injected(b) * w).sum().backward()
+    assert torch.equal(a.grad, b.grad)
+    assert torch.equal(added.beta.grad, injected.beta.grad)
+    assert torch.equal(added.loss, injected.loss)
+    assert not injected.loss.requires_grad
+
+
+def test_an_injected_loss_costs_a_fused_activation_no_node_of_its_own():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ELU())
+    vk.attach(net, torch.randn(2, 4), inject=True)
+    node = net(torch.randn(20, 4)).grad_fn
+    assert "ActivationAndLoss" in node.name()
+    assert "Addmm" in node.next_functions[0][0].name()
+
+
 def test_attached_submodule_is_noticed():
     net = nn.Sequential(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), nn.Tanh())
     vk.attach(net[0])

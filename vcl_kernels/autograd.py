@@ -6,14 +6,14 @@ through the reference, so that second derivatives are exact. A ``backend`` is a 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from . import reference
-from .geometry import empty_rows
+from .geometry import accumulation_dtype, empty_rows
 from .spec import Activation, LossSpec
 
 
@@ -97,14 +97,46 @@ class DeferredLoss(torch.autograd.Function):
         return dx, db, None, None, None
 
 
+class Injection(NamedTuple):
+    """How a loss that nobody differentiates enters the graph: by the backward of what is made from y."""
+
+    scaler: torch.amp.GradScaler | None = None  # that of the objective
+
+    def upstream(self, x: Tensor) -> Tensor:
+        """Return the loss's upstream gradient: 1, times the scale."""
+        one = torch.ones((), dtype=accumulation_dtype(x.dtype), device=x.device)
+        return one if self.scaler is None else self.scaler.scale(one)
+
+
+def injected(y: Tensor, loss: Tensor, injection: Injection) -> tuple[Tensor, Tensor]:
+    """Put ``loss`` into the graph of ``y``; return y and the loss detached."""
+    return (InjectLoss.apply(y, loss, injection) if loss.requires_grad else y), loss.detach()
+
+
+class InjectLoss(torch.autograd.Function):
+    """The identity on y, whose backward starts that of ``loss``."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, loss: Tensor, injection: Injection) -> Tensor:
+        """Return y."""
+        ctx.injection = injection
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Pass dy on."""
+        return dy, ctx.injection.upstream(dy), None
+
+
 def activation_and_loss(
-    x: Tensor, activation: Activation, beta: Tensor | None, spec: LossSpec, backend: Any
+    x: Tensor, activation: Activation, beta: Tensor | None, spec: LossSpec, backend: Any, injection: Injection | None
 ) -> tuple[Tensor, Tensor]:
     """Differentiable activation and loss of ``x``, which lies in a supported layout."""
     if torch.compiler.is_compiling() and 4 * spec.K * spec.n <= x.shape[0]:
         # a compiler fuses the bare activation with its neighbours, which saves more than a few rows cost
-        return reference.activate(x, activation), loss(x[: spec.K * spec.n], beta, spec, backend)
-    return ActivationAndLoss.apply(x, beta, activation, spec, backend)[:2]
+        y, value = reference.activate(x, activation), loss(x[: spec.K * spec.n], beta, spec, backend)
+        return (y, value) if injection is None else injected(y, value, injection)
+    return ActivationAndLoss.apply(x, beta, activation, spec, backend, injection)[:2]
 
 
 class ActivationAndLoss(torch.autograd.Function):
@@ -123,6 +155,7 @@ class ActivationAndLoss(torch.autograd.Function):
         activation: Activation,
         spec: LossSpec,
         backend: Any,
+        injection: Injection | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return y, the loss and the rows that are kept."""
         ctx.set_materialize_grads(False)
@@ -133,7 +166,9 @@ class ActivationAndLoss(torch.autograd.Function):
         )
         rows = kept if ctx.keep_rows else None
         ctx.save_for_backward(y if ctx.keep_rows else x, rows, beta, mean, scale, dbeta)
-        ctx.activation, ctx.spec, ctx.backend = activation, spec, backend
+        ctx.activation, ctx.spec, ctx.backend, ctx.injection = activation, spec, backend, injection
+        if injection is not None:
+            ctx.mark_non_differentiable(loss)
         return y, loss, rows
 
     @staticmethod
@@ -142,6 +177,8 @@ class ActivationAndLoss(torch.autograd.Function):
         saved, rows, beta, mean, scale, dbeta = ctx.saved_tensors
         kept = saved if rows is None else rows
         spec, N = ctx.spec, saved.shape[0]
+        if ctx.injection is not None and dy is not None:
+            g = ctx.injection.upstream(dy)
         dx = db = None
         if torch.is_grad_enabled():
             if g is not None:
@@ -159,7 +196,7 @@ class ActivationAndLoss(torch.autograd.Function):
             db = None if g is None else _beta_gradient(ctx, beta, dbeta, g)
         if g_rows is not None:  # a second derivative by way of the kept rows
             dx = _padded(g_rows, N) if dx is None else dx + _padded(g_rows, N)
-        return dx, db, None, None, None
+        return dx, db, None, None, None, None
 
 
 class Moments(torch.autograd.Function):

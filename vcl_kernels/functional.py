@@ -162,19 +162,23 @@ def weighted_activation(
     backend: str | None,
     weight: float = 1.0,
     beta_min: float = NO_MINIMUM,
+    injection: autograd.Injection | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`vcl_activation` with ``weight`` times its loss, and beta acting as ``max(beta, beta_min)``.
 
     The weight is inside the kernels, so that the upstream gradient can stay 1 and backward has nothing to scale.
+    With an ``injection`` the loss, detached, is in the graph of y.
     """
     beta, spec = check_loss(x, beta, sub_batch_size, form, unit, num_sub_batches, reduction, weight, beta_min)
     implementation = _implementation(x, backend)
     if implementation is None:
-        return reference.activate(x, activation), reference.loss(x, beta, spec)
-    seen = in_layout(x, spec.per_activation)
-    if activation == IDENTITY:
-        return x, autograd.loss(seen, beta, spec, implementation)
-    return autograd.activation_and_loss(seen, activation, beta, spec, implementation)
+        y, loss = reference.activate(x, activation), reference.loss(x, beta, spec)
+    elif activation == IDENTITY:
+        y, loss = x, autograd.loss(in_layout(x, spec.per_activation), beta, spec, implementation)
+    else:
+        seen = in_layout(x, spec.per_activation)
+        return autograd.activation_and_loss(seen, activation, beta, spec, implementation, injection)
+    return (y, loss) if injection is None else autograd.injected(y, loss, injection)
 
 
 def sub_batch_moments(

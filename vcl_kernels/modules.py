@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from . import reference
+from .autograd import Injection, injected
 from .checks import (
     channels_first,
     check_activation,
@@ -20,7 +21,7 @@ from .checks import (
 )
 from .functional import weighted_activation
 from .geometry import accumulation_dtype, unit_shape
-from .spec import FORMS, IDENTITY, UNITS
+from .spec import FORMS, UNITS
 
 __all__ = ["VCL", "VCLActivation"]
 
@@ -126,15 +127,18 @@ class VCLActivation(nn.Module):
             return reference.activate(x, self.activation)
         latest = self.latest
         latest.in_grad_mode = torch.is_grad_enabled()
+        injection = Injection(self.grad_scaler) if self.inject else None
         if x.shape[0] < 2 * self.sub_batch_size:
             loss = x.new_zeros((), dtype=accumulation_dtype(x.dtype))
             if self.beta is not None and not isinstance(self.beta, UninitializedParameter):
                 loss = loss + 0 * self.beta.sum()  # DistributedDataParallel waits for a gradient
-            latest.loss = loss
             y = reference.activate(x, self.activation)
-            return InjectLoss.apply(y, loss, None) if self.inject and loss.requires_grad else y
+            if injection is not None:
+                y, loss = injected(y, loss, injection)
+            latest.loss = loss
+            return y
         seen = channels_first(x, self.channel_dim)
-        y, loss = weighted_activation(
+        y, latest.loss = weighted_activation(
             seen,
             self.activation,
             self._beta(seen),
@@ -146,14 +150,11 @@ class VCLActivation(nn.Module):
             backend=self.backend,
             weight=self.weight,
             beta_min=self.beta_min,
+            injection=injection,
         )
-        if seen is not x:
-            y = x if self.activation == IDENTITY else y.movedim(1, self.channel_dim)
-        if not self.inject:
-            latest.loss = loss
-            return y
-        latest.loss = loss.detach()
-        return InjectLoss.apply(y, loss, self.grad_scaler) if loss.requires_grad else y
+        if y is seen:
+            return x
+        return y if seen is x else y.movedim(1, self.channel_dim)
 
     def _present(self, x: Tensor) -> int | None:
         """The sub-batches asked for, as far as a short last batch has them."""
@@ -231,19 +232,3 @@ class VCL(VCLActivation):
 
     def __init__(self, units: int | tuple[int, ...] | None = None, **settings: Any) -> None:
         super().__init__("identity", units, **settings)
-
-
-class InjectLoss(torch.autograd.Function):
-    """The identity on y, through which ``loss`` gets an upstream gradient of 1 (times a GradScaler's scale)."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, loss: Tensor, scaler: torch.amp.GradScaler | None) -> Tensor:
-        """Return y."""
-        ctx.scaler, ctx.dtype = scaler, loss.dtype
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Pass dy on, and start the loss's own backward."""
-        one = torch.ones((), dtype=ctx.dtype, device=dy.device)
-        return dy, one if ctx.scaler is None else ctx.scaler.scale(one), None
