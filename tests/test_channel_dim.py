@@ -167,6 +167,40 @@ class Gated(nn.Module):
         return self.down(self.act(gate) * up)
 
 
+class LowRank(nn.Module):
+    """A sum of two linear layers, one of them scaled, as an adapter makes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.whole, self.down, self.up, self.act = nn.Linear(6, 12), nn.Linear(6, 2), nn.Linear(2, 12), nn.GELU()
+
+    def forward(self, x):
+        return self.act(self.whole(x) + 0.5 * self.up(self.down(x)))
+
+
+class Flat(nn.Module):
+    """A linear layer over all tokens at once, written with its matrix, as GPT-2's are."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix, self.bias, self.act = nn.Parameter(torch.randn(6, 12)), nn.Parameter(torch.zeros(12)), nn.GELU()
+
+    def forward(self, x):
+        return self.act(torch.addmm(self.bias, x.flatten(0, 1), self.matrix).unflatten(0, x.shape[:2]))
+
+
+class Residual(nn.Module):
+    """The sum of a convolution's turned output and a linear layer's, in the memory order of the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.linear, self.act = nn.Conv1d(9, 9, 1), nn.Linear(9, 9), nn.GELU()
+
+    def forward(self, x):
+        tokens = self.convolution(x.transpose(1, 2)).transpose(1, 2)
+        return self.act(tokens + self.linear(tokens))
+
+
 class Transposed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -187,11 +221,28 @@ IMAGES, TOKENS = torch.randn(2, 6, 4, 8), torch.randn(2, 9, 6)
         (nn.Sequential(nn.LayerNorm([6, 4, 8]), nn.ReLU()), IMAGES, {}, 6),
         (nn.Sequential(Turned(6), nn.ReLU()), IMAGES, {}, 6),
         (Gated(), TOKENS, {}, 12),
+        (LowRank(), TOKENS, {}, 12),
+        (Flat(), TOKENS, {}, 12),
+        (Residual(), torch.randn(2, 4, 9), {}, 9),
+        (torch.compile(nn.Sequential(nn.Linear(6, 12), nn.GELU()), backend="eager"), TOKENS, {}, 12),
         (Transposed(), torch.randn(2, 6, 8), {}, 8),
         (nn.Sequential(nn.Identity(), nn.Linear(6, 3)), TOKENS, {"layers": ["1"]}, 6),
         (nn.Sequential(nn.Linear(6, 12), nn.GELU()), torch.randn(2, 6), {}, 12),
     ],
-    ids=["dropout", "rms norm", "norm of images", "norm that turns", "gated", "transposed", "layers", "2-D"],
+    ids=[
+        "dropout",
+        "rms norm",
+        "norm of images",
+        "norm that turns",
+        "gated",
+        "low rank",
+        "flat",
+        "residual",
+        "compiled",
+        "transposed",
+        "layers",
+        "2-D",
+    ],
 )
 def test_the_example_shows_where_features_are_last(model, example, options, units):
     handle = vk.attach(model, example, **options)

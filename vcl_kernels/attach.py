@@ -76,9 +76,10 @@ def attach(
         inject: the loss enters the graph through each layer's output, which must then not be changed in place, and
             the training loop needs no change. Under a ``torch.amp.GradScaler``, set ``handle.grad_scaler`` to it.
         channel_dim: where activations have their channels, dimension 0 being that of samples. None: in the last
-            dimension of what ``example_input`` shows to be the very output, or a part of the output, of ``nn.Linear``,
-            ``nn.LayerNorm`` or ``nn.RMSNorm`` (as in a transformer's feed-forward layers, ``(N, L, C)``), or the input
-            of one that ``layers`` names; else in dimension 1. The model's repr shows it.
+            dimension of what ``example_input`` shows to come from a linear function or a norm over that dimension, or
+            to be made of such tensors without a change of shape, or a part of one (as in a transformer's feed-forward
+            layers, ``(N, L, C)``), or to enter a linear layer that ``layers`` names; else in dimension 1. The model's
+            repr shows it.
 
     Returns:
         A :class:`VCLHandle`: ``handle.loss()`` to add to the objective, unless ``inject``.
