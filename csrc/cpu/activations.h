@@ -34,48 +34,55 @@ VCL_IN_LOOP Vec<float> gauss(Vec<float> x) {
   constexpr float round = 0x1.8p23f;  // added, it leaves an integer in the lowest bits
   const Vec<float> at = -0.5f * x * x, shifted = at * 1.44269504f + round, k = shifted - round;
   const Vec<float> r = (at - k * 0.693145752f) - k * 1.42860677e-6f;  // ln 2 in two parts, the first times k exact
-  constexpr float taylor[] = {1 / 5040.0f, 1 / 720.0f, 1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f};
-  const auto bits = std::bit_cast<u32x16>(polynomial(taylor, r));
+  // fitted to least greatest relative error, 8e-8
+  constexpr float from_highest[] = {0.00829764970f, 0.0419154199f, 0.166675750f, 0.499988945f, 0.999999692f, 1.00000007f};
+  const auto bits = std::bit_cast<u32x16>(polynomial(from_highest, r));
   const auto found = std::bit_cast<Vec<float>>(bits + (std::bit_cast<u32x16>(shifted) << 23));
   return at < -87.0f ? Vec<float>{} : found;
 }
 
-// exp(a²) erfc(a) of a >= 0 to 3e-7 of itself: t times a polynomial in t = 1 / (1 + a / 2), fitted to least greatest
-// relative error on [0, 9.5]. Beside gauss, which the density needs as well, it is much less work than erf.
-VCL_IN_LOOP Vec<float> scaled_erfc(Vec<float> a) {
-  constexpr float from_highest[] = {
-      0.0138569782f, -0.131642446f, 0.44823283f, -0.695125997f, 0.441543728f, -0.108824871f, 0.229028299f,
-      0.237932801f, 0.282938063f, 0.282060593f};
+// exp(a²) erfc(a) of a >= 0 to 3e-7 of itself, or 1e-6 where a result of 16 bits is made of it (`coarse`): t times a
+// polynomial in t = 1 / (1 + a / 2), fitted to least greatest relative error on [0, 9.5]. Beside gauss, which the
+// density needs as well, it is much less work than erf.
+template <bool coarse> VCL_IN_LOOP Vec<float> scaled_erfc(Vec<float> a) {
+  constexpr float fine[] = {0.0138569782f, -0.131642446f, 0.44823283f, -0.695125997f, 0.441543728f,
+                            -0.108824871f, 0.229028299f,  0.237932801f, 0.282938063f, 0.282060593f};
+  constexpr float short_one[] = {0.0891232617f, -0.359978232f, 0.393768431f, 0.0346663886f,
+                                 0.282716721f,  0.277354203f,  0.282348044f};
   const Vec<float> t = reciprocal(1.0f + 0.5f * a);
-  return polynomial(from_highest, t) * t;
+  return (coarse ? polynomial(short_one, t) : polynomial(fine, t)) * t;
 }
 
 // The standard normal's distribution function, given gauss(x).
-VCL_IN_LOOP Vec<float> normal_cdf(Vec<float> x, Vec<float> gauss_x) {
+template <bool coarse> VCL_IN_LOOP Vec<float> normal_cdf(Vec<float> x, Vec<float> gauss_x) {
   const Vec<float> a = (x < 0.0f ? -x : x) * 0.70710678f;
-  const Vec<float> tail = 0.5f * gauss_x * scaled_erfc(a > 10.0f ? broadcast<float>(10) : a);
+  const Vec<float> tail = 0.5f * gauss_x * scaled_erfc<coarse>(a > 10.0f ? broadcast<float>(10) : a);
   return x < 0.0f ? tail : 1.0f - tail;
 }
-inline Vec<double> normal_cdf(Vec<double> x, Vec<double>) { return 0.5 * (1 + erf(x * 0.70710678118654752440)); }
+template <bool> inline Vec<double> normal_cdf(Vec<double> x, Vec<double>) {
+  return 0.5 * (1 + erf(x * 0.70710678118654752440));
+}
 
 // gelu's approximation: x / 2 · (1 + tanh(inner))
 template <class A> inline Vec<A> tanh_inner(Vec<A> x) {
   return A(0.79788456080286535588) * (x + A(0.044715) * x * x * x);
 }
 
-template <Activation act, class A> inline Vec<A> value(Vec<A> x, A parameter) {
+// In float32 `T` may be narrower: what is computed is then rounded to it.
+template <Activation act, class T, class A = acc_t<T>> inline Vec<A> value(Vec<A> x, A parameter) {
   if constexpr (act == Activation::identity) return x;
   if constexpr (act == Activation::relu) return x <= A(0) ? Vec<A>{} : x;
   if constexpr (act == Activation::leaky_relu) return x > A(0) ? x : x * parameter;
   if constexpr (act == Activation::elu) return x > A(0) ? x : parameter * expm1(clamped<A>(x, kFlat<A>, A(0)));
-  if constexpr (act == Activation::gelu) return x * normal_cdf(x, sizeof(A) == 4 ? gauss(x) : x);
+  if constexpr (act == Activation::gelu) return x * normal_cdf<sizeof(T) == 2>(x, sizeof(A) == 4 ? gauss(x) : x);
   if constexpr (act == Activation::gelu_tanh) return A(0.5) * x * (A(1) + tanh(tanh_inner<A>(x)));
   if constexpr (act == Activation::silu) return x / (A(1) + exp(-x));
   if constexpr (act == Activation::tanh) return tanh(x);
 }
 
 // dy times the derivative, which follows from `s`: y if from_output, else x.
-template <Activation act, bool from_output, class A> inline Vec<A> derivative(Vec<A> s, Vec<A> dy, A parameter) {
+template <Activation act, bool from_output, class T, class A = acc_t<T>>
+inline Vec<A> derivative(Vec<A> s, Vec<A> dy, A parameter) {
   if constexpr (act == Activation::identity) return dy;
   if constexpr (act == Activation::relu) return s <= A(0) ? Vec<A>{} : in_register(dy);
   if constexpr (act == Activation::leaky_relu) return s > A(0) ? dy : dy * parameter;
@@ -89,7 +96,7 @@ template <Activation act, bool from_output, class A> inline Vec<A> derivative(Ve
   }
   if constexpr (act == Activation::gelu) {
     const Vec<A> density = gauss(s);
-    return dy * (normal_cdf(s, density) + s * (A(0.39894228040143267794) * density));
+    return dy * (normal_cdf<sizeof(T) == 2>(s, density) + s * (A(0.39894228040143267794) * density));
   }
   if constexpr (act == Activation::gelu_tanh) {
     const Vec<A> t = tanh(tanh_inner<A>(s));
@@ -121,7 +128,7 @@ template <class T, bool stream> void activate_run(Activation act, double paramet
   using A = acc_t<T>;
   with_activation(act, [=](auto a) {
     for (int64_t q = 0; q < len; q += lanes<A>) {
-      store_up_to<stream>(y + q, value<a(), A>(load_up_to(x + q, len - q), A(parameter)), len - q);
+      store_up_to<stream>(y + q, value<a(), T>(load_up_to(x + q, len - q), A(parameter)), len - q);
     }
   });
 }
@@ -135,7 +142,7 @@ void differentiate_run(Activation act, bool from_output, double parameter, const
     const auto each = [=](auto output) {
       for (int64_t q = 0; q < len; q += lanes<A>) {
         const Vec<A> at = load_up_to(s + q, len - q), upstream = load_up_to(dy + q, len - q);
-        store_up_to<stream>(out + q, derivative<a(), output(), A>(at, upstream, A(parameter)), len - q);
+        store_up_to<stream>(out + q, derivative<a(), output(), T>(at, upstream, A(parameter)), len - q);
       }
     };
     if (from_output) each(std::true_type());

@@ -43,7 +43,7 @@ template <class T> struct Rows {
   void vector(const Places& p, int64_t c, int64_t width, const LossPart& loss) const {
     const auto get = [&](const T* from) { return load_up_to(from + c, width); };
     Vec<A> sum = g * (loss.scale * (get(p.from) - loss.mean) + loss.shift);
-    if (p.dy) sum += derivative<act, from_output, A>(get(p.saved), get(p.dy), A(j.parameter));
+    if (p.dy) sum += derivative<act, from_output, T>(get(p.saved), get(p.dy), A(j.parameter));
     store_up_to<stream>(p.dx + c, sum, width);
   }
 
