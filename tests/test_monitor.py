@@ -1,8 +1,12 @@
 """The monitor: its numbers against their definitions, what it leaves alone, and where it writes."""
 
+import copy
 import csv
 import math
+import pickle
 import sys
+import threading
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -297,3 +301,20 @@ def test_wrong_settings_are_named(wrong, message):
 def test_a_model_without_activations_is_an_error():
     with pytest.raises(ValueError, match="Linear.* has no activation"):
         vk.VCLMonitor(nn.Linear(2, 2))
+
+
+def test_copies_of_a_watched_model_are_not_watched(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ELU())
+    monitor = vk.VCLMonitor(model, csv=tmp_path / "run.csv", tensorboard=SimpleNamespace(lock=threading.Lock()))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other(torch.randn(20, 4))
+    assert monitor.step == 0
+    model(torch.randn(20, 4))
+    assert monitor.step == 1
+
+
+def test_a_csv_file_wants_a_folder(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ELU())
+    with pytest.raises(FileNotFoundError, match="csv must be in a folder that exists; got"):
+        vk.VCLMonitor(model, csv=tmp_path / "none" / "run.csv")
+    assert not model._forward_hooks

@@ -57,6 +57,7 @@ class VCLMonitor:
 
     Raises:
         ValueError: no activation or VCL module in the model, or a wrong setting.
+        FileNotFoundError: the folder of ``csv`` does not exist.
         ImportError: ``tensorboard`` names a folder, and the package tensorboard is not installed.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ELU(), nn.Linear(8, 2))
@@ -88,8 +89,11 @@ class VCLMonitor:
         self.every, self.sub_batch_size, self.unit, self.channel_dim = every, sub_batch_size, unit, channel_dim
         self.rows: list[dict[str, Any]] = []  # what was flushed: step, layer and STATISTICS
         self.step = 0  # training forwards so far
+        self._watches = True
         self._layers = _layers(self.model)
         self._csv = None if csv is None else Path(csv)
+        if self._csv is not None and not self._csv.parent.is_dir():
+            raise FileNotFoundError(f"csv must be in a folder that exists; got {str(csv)!r}")
         self._close_writer = isinstance(tensorboard, str | Path)
         self._writer = _summary_writer(tensorboard) if isinstance(tensorboard, str | Path) else tensorboard
         self._seen: list[tuple[str, list[Tensor], VCLActivation | None]] = []  # in the present forward
@@ -106,8 +110,22 @@ class VCLMonitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.flush()
-        self.remove()
+        try:
+            self.flush()
+        finally:
+            self.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, or a pickle, of the model that is watched: it has the rows, and looks at nothing any more."""
+        idle: dict[str, Any] = {
+            "_watches": False,
+            "_csv": None,
+            "_writer": None,
+            "_seen": [],
+            "_waiting": [],
+            "_layer_hooks": [],
+        }
+        return {**self.__dict__, **idle}
 
     def flush(self) -> list[dict[str, Any]]:
         """Fetch what waits on the device; write it to the CSV file and TensorBoard; return and keep its rows."""
@@ -169,7 +187,7 @@ class VCLMonitor:
         return figure
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        if not model.training:
+        if not (model.training and self._watches):
             return
         if self.step % self.every == 0:
             for name, module in self._layers:
