@@ -169,6 +169,8 @@ class ActivationAndLoss(torch.autograd.Function):
         ctx.activation, ctx.spec, ctx.backend, ctx.injection = activation, spec, backend, injection
         if injection is not None:
             ctx.mark_non_differentiable(loss)
+        elif not ctx.needs_input_grad[0]:  # beta alone is learnt: y is no function of it
+            ctx.mark_non_differentiable(y)
         return y, loss, rows
 
     @staticmethod
