@@ -201,6 +201,17 @@ class Residual(nn.Module):
         return self.act(tokens + self.linear(tokens))
 
 
+class Gate(nn.Module):
+    """A gate for each channel of an image, from a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.act = nn.Linear(6, 6), nn.Sigmoid()
+
+    def forward(self, x):
+        return x * self.act(self.linear(x.mean((2, 3)))[:, :, None, None])
+
+
 class Transposed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -224,6 +235,10 @@ IMAGES, TOKENS = torch.randn(2, 6, 4, 8), torch.randn(2, 9, 6)
         (LowRank(), TOKENS, {}, 12),
         (Flat(), TOKENS, {}, 12),
         (Residual(), torch.randn(2, 4, 9), {}, 9),
+        (nn.Sequential(nn.Linear(6, 60), nn.Unflatten(1, (12, 5, 1)), nn.ReLU()), torch.randn(2, 6), {}, 12),
+        (nn.Sequential(nn.Linear(6, 60), nn.Unflatten(2, (4, 15)), nn.Tanh()), TOKENS, {}, 9),
+        (nn.Sequential(nn.Linear(9, 9), nn.Conv1d(6, 6, 1), nn.ReLU()), torch.randn(2, 6, 9), {}, 6),
+        (Gate(), IMAGES, {}, 6),
         (torch.compile(nn.Sequential(nn.Linear(6, 12), nn.GELU()), backend="eager"), TOKENS, {}, 12),
         (Transposed(), torch.randn(2, 6, 8), {}, 8),
         (nn.Sequential(nn.Identity(), nn.Linear(6, 3)), TOKENS, {"layers": ["1"]}, 6),
@@ -238,6 +253,10 @@ IMAGES, TOKENS = torch.randn(2, 6, 4, 8), torch.randn(2, 9, 6)
         "low rank",
         "flat",
         "residual",
+        "image",
+        "heads",
+        "convolution",
+        "gate",
         "compiled",
         "transposed",
         "layers",

@@ -1,6 +1,8 @@
 """attach with fused activations: on models of many shapes, in evaluation, and exported."""
 
+import collections
 import copy
+import pickle
 
 import pytest
 import torch
@@ -193,7 +195,7 @@ def test_settings_that_fail_leave_the_model_alone():
     with pytest.raises(TypeError, match="negative_slope must be a float"):
         vk.attach(net)
     assert list(net) == modules
-    assert not hasattr(net, "_vcl_calls")
+    assert not hasattr(net, "vcl_handle")
 
 
 def test_remove_restores_only_what_attach_put_there():
@@ -258,6 +260,134 @@ def test_an_injected_loss_costs_a_fused_activation_no_node_of_its_own():
     node = net(torch.randn(20, 4)).grad_fn
     assert "ActivationAndLoss" in node.name()
     assert "Addmm" in node.next_functions[0][0].name()
+
+
+class InPlace(nn.Module):
+    """Adds what an in-place activation left in its input, or what was there before."""
+
+    def __init__(self, act, keep):
+        super().__init__()
+        self.first, self.act, self.last, self.keep = nn.Linear(4, 4), act, nn.Linear(4, 4), keep
+
+    def forward(self, x):
+        x = self.first(x)
+        return x + self.last(self.act(x.clone() if self.keep else x))
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(inplace=True), nn.Hardswish(inplace=True)])
+def test_a_model_that_reads_what_is_overwritten_is_refused(act):
+    x = torch.randn(20, 4)
+    with pytest.raises(ValueError, match="something else reads what they overwrite"):
+        vk.attach(InPlace(act, keep=False), x)
+    assert act.inplace
+    net, before = InPlace(act, keep=True), x.clone()
+    expected = net(x)
+    vk.attach(net, x)
+    assert torch.equal(net(x), expected)
+    assert torch.equal(x, before)
+
+
+def test_a_model_that_draws_numbers_is_not_refused():
+    net = nn.Sequential(nn.Linear(4, 8), nn.RReLU(inplace=True), nn.Linear(8, 2))
+    net[1].forward = lambda x: F.rrelu(x, training=True, inplace=net[1].inplace)
+    vk.attach(net, torch.randn(20, 4))
+    assert net(torch.randn(20, 4)).shape == (20, 2)
+
+
+def test_the_example_leaves_the_input_and_the_mode_alone():
+    class Adapter(nn.Linear):
+        def train(self, mode=True):
+            raise AssertionError("would merge its weights")
+
+    net, x = nn.Sequential(nn.ELU(inplace=True), Adapter(4, 2)), torch.randn(20, 4)
+    before = x.clone()
+    vk.attach(net, collections.UserDict(input=x))
+    assert torch.equal(x, before)
+    assert all(module.training for module in net.modules())
+
+
+def test_places_that_the_example_does_not_show():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.never, self.act, self.soft = nn.Linear(4, 8), nn.Tanh(), nn.ELU(), nn.Softplus()
+            self.scale = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            return self.act(self.first(x)) * self.soft(self.scale)
+
+    net = Net()
+    with pytest.warns(UserWarning, match="the example does not reach never;"):
+        handle = vk.attach(net, torch.randn(2, 4))
+    net(torch.randn(20, 4)).sum().backward()
+    assert list(handle.losses) == ["act"]
+
+
+def test_settings_of_the_module_are_set_through_its_stand_in():
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.LeakyReLU(0.1)), torch.randn(20, 8)
+    handle = vk.attach(net, torch.randn(2, 4))
+    net[1].negative_slope = 0.7
+    for mode in (True, False):
+        torch.testing.assert_close(net[1].train(mode)(x), F.leaky_relu(x, 0.7))
+    handle.remove()
+    assert net[1].negative_slope == 0.7
+
+
+def test_a_copy_has_its_own_handle():
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.ELU(), nn.Linear(8, 4), nn.Sigmoid()), torch.randn(20, 4)
+    handle = vk.attach(net, x)
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        (other(x).sum() + other.vcl_handle.loss()).backward()
+        assert {name for name, p in other.named_parameters() if p.grad is not None} == set(dict(net.named_parameters()))
+        assert all(p.grad is None for p in net.parameters())
+        other.vcl_handle.remove()
+        assert not any("vcl" in name for name in other.state_dict())
+    net(x)
+    assert handle.loss().requires_grad
+
+
+def test_frozen_layers_stay_without_a_graph():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ELU(), nn.Linear(8, 8), nn.GELU())
+    net.requires_grad_(False)
+    handle = vk.attach(net, torch.randn(2, 4))
+    assert not net(torch.randn(20, 4)).requires_grad
+    handle.loss().backward()
+    assert all(beta.grad.abs().sum() > 0 for beta in handle.parameters())
+
+
+def test_attach_comes_before_wrappers_for_distributed_training(monkeypatch):
+    monkeypatch.setattr(nn.parallel.DistributedDataParallel, "__init__", nn.Module.__init__)
+    wrapped = nn.parallel.DistributedDataParallel()
+    wrapped.module = nn.Sequential(nn.Linear(4, 8), nn.ELU())
+    with pytest.raises(ValueError, match=r"DistributedDataParallel.*wrap it afterwards"):
+        vk.attach(wrapped)
+    vk.attach(wrapped, learn_beta=False)
+
+
+def test_a_second_remove_does_nothing():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ELU())
+    first = vk.attach(net)
+    first.remove()
+    second = vk.attach(net)
+    first.remove()
+    net(torch.randn(20, 4))
+    assert second.loss().requires_grad
+
+
+def test_a_part_of_an_attached_model_is_noticed():
+    part = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid())
+    vk.attach(nn.Sequential(part, nn.Tanh()))
+    with pytest.raises(ValueError, match="'1' has an attribute 'vcl' already"):
+        vk.attach(part)
+
+
+def test_part_of_a_model_may_have_a_higher_precision():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ELU())
+    handle = vk.attach(net, torch.randn(2, 4))
+    net.bfloat16()
+    assert net[1](torch.randn(20, 8)).dtype == torch.float32
+    handle.loss().backward()
+    assert net[1].vcl[0].beta.grad.dtype == torch.bfloat16
 
 
 def test_attached_submodule_is_noticed():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from .example import Call, calls_of
 from .modules import VCL, VCLActivation
-from .places import replace
+from .places import check_not_wrapped, replace
 from .stand_ins import Calls, FusedActivation, before_activation, can_fuse, vcl_for
 
 __all__ = ["ACTIVATIONS", "VCLHandle", "attach", "param_groups"]
@@ -67,9 +68,11 @@ def attach(
         model: any module. Activations called as functions (``F.relu``) are not seen: make them modules
             (``self.act = nn.ReLU()``), call :func:`vcl_kernels.vcl_activation` instead, or name the layers behind
             which they stand with ``layers``.
-        example_input: a tensor, or tuple or dict of arguments, for one evaluation forward (nothing is learnt from it)
-            that finds the shape of each beta, activations called more than once, and those whose channels are last.
-            None: shapes come from the first training forward, after which the optimizer is to be made.
+        example_input: a tensor, or tuple or mapping of arguments, for one evaluation forward (nothing is learnt from
+            it; a second one is without in-place activations, if there are any) that finds the shape of each beta,
+            activations called more than once, and those whose channels are last. Activations of fewer than two
+            dimensions get no VCL. None, or an activation that the example does not reach: shapes come from the first
+            training forward, after which the optimizer is to be made.
         weight: multiplies the sum over layers.
         sub_batch_size, form, unit, num_sub_batches, learn_beta, beta_init, beta_min: as for :class:`vcl_kernels.VCL`.
         layers: other places: names or modules before which VCL is put, or a predicate of (name, module).
@@ -82,11 +85,13 @@ def attach(
             repr shows it.
 
     Returns:
-        A :class:`VCLHandle`: ``handle.loss()`` to add to the objective, unless ``inject``.
+        A :class:`VCLHandle`: ``handle.loss()`` to add to the objective, unless ``inject``. It is ``model.vcl_handle``
+        too, as that of a copy is the copy's.
 
     Raises:
-        ValueError: no activation module, a layer that does not exist or is a container, or a model that has VCL
-            attached already.
+        ValueError: no activation module, a layer that does not exist or is a container, a model that has VCL attached
+            already, is wrapped for distributed training (wrap it afterwards, so that its betas take part), or relies
+            on what in-place activations leave in their inputs.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ELU(), nn.Linear(8, 2))
@@ -94,10 +99,12 @@ def attach(
     >>> objective = net(torch.randn(32, 4)).square().mean() + handle.loss()
     >>> objective.backward()
     """
-    attached = next((name for name, module in model.named_modules() if hasattr(module, "_vcl_calls")), None)
+    if learn_beta and form != "variance":
+        check_not_wrapped(model)
+    attached = next((name for name, module in model.named_modules() if hasattr(module, "vcl_handle")), None)
     if attached is not None:
         where = f"its submodule {attached!r}" if attached else "it"
-        raise ValueError(f"model has VCL attached already, to {where}; remove() that first")
+        raise ValueError(f"model has VCL attached already, to {where}; remove() that first (model.vcl_handle)")
     settings = {
         "weight": weight,
         "sub_batch_size": sub_batch_size,
@@ -112,9 +119,21 @@ def attach(
     }
     VCL(**settings)  # type: ignore[arg-type]  # raises for a wrong setting before the model is touched
     chosen = _chosen(model, layers)
-    calls = {} if example_input is None else calls_of(model, [module for _, module in chosen], example_input)
+    if example_input is None:
+        return VCLHandle(model, chosen, {}, settings)
+    calls = calls_of(model, [module for _, module in chosen], example_input)
     if channel_dim is not None:
         calls = {module: [Call(x, channel_dim) for x, _ in seen] for module, seen in calls.items()}
+    missed = [name for name, module in chosen if module not in calls]
+    if missed:
+        warnings.warn(
+            f"the example does not reach {', '.join(missed)}; a beta there has no shape before the first training "
+            "forward that does. layers= leaves places out",
+            stacklevel=2,
+        )
+    chosen = [(name, module) for name, module in chosen if all(x.dim() > 1 for x, _ in calls.get(module, []))]
+    if not chosen:
+        raise ValueError("model has no activation of two or more dimensions (N, C, …)")
     return VCLHandle(model, chosen, calls, settings)
 
 
@@ -150,7 +169,7 @@ class VCLHandle:
         self._replaced = replace(model, stand_ins)
         for module in self._inplace:
             module.inplace = False  # type: ignore[assignment]
-        model._vcl_calls = self._calls  # type: ignore[assignment]
+        model.vcl_handle = self  # type: ignore[assignment]  # found again in a copy, or in what was loaded
         self._hooks.append(model.register_forward_pre_hook(_before_model))
         self._hooks.append(model.register_forward_hook(_after_model, always_call=True))
 
@@ -198,6 +217,8 @@ class VCLHandle:
 
     def remove(self) -> None:
         """Restore the model: its own activation modules, no hooks, no betas, in place again where they were."""
+        if not self._hooks:
+            return  # it was
         for hook in self._hooks:
             hook.remove()
         for parent, name, stand_in in self._replaced:
@@ -210,8 +231,7 @@ class VCLHandle:
                 del module.vcl
         for module in self._inplace:
             module.inplace = True  # type: ignore[assignment]
-        if hasattr(self.model, "_vcl_calls"):
-            del self.model._vcl_calls
+        del self.model.vcl_handle
         self._hooks, self._modules, self._names, self._inplace = [], [], [], []
         self._calls, self._replaced = [], []
 
@@ -240,12 +260,12 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 def _before_model(model: nn.Module, args: tuple[Any, ...]) -> None:
     if model.training:
-        for calls in model._vcl_calls:  # type: ignore[union-attr]
+        for calls in model.vcl_handle._calls:  # type: ignore[union-attr]
             calls.begin()
 
 
 def _after_model(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    for calls in model._vcl_calls:  # type: ignore[union-attr]
+    for calls in model.vcl_handle._calls:  # type: ignore[union-attr]
         calls.end()
 
 
@@ -253,11 +273,16 @@ def _chosen(
     model: nn.Module, layers: Iterable[str | nn.Module] | Callable[[str, nn.Module], bool] | None
 ) -> list[tuple[str, nn.Module]]:
     named: list[tuple[str, nn.Module]] = [
-        (name, module) for name, module in model.named_modules() if name and not isinstance(module, VCLActivation)
+        (name, module)
+        for name, module in model.named_modules()
+        if name and not isinstance(module, VCLActivation) and "parametrizations" not in name.split(".")
     ]
     found: list[tuple[str, nn.Module]]
     if layers is None:
         found = [(name, module) for name, module in named if isinstance(module, ACTIVATIONS)]
+        taken = next((name for name, module in found if hasattr(module, "vcl")), None)
+        if taken is not None:
+            raise ValueError(f"{taken!r} has an attribute 'vcl' already, as attach sets it: of another attach, perhaps")
         if not found:
             raise ValueError(
                 f"model ({type(model).__name__}) has no activation modules; name the layers before which VCL belongs "

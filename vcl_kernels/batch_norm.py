@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .places import replace
+from .places import check_not_wrapped, replace
 
 __all__ = ["ChannelAffine", "remove_batch_norm"]
 
@@ -55,10 +55,10 @@ class ChannelAffine(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``weight * x + bias``."""
-        shape = (-1,) + (1,) * (x.ndim - 2)
-        return torch.addcmul(self.bias.to(x.dtype).view(shape), x, self.weight.to(x.dtype).view(shape))
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``weight * input + bias``; the argument has the name that batch norm gives it."""
+        shape, dtype = (-1,) + (1,) * (input.ndim - 2), input.dtype
+        return torch.addcmul(self.bias.to(dtype).view(shape), input, self.weight.to(dtype).view(shape))
 
     def extra_repr(self) -> str:
         """Return the number of channels."""
@@ -127,8 +127,7 @@ def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
     """The batch norms of the model, each known to be removable."""
     if isinstance(model, _BatchNorm):
         raise ValueError(f"model is itself a {type(model).__name__}, which cannot be replaced in place; give its owner")
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
-        raise ValueError("model is in DistributedDataParallel, which keeps the old parameters; wrap it afterwards")
+    check_not_wrapped(model)
     norms = []
     for name, norm in model.named_modules():
         if not isinstance(norm, _BatchNorm):

@@ -169,7 +169,8 @@ class VCLActivation(nn.Module):
         if isinstance(beta, UninitializedParameter):
             check_dimensions(x.shape)
             self._make(unit_shape(x.shape, self.unit == "activation"), x.device, accumulation_dtype(x.dtype))
-        return beta
+        wide = accumulation_dtype(x.dtype)
+        return beta if beta.dtype in (wide, x.dtype) else beta.to(wide)  # some of a bfloat16 model may be in float32
 
     def materialize(self, x: Tensor) -> None:
         """Give a beta without a shape the one that a first forward of ``x`` would, if that would be no error."""

@@ -16,3 +16,14 @@ def replace(model: nn.Module, stand_ins: dict[nn.Module, nn.Module]) -> list[tup
     for parent, name, stand_in in places:
         parent._modules[name] = stand_in
     return places
+
+
+def check_not_wrapped(model: nn.Module) -> None:
+    """Raise ValueError if ``model`` is wrapped for distributed training, which knows the parameters it had then."""
+    wrappers = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+    for module in model.modules():
+        found = wrappers.intersection(kind.__name__ for kind in type(module).__mro__)
+        if found:
+            raise ValueError(
+                f"model is in {found.pop()}, which goes on with the parameters it knows; wrap it afterwards"
+            )

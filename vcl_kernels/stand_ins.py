@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import check_activation
 from .modules import VCL, VCLActivation
+from .spec import Activation
 
 __all__ = ["Calls", "FusedActivation", "before_activation", "can_fuse", "vcl_for"]
 
@@ -81,6 +83,7 @@ class FusedActivation(nn.Module):
     """
 
     original: nn.Module
+    vcl: Calls
 
     def __init__(self, original: nn.Module, calls: Calls) -> None:
         super().__init__()
@@ -104,6 +107,16 @@ class FusedActivation(nn.Module):
             if "original" not in self.__dict__:
                 raise
             return getattr(self.__dict__["original"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set what is a setting of the module that this stands for there, and in its VCLs."""
+        original = self.__dict__.get("original")
+        if original is None or name == "training" or name.startswith("_") or name not in vars(original):
+            super().__setattr__(name, value)
+            return
+        setattr(original, name, value)
+        for vcl in self.vcl:
+            vcl.activation = activation_of(original)  # type: ignore[assignment]
 
     def extra_repr(self) -> str:
         """Return what this stands for."""
@@ -134,6 +147,12 @@ def vcl_for(module: nn.Module, settings: dict[str, Any]) -> VCLActivation:
         return VCL(**settings)
     activation, names = FUSED[type(module)]
     return VCLActivation(activation, **{name: getattr(module, name) for name in names}, **settings)
+
+
+def activation_of(module: nn.Module) -> Activation:
+    """What kernels are told of a module that can be fused."""
+    activation, names = FUSED[type(module)]
+    return check_activation(activation, **{name: getattr(module, name) for name in names})
 
 
 def _type_name(module: nn.Module) -> str:
