@@ -70,6 +70,10 @@ def test_evaluation_leaves_nothing_behind():
     torch.testing.assert_close(handle.loss(), loss)
 
 
+def test_the_handle_names_its_places():
+    assert repr(vk.attach(nn.Sequential(nn.Linear(4, 3), nn.ELU(), nn.Sequential(nn.Tanh())))) == "VCLHandle(1, 2.0)"
+
+
 def test_inject_equals_adding_the_loss():
     plain, injected = network(), network()
     a, b = vk.attach(plain, X[:1], weight=0.3), vk.attach(injected, X[:1], weight=0.3, inject=True)

@@ -178,6 +178,10 @@ class VCLHandle:
             for call, vcl in enumerate(calls):
                 yield (name if call == 0 else f"{name}:{call}"), vcl  # type: ignore[misc]
 
+    def __repr__(self) -> str:
+        """Name the places."""
+        return f"VCLHandle({', '.join(self._names)})"
+
     def loss(self) -> Tensor:
         """Return ``weight`` times the sum over layers of the latest training forward's losses.
 
