@@ -30,9 +30,9 @@ def results(function, x, name, beta, upstream, **options):
 def check(x, name, backend, **options):
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     units = x.shape[1:] if options.get("unit") == "activation" else x.shape[1:2]
-    beta = torch.rand(units, dtype=wide, device=x.device) + 0.5
-    dy = torch.randn(x.shape, device=x.device).to(x.dtype)
-    g = torch.rand(units, dtype=wide, device=x.device) + 0.5
+    beta = torch.rand(units, dtype=wide).to(x.device) + 0.5
+    dy = torch.randn(x.shape).to(x.device).to(x.dtype)
+    g = torch.rand(units, dtype=wide).to(x.device) + 0.5
     options = {**options, "reduction": "none"}
     actual = results(vk.vcl_activation, x, name, beta, [dy, g], backend=backend, **options)
     plain = vk.reference.vcl_activation
@@ -51,7 +51,7 @@ def check(x, name, backend, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes(kernel_backend, name, mode, dtype):
     torch.manual_seed(0)
-    x = (2 * torch.randn(21, 5, 7, 3, device=device_of(kernel_backend)) - 0.3).to(dtype)
+    x = (2 * torch.randn(21, 5, 7, 3).to(device_of(kernel_backend)) - 0.3).to(dtype)
     check(x, name, kernel_backend, **MODES[mode])
 
 
@@ -60,7 +60,7 @@ def test_dtypes(kernel_backend, name, mode, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(kernel_backend, layout, mode, unit):
     torch.manual_seed(1)
-    x = LAYOUTS[layout](torch.randn(19, 6, 5, 4, device=device_of(kernel_backend)))
+    x = LAYOUTS[layout](torch.randn(19, 6, 5, 4).to(device_of(kernel_backend)))
     check(x, "elu", kernel_backend, unit=unit, **MODES[mode])
     check(x, "silu", kernel_backend, unit=unit, **MODES[mode])
 
@@ -69,7 +69,7 @@ def test_layouts(kernel_backend, layout, mode, unit):
 @pytest.mark.parametrize("shape", [(33, 37), (12, 5, 18), (64, 16), (10, 3, 2, 3, 5), (10, 8, 48, 40)])
 def test_shapes(backend, shape, mode):
     torch.manual_seed(2)
-    check(torch.randn(shape, device=device_of(backend)), "relu", backend, **MODES[mode])
+    check(torch.randn(shape).to(device_of(backend)), "relu", backend, **MODES[mode])
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_large_enough_to_stream(shape, dtype):
 
 def test_parameters_of_activations(kernel_backend):
     torch.manual_seed(4)
-    x = torch.randn(20, 5, 6, device=device_of(kernel_backend))
+    x = torch.randn(20, 5, 6).to(device_of(kernel_backend))
     for options in (PAIR, ALL):
         check(x, "elu", kernel_backend, alpha=0.3, **options)
         check(x, "leaky_relu", kernel_backend, negative_slope=0.2, **options)
@@ -104,7 +104,7 @@ def test_parameters_of_activations(kernel_backend):
 @pytest.mark.parametrize("mode", MODES)
 def test_far_mean(kernel_backend, mode):
     torch.manual_seed(5)
-    x = 1e4 + torch.randn(24, 6, 30, device=device_of(kernel_backend))
+    x = 1e4 + torch.randn(24, 6, 30).to(device_of(kernel_backend))
     check(x, "relu", kernel_backend, **MODES[mode])
 
 
@@ -112,7 +112,7 @@ def test_far_mean(kernel_backend, mode):
 @pytest.mark.parametrize("name", ["relu", "elu", "gelu"])
 def test_one_upstream_alone_or_expanded(backend, name, mode):
     torch.manual_seed(6)
-    x = torch.randn(20, 4, 6, device=device_of(backend), requires_grad=True)
+    x = torch.randn(20, 4, 6).to(device_of(backend)).requires_grad_()
 
     def run(function, pick, **more):
         y, loss = function(x, name, **MODES[mode], **more)
@@ -124,7 +124,7 @@ def test_one_upstream_alone_or_expanded(backend, name, mode):
 
 
 def test_only_beta_or_nothing_wants_a_gradient(kernel_backend):
-    x = torch.randn(20, 4, 6, device=device_of(kernel_backend))
+    x = torch.randn(20, 4, 6).to(device_of(kernel_backend))
     beta = torch.ones(4, device=x.device, requires_grad=True)
     y, loss = vk.vcl_activation(x, "elu", beta, backend=kernel_backend)
     torch.testing.assert_close(y, torch.nn.functional.elu(x))
@@ -137,7 +137,7 @@ def test_only_beta_or_nothing_wants_a_gradient(kernel_backend):
 
 
 def test_not_finite_values_propagate(kernel_backend):
-    x = torch.randn(12, 6, 5, device=device_of(kernel_backend))
+    x = torch.randn(12, 6, 5).to(device_of(kernel_backend))
     x[0, 0, 0], x[1, 1, 1], x[11, 2, 2], x[11, 3, 3] = torch.nan, torch.inf, -torch.inf, torch.nan
     for name in ACTIVATIONS:
         y, loss = vk.vcl_activation(x, name, backend=kernel_backend, reduction="none")
@@ -208,11 +208,11 @@ def test_autocast():
 
 
 def test_strides_of_the_result_and_of_the_gradient(kernel_backend):
-    x = torch.randn(20, 6, 5, 4, device=device_of(kernel_backend)).to(memory_format=torch.channels_last)
+    x = torch.randn(20, 6, 5, 4).to(device_of(kernel_backend)).to(memory_format=torch.channels_last)
     for options in (PAIR, ALL):
         leaf = x.detach().requires_grad_()
         y, loss = vk.vcl_activation(leaf, "elu", backend=kernel_backend, **options)
-        dy = torch.randn(y.shape, device=x.device)  # in another layout than y
+        dy = torch.randn(y.shape).to(x.device)  # in another layout than y
         (dx,) = torch.autograd.grad([y, loss], leaf, [dy, torch.ones_like(loss)])
         assert y.stride() == dx.stride() == x.stride()
 

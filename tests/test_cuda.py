@@ -40,7 +40,7 @@ LOSSES = {
 
 def sample(shape, dtype=torch.float32, layout="contiguous"):
     torch.manual_seed(0)
-    return LAYOUTS[layout]((2 * torch.randn(shape, device=DEVICE) + 0.5).to(dtype))
+    return LAYOUTS[layout]((2 * torch.randn(shape).to(DEVICE) + 0.5).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -98,7 +98,7 @@ def test_upstream_gradient_multiplies_what_forward_made():
 def test_numerical_derivatives(form, unit):
     for rows in (7, 12):  # in one pass; from the rows of a pair
         torch.manual_seed(0)
-        x = torch.randn(rows, 2, 2, dtype=torch.float64, device=DEVICE, requires_grad=True)
+        x = torch.randn(rows, 2, 2, dtype=torch.float64).to(DEVICE).requires_grad_()
         options = {"sub_batch_size": 3, "num_sub_batches": 2, "form": form, "unit": unit, **triton}
         for function in (
             lambda x, o=options: vk.vcl_loss(x, **o),
@@ -142,7 +142,7 @@ def test_graph_capture_and_replay():
         for seed in sized((1, 2, 3), (1,)):
             torch.manual_seed(seed)
             with torch.no_grad():
-                x.copy_(torch.randn(x.shape, device=DEVICE) * seed)
+                x.copy_(torch.randn(x.shape).to(DEVICE) * seed)
             got = [t.clone() for t in run()]
             assert all(torch.equal(a, b) for a, b in zip(got, step(), strict=True)), (step.__name__, x.shape)
             assert all(t.isfinite().all() for t in got)
@@ -265,7 +265,7 @@ def test_more_elements_than_32_bits_count():
     skip_unless_free(45)
     for layout, (on_gpu, rehearsed, n) in LARGE.items():
         torch.manual_seed(0)
-        x = torch.randn(sized(on_gpu, rehearsed), dtype=torch.bfloat16, device=DEVICE)
+        x = torch.randn(sized(on_gpu, rehearsed), dtype=torch.bfloat16).to(DEVICE)
         assert not GPU or x.numel() > 1.1 * 2**31
         x = LAYOUTS["channels_last"](x) if layout == "channels_last" else x
         for k, rows in enumerate(x.split(n)):
@@ -299,7 +299,7 @@ def assert_compiles(step, x_of_rows, inputs, dynamic):
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_compiled_without_a_break(dynamic, layout):
-    w = torch.randn(5, device=DEVICE, requires_grad=True)
+    w = torch.randn(5).to(DEVICE).requires_grad_()
     beta = torch.ones(6, device=DEVICE, requires_grad=True)
 
     def step(x):
@@ -313,7 +313,7 @@ def test_compiled_without_a_break(dynamic, layout):
 @pytest.mark.parametrize("inject", [False, True])
 def test_module_compiled_without_a_break(inject):
     module = vk.VCLActivation("elu", 6, sub_batch_size=4, inject=inject).to(DEVICE)
-    w = torch.randn(5, device=DEVICE, requires_grad=True)
+    w = torch.randn(5).to(DEVICE).requires_grad_()
 
     def step(x):
         return module(x * w).square().mean() + (0 if inject else module.loss)

@@ -56,7 +56,7 @@ def stages(out: Path, budget: float, rehearse: bool) -> list[Stage]:
 
     no_pytest, no_suites = _lacking("pytest"), _lacking("pytest", "pytest_benchmark")
     return [
-        stage("environment", _fixed([*python, "benchmarks.gpu_check.environment", *asked]), 5, 60, needed=True),
+        stage("environment", _fixed([*python, "benchmarks.gpu_check.environment", *asked]), 5, 150, needed=True),
         stage("cuda-tests", _tests(["cuda"], rehearse), 60, 150, unavailable=no_pytest, environment=ONE_THREAD),
         stage(
             "kernel-tests",
@@ -114,6 +114,7 @@ def _sanitizer(stage: Callable[..., Stage], tool: str, rehearse: bool) -> Stage:
         return stage(tool, _fixed(script), 10, 60, unavailable=unavailable)
     found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "30"]
+    options += ["--target-processes", "application-only"]  # compilers are not what is looked at
     options += ["--report-api-errors", "no"] if tool == "memcheck" else []  # PyTorch asks what a device can do
     return stage(
         tool,
