@@ -254,6 +254,18 @@ def test_an_injected_loss_is_as_an_added_one(activation, channel_dim, backend):
     assert not injected.loss.requires_grad
 
 
+@pytest.mark.parametrize("downstream", [torch.sum, lambda y: y.square().sum()])
+@pytest.mark.parametrize("activation", ["tanh", "elu", "gelu"])
+def test_a_second_derivative_of_an_injected_loss(activation, downstream):
+    found = []
+    for backend in ("cpu", "reference"):
+        x = torch.linspace(-2, 3, 60, dtype=torch.float64).view(20, 3).requires_grad_()
+        act = vk.VCLActivation(activation, inject=True, learn_beta=False, backend=backend)
+        (dx,) = torch.autograd.grad(downstream(act(x)), x, create_graph=True)
+        found.append((dx, *torch.autograd.grad(dx.square().sum(), x)))
+    torch.testing.assert_close(*found)
+
+
 def test_an_injected_loss_costs_a_fused_activation_no_node_of_its_own():
     net = nn.Sequential(nn.Linear(4, 8), nn.ELU())
     vk.attach(net, torch.randn(2, 4), inject=True)

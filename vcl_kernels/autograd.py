@@ -156,8 +156,8 @@ class ActivationAndLoss(torch.autograd.Function):
         spec: LossSpec,
         backend: Any,
         injection: Injection | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return y, the loss and the rows that are kept."""
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return y, the loss, the rows that are kept, and y again where that is what is kept of an injected loss."""
         ctx.set_materialize_grads(False)
         few = spec.K * spec.n <= x.shape[0] // 2 or (spec.K == 2 and 2 * spec.n < x.shape[0])
         ctx.keep_rows = ctx.needs_input_grad[0] and activation.from_output and few
@@ -165,22 +165,28 @@ class ActivationAndLoss(torch.autograd.Function):
             x, beta, *spec, ctx.needs_input_grad[1], *activation, ctx.keep_rows
         )
         rows = kept if ctx.keep_rows else None
-        ctx.save_for_backward(y if ctx.keep_rows else x, rows, beta, mean, scale, dbeta)
+        # an output of its own, by which a second derivative comes: what comes by y has the loss injected
+        again = y.detach() if ctx.keep_rows and injection is not None else None
+        ctx.save_for_backward(x if not ctx.keep_rows else y if again is None else again, rows, beta, mean, scale, dbeta)
         ctx.activation, ctx.spec, ctx.backend, ctx.injection = activation, spec, backend, injection
         if injection is not None:
             ctx.mark_non_differentiable(loss)
         elif not ctx.needs_input_grad[0]:  # beta alone is learnt: y is no function of it
             ctx.mark_non_differentiable(y)
-        return y, loss, rows
+        return y, loss, rows, again
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, g: Tensor | None, g_rows: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dy: Tensor | None, g: Tensor | None, g_rows: Tensor | None, dy_again: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         """dx = dy · activation' + g · scale · (x - mean)."""
         saved, rows, beta, mean, scale, dbeta = ctx.saved_tensors
         kept = saved if rows is None else rows
         spec, N = ctx.spec, saved.shape[0]
         if ctx.injection is not None and dy is not None:
             g = ctx.injection.upstream(dy)
+        if dy_again is not None:
+            dy = dy_again if dy is None else dy + dy_again
         dx = db = None
         if torch.is_grad_enabled():
             if g is not None:
