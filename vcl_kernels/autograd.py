@@ -156,7 +156,7 @@ class ActivationAndLoss(torch.autograd.Function):
         spec: LossSpec,
         backend: Any,
         injection: Injection | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         """Return y, the loss, the rows that are kept, and y again where that is what is kept of an injected loss."""
         ctx.set_materialize_grads(False)
         few = spec.K * spec.n <= x.shape[0] // 2 or (spec.K == 2 and 2 * spec.n < x.shape[0])
@@ -173,11 +173,11 @@ class ActivationAndLoss(torch.autograd.Function):
             ctx.mark_non_differentiable(loss)
         elif not ctx.needs_input_grad[0]:  # beta alone is learnt: y is no function of it
             ctx.mark_non_differentiable(y)
-        return y, loss, rows, again
+        return (y, loss, rows) if again is None else (y, loss, rows, again)
 
     @staticmethod
     def backward(
-        ctx: Any, dy: Tensor | None, g: Tensor | None, g_rows: Tensor | None, dy_again: Tensor | None
+        ctx: Any, dy: Tensor | None, g: Tensor | None, g_rows: Tensor | None, dy_again: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
         """dx = dy · activation' + g · scale · (x - mean)."""
         saved, rows, beta, mean, scale, dbeta = ctx.saved_tensors
