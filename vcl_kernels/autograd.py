@@ -167,7 +167,8 @@ class ActivationAndLoss(torch.autograd.Function):
         rows = kept if ctx.keep_rows else None
         # an output of its own, by which a second derivative comes: what comes by y has the loss injected
         again = y.detach() if ctx.keep_rows and injection is not None else None
-        ctx.save_for_backward(x if not ctx.keep_rows else y if again is None else again, rows, beta, mean, scale, dbeta)
+        saved = y if again is None else again
+        ctx.save_for_backward(saved if ctx.keep_rows else x, rows, beta, mean, scale, dbeta)
         ctx.activation, ctx.spec, ctx.backend, ctx.injection = activation, spec, backend, injection
         if injection is not None:
             ctx.mark_non_differentiable(loss)

@@ -173,11 +173,11 @@ def weighted_activation(
     implementation = _implementation(x, backend)
     if implementation is None:
         y, loss = reference.activate(x, activation), reference.loss(x, beta, spec)
-    elif activation == IDENTITY:
-        y, loss = x, autograd.loss(in_layout(x, spec.per_activation), beta, spec, implementation)
     else:
         seen = in_layout(x, spec.per_activation)
-        return autograd.activation_and_loss(seen, activation, beta, spec, implementation, injection)
+        if activation != IDENTITY:
+            return autograd.activation_and_loss(seen, activation, beta, spec, implementation, injection)
+        y, loss = x, autograd.loss(seen, beta, spec, implementation)
     return (y, loss) if injection is None else autograd.injected(y, loss, injection)
 
 

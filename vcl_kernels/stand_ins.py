@@ -145,14 +145,20 @@ def vcl_for(module: nn.Module, settings: dict[str, Any]) -> VCLActivation:
     """The VCL of one call of ``module``: fused with it if it can be, else one that stands before it."""
     if not can_fuse(module):
         return VCL(**settings)
-    activation, names = FUSED[type(module)]
-    return VCLActivation(activation, **{name: getattr(module, name) for name in names}, **settings)
+    activation, own = _fused(module)
+    return VCLActivation(activation, **own, **settings)
 
 
 def activation_of(module: nn.Module) -> Activation:
     """What kernels are told of a module that can be fused."""
+    activation, own = _fused(module)
+    return check_activation(activation, **own)
+
+
+def _fused(module: nn.Module) -> tuple[str, dict[str, Any]]:
+    """The activation's name and settings of a module that can be fused."""
     activation, names = FUSED[type(module)]
-    return check_activation(activation, **{name: getattr(module, name) for name in names})
+    return activation, {name: getattr(module, name) for name in names}
 
 
 def _type_name(module: nn.Module) -> str:
