@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import FORMS, UNITS, device_of
+from conftest import FORMS, GPU, UNITS, device_of
 from torch._inductor.utils import run_and_get_code
 from torch.utils.checkpoint import checkpoint
 
@@ -63,6 +63,26 @@ def test_opcheck_of_activations(name, unit):
                 )
                 if keep_rows:
                     torch.library.opcheck(ops.activation_dx, (None, True, rows, None, *rest))
+
+
+def test_ops_read_nothing_past_their_tensors(kernel_backend):
+    """Called without the checks of the public functions: errors, where they would have read what lies beyond."""
+    backend = interpreted_triton() if kernel_backend == "triton" and not GPU else ops
+    x = torch.randn(16, 5, 3, device=device_of(kernel_backend))
+    beta, spec = check_loss(x, torch.ones(5, device=x.device), 4, "ratio", "channel", 4, "mean")
+    for wrong in (spec._replace(n=5), spec._replace(K=6)):
+        for op, rest in (("loss", ()), ("loss_dx", (True,)), ("loss_coefficients", (True, False))):
+            with pytest.raises((ValueError, RuntimeError), match="16 rows"):
+                getattr(backend, op)(x, beta, *wrong, *rest)
+    with pytest.raises((ValueError, RuntimeError), match="16 rows"):
+        backend.moments(x, 4, 5, False)
+    with pytest.raises((ValueError, RuntimeError), match="each unit"):
+        backend.loss(x, beta[:3], *spec)
+    mean, var = backend.moments(x, 4, 4, False)
+    with pytest.raises((ValueError, RuntimeError), match="rows"):
+        backend.moments_dx(x, mean, var, None, None, 4, 15, False)
+    with pytest.raises((ValueError, RuntimeError), match="rows"):
+        backend.activation_dx(x[:12], True, None, x, mean[:3], var[:3], None, 4, 16, False, 1, 0.0)
 
 
 def laid_out(t, order):

@@ -90,7 +90,12 @@ def unit_strides(x: Tensor, per_activation: bool) -> tuple[int, ...]:
 
 def in_unit_order(t: Tensor, x: Tensor, per_activation: bool) -> Tensor:
     """Return ``t``, one value or one for each unit (and each sub-batch before it), in x's order of units."""
-    if t.dim() == 0 or (not per_activation and t.is_contiguous()):
+    if t.dim() == 0:
+        return t
+    units = unit_shape(x.shape, per_activation)
+    if t.shape[-len(units) :] != units:
+        raise ValueError(f"a tensor of one value for each unit of shape {units} has shape {tuple(t.shape)}")
+    if not per_activation and t.is_contiguous():
         return t
     strides = unit_strides(x, per_activation)
     if t.dim() > len(strides):

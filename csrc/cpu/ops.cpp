@@ -115,6 +115,8 @@ Strides strides_of(const Shape& s, bool per_activation) {
 }
 
 View view_of(const Shape& s, int64_t n, int64_t K, bool per_activation) {
+  STD_TORCH_CHECK(n >= 1 && K >= 0 && K <= s.sizes[0] / n, K, " sub-batches of ", n, " samples want more than the ",
+                  s.sizes[0], " rows of x");
   const int64_t inner = s.count(2);
   if (per_activation) return {s.sizes[0], K, n, s.sizes[1] * inner, 1, false};
   const bool spatial = inner > 1 && strides_of(s, false).pos == 1;
@@ -189,6 +191,9 @@ Tensor laid_out(const Tensor& t, const Shape& wanted) {
 // t, one value or one for each unit (and each sub-batch before it), in x's order of units (geometry.in_unit_order).
 Tensor in_unit_order(const Tensor& t, const Shape& x, bool per_activation) {
   const int64_t units = per_activation ? x.dim - 1 : 1;
+  const int64_t each = per_activation ? x.count(1) : x.sizes[1], lead = t.dim() > units ? t.size(0) : 1;
+  STD_TORCH_CHECK(t.dim() == 0 || t.numel() == lead * each, "a tensor of one value for each unit must have ", each,
+                  " of them, got ", t.numel());
   return t.dim() == 0 ? t : laid_out(t, units_as(x, per_activation, t.dim() > units ? t.size(0) : 0));
 }
 
@@ -417,6 +422,8 @@ Tensor gradients(Job& j, Upstream u, int64_t n, int64_t N, bool per_activation) 
   for (std::optional<Tensor>* of : {&u.mean, &u.scale, &u.shift}) {
     if (*of) *of = in_unit_order(**of, shape, per_activation);
   }
+  STD_TORCH_CHECK(N >= n * u.mean->size(0) && (!u.dy || (u.dy->size(0) == N && (!u.saved || shape.sizes[0] == N))),
+                  "dy, dx and what was saved must have the same rows, and no fewer than take part, got N = ", N);
   const Tensor dx = empty(to, dtype_code(like));
   j.view = view_of(shape, n, u.mean->size(0), per_activation);
   j.view.N = N;

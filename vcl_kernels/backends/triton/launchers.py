@@ -14,7 +14,6 @@ from . import apply, finalise, fused, multiply
 from . import moments as partial_moments
 from .launch import arguments
 
-_of_shape = functools.lru_cache(maxsize=1024)(Geometry.of_shape)
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -111,6 +110,8 @@ def activation_dx(
         rows = in_layout(rows, per_activation)
     else:
         saved = in_layout(saved, per_activation)
+    if dy is not None and not (dy.shape[0] == N and (saved is None or saved.shape[0] == N)):
+        raise ValueError(f"dy, dx and what was saved must have the same rows, got N = {N}")
     dx = empty_rows(rows if saved is None else saved, N)
     K = mean.shape[0]
     rows = None if rows is None else _laid_out(rows, dx)
@@ -183,6 +184,13 @@ def _apply(
 
 def _seen(x: Tensor, n: int, K: int, per_activation: bool) -> Geometry:
     return _of_shape(x.shape, x.stride(), n, K, per_activation)
+
+
+@functools.lru_cache(maxsize=1024)
+def _of_shape(shape: torch.Size, strides: tuple[int, ...], n: int, K: int, per_activation: bool) -> Geometry:
+    if not 0 <= K * n <= shape[0]:
+        raise ValueError(f"{K} sub-batches of {n} samples want more than the {shape[0]} rows of x")
+    return Geometry.of_shape(shape, strides, n, K, per_activation)
 
 
 def _laid_out(a: Tensor, like: Tensor) -> Tensor:
