@@ -116,6 +116,19 @@ def test_activation(backend, name, options):
     assert torch.autograd.gradgradcheck(both, (x, beta))
 
 
+@pytest.mark.parametrize("name", ["relu", "leaky_relu", "elu", "tanh"])
+def test_gradient_penalty_of_the_activation_alone(kernel_backend, name):
+    """Nobody asks for the loss, and the upstream gradient needs none: as through the bare activation, 0 of relu."""
+    x = torch.randn(12, 3, dtype=torch.float64, device=device_of(kernel_backend), requires_grad=True)
+
+    def penalty(backend):
+        y, _ = vk.vcl_activation(x, name, sub_batch_size=3, backend=backend)
+        (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), x)[0]
+
+    torch.testing.assert_close(penalty(kernel_backend), penalty("reference"))
+
+
 LOSSES = {
     "one pass": lambda x, beta=None, **to: vk.vcl_loss(x, beta, sub_batch_size=3, **to),
     "deferred": lambda x, beta=None, **to: vk.vcl_loss(

@@ -112,9 +112,12 @@ def activation_gradient(saved: Tensor, dy: Tensor, activation: Activation, *, fr
         return dy * (1 - y * y)
     if name == "elu":
         return torch.where(y > 0, dy, dy * (y + parameter))
+    if name == "identity":
+        return dy
+    # PyTorch's own: where they stand in the graph of y a second derivative is 0, not an error
     if name == "relu":
-        return torch.where(y <= 0, 0.0, dy)
-    return dy if name == "identity" else torch.where(y > 0, dy, dy * parameter)
+        return torch.ops.aten.threshold_backward(dy, y, 0)
+    return torch.ops.aten.leaky_relu_backward(dy, y, parameter, True)
 
 
 def loss_of_variances(var: Tensor, beta: Tensor | float, form: str) -> Tensor:
