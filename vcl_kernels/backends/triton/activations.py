@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 
 INVERSE_FACTORIAL = tl.constexpr(tuple(1 / math.factorial(j) for j in range(16)))
+# tanh(x) / x = 1 + Σ c_j x^2j, j = 1 … 5, on |x| <= 0.57: fitted to least greatest relative error, 2e-9
+TANH_NEAR = tl.constexpr((-0.33333311, 0.13332363, -0.05382782, 0.02096743, -0.00612302))
 
 
 @triton.jit
@@ -33,9 +35,7 @@ def activate(x, parameter, ACTIVATION: tl.constexpr, HALF: tl.constexpr):
         share, _ = sigmoid(x)
         return x * share
     else:  # tanh
-        negative = expm1(-2.0 * tl.abs(x), HALF)
-        size = -negative / (2.0 + negative)
-        return tl.where(x < 0, -size, size)
+        return hyperbolic_tangent(x)
 
 
 @triton.jit
@@ -80,6 +80,25 @@ def expm1(x, HALF: tl.constexpr):
     for j in tl.static_range(TERMS - 1, 0, -1):
         series = INVERSE_FACTORIAL[j] + series * near
     return tl.where(x > NEAR, near * series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def hyperbolic_tangent(x):
+    """tanh(x). In float32 a GPU's exp and quotient are off by some roundings: far from 0 they are in a small term."""
+    size = tl.abs(x)
+    if x.dtype == tl.float64:
+        negative = expm1(-2.0 * size, False)
+        found = -negative / (2.0 + negative)
+    else:
+        e = tl.exp(-2.0 * size)
+        far = 1.0 - 2.0 * e / (1.0 + e)
+        near = tl.where(size < 0.57, size, 0.0)
+        square = near * near
+        series = tl.full(x.shape, TANH_NEAR[4], x.dtype)
+        for j in tl.static_range(3, -1, -1):
+            series = TANH_NEAR[j] + series * square
+        found = tl.where(size < 0.57, near + near * (square * series), far)
+    return tl.where(x < 0, -found, found)
 
 
 @triton.jit
