@@ -18,9 +18,6 @@ template <class V> inline V in_register(V v) {
 
 template <class A> constexpr A kFlat = A(sizeof(A) == 4 ? -20 : -40);  // where expm1 has become -1
 
-// In the loop, whatever the compiler's own measure: a call would write every vector that is in use to memory.
-#define VCL_IN_LOOP [[gnu::always_inline]] inline
-
 // Σ c_j v^j, the highest power's coefficient first.
 template <size_t N> VCL_IN_LOOP Vec<float> polynomial(const float (&from_highest)[N], Vec<float> v) {
   Vec<float> sum = broadcast<float>(from_highest[0]);

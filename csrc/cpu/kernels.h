@@ -13,6 +13,8 @@ namespace vcl::VCL_ISA {
 #include "activations.h"
 #include "rows.h"
 
+constexpr int64_t kFewPositions = 9;  // of units whose values fill vectors better side by side
+constexpr int64_t kFewUnits = 64;     // their values that are taken at a time
 constexpr int64_t kUnitGroup = 4;  // vectors of units that share a pass over a piece: 256 bytes of fp32
 
 // Scratch of a thread, kept between calls: fresh memory costs more than the arithmetic.
@@ -51,11 +53,40 @@ template <class T> struct Runner {
     return x(k * v.n + c.i0, u0) + c.p0 * (v.spatial ? 1 : j.xs.pos);
   }
 
+  // Units of fewer positions than a vector has lanes, side by side: each position's moments over the rows, and then
+  // Chan's merge of a unit's.
+  void few_positions(const T* base, Piece c, int64_t units, int64_t ahead, double* mean, double* m2) const {
+    const int64_t P = v.P, at_once = kFewUnits / P;
+    const double rows = double(c.i1 - c.i0), inverse = 1 / double(P);
+    const Strides st{j.xs.row, 1, 1};
+    Vec<double> of_mean[kFewUnits / L * H], of_m2[kFewUnits / L * H];
+    for (int64_t u = 0; u < units; u += at_once) {
+      const int64_t here = units - u < at_once ? units - u : at_once, width = here * P;
+      for (int64_t g = 0; g * L < width; ++g) {
+        unit_moments<T, 1>(base + u * P + g * L, st, {c.i0, c.i1, 0, 1}, clip(width - g * L), ahead, of_mean + g * H,
+                           of_m2 + g * H);
+      }
+      for (int64_t i = 0; i < here; ++i) {
+        const double *m = (const double*)of_mean + i * P, *q = (const double*)of_m2 + i * P;
+        double offset = 0, squares = 0, within = 0;  // from the first position's mean
+        for (int64_t p = 0; p < P; ++p) {
+          const double d = m[p] - m[0];
+          offset += d, squares += d * d, within += q[p];
+        }
+        mean[u + i] = m[0] + offset * inverse;
+        m2[u + i] = within + rows * (squares - offset * offset * inverse);
+      }
+    }
+  }
+
   void piece(int64_t k, int64_t s, int64_t u0, int64_t u1, Vec<double>* mean, Vec<double>* m2) const {
     const Piece c = pieces.at(v, s);
     const T* base = x(k * v.n, u0);
     const int64_t units = u1 - u0;
     const int64_t ahead = next_piece(k, s, u0, u1) - (base + c.i0 * j.xs.row + c.p0 * (v.spatial ? 1 : j.xs.pos));
+    if (v.spatial && v.P <= kFewPositions && j.xs.unit == v.P) {
+      return few_positions(base, c, units, ahead, (double*)mean, (double*)m2);
+    }
     if (v.spatial) {
       for (int64_t u = 0; u < units; ++u) {
         spatial_moments<T>(base + u * j.xs.unit, j.xs.row, c, ahead, (double*)mean + u, (double*)m2 + u);

@@ -9,7 +9,7 @@ template <int w> using Index = std::integral_constant<int, w>;
 // Visits `len` contiguous values: whole vectors, their first argument (a constant) naming one of four accumulators;
 // and at the end what is left over, in the last full vector of the run or in a short one.
 template <class T, class Full, class Last>
-inline void for_vectors(const T* p, int64_t len, Full&& full, Last&& last) {
+VCL_IN_LOOP void for_vectors(const T* p, int64_t len, Full&& full, Last&& last) {
   constexpr int64_t L = lanes<acc_t<T>>;
   int64_t q = 0;
   for (; q + 4 * L <= len; q += 4 * L) {
@@ -40,7 +40,7 @@ inline void spatial_moments(const T* base, int64_t row, Piece c, int64_t ahead, 
   const A first = widen(base[c.i0 * row + c.p0]);
   const Vec<double> shift = broadcast<double>(first);
   Vec<double> e[4] = {}, q[4] = {};
-  const auto add = [&](auto w, Vec<A> v) {
+  const auto add = [&] [[gnu::always_inline]] (auto w, Vec<A> v) {
     for (int h = 0; h < parts<A>; ++h) {
       const Vec<double> d = part<A>(v, h) - shift;
       e[w] += d;
@@ -49,11 +49,11 @@ inline void spatial_moments(const T* base, int64_t row, Piece c, int64_t ahead, 
   };
   for (int64_t i = c.i0; i < c.i1; ++i) {
     for_vectors(base + i * row + c.p0, len,
-                [&](auto w, const T* p) {
+                [&] [[gnu::always_inline]] (auto w, const T* p) {
                   __builtin_prefetch(p + ahead, 0, 2);
                   add(w, load(p));
                 },
-                [&](Vec<A> v) { add(Index<3>(), counts ? v : broadcast<A>(first)); });
+                [&] [[gnu::always_inline]] (Vec<A> v) { add(Index<3>(), counts ? v : broadcast<A>(first)); });
   }
   const double sum = sum_lanes<double>((e[0] + e[1]) + (e[2] + e[3])), offset = sum / double(c.count());
   *mean = first + offset;

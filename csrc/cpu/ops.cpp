@@ -207,6 +207,7 @@ constexpr int64_t kUnitBlockBytes = 256 << 10;  // where units are contiguous: r
 constexpr int64_t kStreamLater = 4 << 20;
 constexpr int64_t kStreamNext = 16 << 20;
 constexpr int64_t kJoinedRun = 8192;       // values in a run of units, with their coefficients in cache
+constexpr int64_t kPieceMoments = 2 << 20; // bytes of the moments of pieces that are read again from the caches
 constexpr int64_t kFinish = 8;             // elements whose pass takes as long as a unit's coefficients, per piece
 
 template <class F> void parallel(int64_t tasks, int64_t elements_per_task, const F& f) {
@@ -311,7 +312,7 @@ Results run(Request q, Want want) {
     j.activation = q.activation, j.parameter = q.parameter;
   }
   j.block = block_units(v, bytes(t));
-  j.joined = (want_dx || writes_y) && v.spatial && v.P % 16 && j.xs.unit == v.P && j.ds.unit == v.P &&
+  j.joined = (want_dx ? v.P % 16 : writes_y) && v.spatial && j.xs.unit == v.P && j.ds.unit == v.P &&
              v.P <= piece_values(v) && j.block * v.P <= kJoinedRun;
   j.stream = (want_dx && streams(j, j.dx, block_run(j), bytes(t), kStreamLater)) ||
              (want_y && streams(j, j.y, block_run(j), bytes(t), kStreamNext));
@@ -325,10 +326,11 @@ Results run(Request q, Want want) {
   const Kernels kernels = kernels_for(t);
   const int64_t sample = v.K * v.n * v.P;
   int64_t blocks = (v.U + j.block - 1) / j.block;
-  // Too few blocks to share, or contiguous units whose samples are long, or whose rows are written as well and dwarf
-  // the moments of pieces (16 bytes each): pieces in memory order instead.
+  // Too few blocks to share, or contiguous units whose samples are long, or whose rows are written as well where the
+  // moments of pieces (16 bytes each) stay in cache or are dwarfed: pieces in memory order instead.
   const int64_t tasks = v.K * Pieces(v, piece_values(v)).size();
-  const bool in_order = !v.spatial && (v.P > 1 || (writes_y && 8 * 16 * tasks <= v.N * bytes(t)));
+  const bool few = 16 * tasks * v.U <= kPieceMoments || 8 * 16 * tasks <= v.N * bytes(t);
+  const bool in_order = !v.spatial && (v.P > 1 || (writes_y && few));
   const bool split = !want_dx && v.U * sample >= kSerial &&
                      (in_order || blocks < 2 * int64_t(torch::stable::get_num_threads()));
   if (split) j.block = 64, blocks = (v.U + 63) / 64;

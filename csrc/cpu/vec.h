@@ -9,6 +9,9 @@ template <class T> struct AccOf { using type = float; };
 template <> struct AccOf<double> { using type = double; };
 template <class T> using acc_t = typename AccOf<T>::type;
 
+// In the loop, whatever the compiler's own measure: a call would write every vector that is in use to memory.
+#define VCL_IN_LOOP [[gnu::always_inline]] inline
+
 template <class A> struct VecOf;
 template <> struct VecOf<float> { typedef float type __attribute__((vector_size(64))); };
 template <> struct VecOf<double> { typedef double type __attribute__((vector_size(64))); };
@@ -60,10 +63,16 @@ template <class T> inline Vec<acc_t<T>> load(const T* p) {
   return v;
 }
 
+#if VCL_LEVEL >= 2
+inline Vec<float> from_bf16(__m256i v) {  // GCC 12 widens by halves
+  return std::bit_cast<Vec<float>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+}
+inline Vec<float> from_f16(__m256i v) { return std::bit_cast<Vec<float>>(_mm512_cvtph_ps(v)); }
+#endif
+
 template <> inline Vec<float> load(const bf16* p) {
-#if VCL_LEVEL >= 2  // GCC 12 widens by halves
-  const __m512i w = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-  return std::bit_cast<Vec<float>>(_mm512_slli_epi32(w, 16));
+#if VCL_LEVEL >= 2
+  return from_bf16(_mm256_loadu_si256((const __m256i*)p));
 #else
   u16x16 h;
   std::memcpy(&h, p, sizeof h);
@@ -75,7 +84,7 @@ template <> inline Vec<float> load(const bf16* p) {
 template <> inline Vec<float> load(const f16* p) {
   Vec<float> v;
 #if VCL_LEVEL >= 2
-  return std::bit_cast<Vec<float>>(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)));
+  return from_f16(_mm256_loadu_si256((const __m256i*)p));
 #elif VCL_LEVEL >= 1
   for (int i = 0; i < 2; ++i) {
     const __m256 half = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8 * i)));
@@ -163,6 +172,12 @@ template <> inline Vec<float> load_some(const float* p, int64_t count) {
 template <> inline Vec<double> load_some(const double* p, int64_t count) {
   return std::bit_cast<Vec<double>>(_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), p));
 }
+template <> inline Vec<float> load_some(const bf16* p, int64_t count) {
+  return from_bf16(_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p));
+}
+template <> inline Vec<float> load_some(const f16* p, int64_t count) {
+  return from_f16(_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p));
+}
 #endif
 
 template <class T> inline void store_some(T* p, Vec<acc_t<T>> v, int64_t count) {
@@ -175,6 +190,12 @@ template <> inline void store_some(float* p, Vec<float> v, int64_t count) {
 }
 template <> inline void store_some(double* p, Vec<double> v, int64_t count) {
   _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), std::bit_cast<__m512d>(v));
+}
+template <> inline void store_some(bf16* p, Vec<float> v, int64_t count) {
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), std::bit_cast<__m256i>(to_bf16(v)));
+}
+template <> inline void store_some(f16* p, Vec<float> v, int64_t count) {
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), std::bit_cast<__m256i>(to_f16(v)));
 }
 #endif
 
