@@ -79,7 +79,7 @@ template <Activation act, class T, class A = acc_t<T>> inline Vec<A> value(Vec<A
 
 // dy times the derivative, which follows from `s`: y if from_output, else x.
 template <Activation act, bool from_output, class T, class A = acc_t<T>>
-inline Vec<A> derivative(Vec<A> s, Vec<A> dy, A parameter) {
+VCL_IN_LOOP Vec<A> derivative(Vec<A> s, Vec<A> dy, A parameter) {
   if constexpr (act == Activation::identity) return dy;
   if constexpr (act == Activation::relu) return s <= A(0) ? Vec<A>{} : in_register(dy);
   if constexpr (act == Activation::leaky_relu) return s > A(0) ? dy : dy * parameter;

@@ -13,7 +13,7 @@ namespace vcl::VCL_ISA {
 #include "activations.h"
 #include "rows.h"
 
-constexpr int64_t kFewPositions = 9;  // of units whose values fill vectors better side by side
+constexpr int64_t kFewPositions = 12;  // of units whose values fill vectors better side by side
 constexpr int64_t kFewUnits = 64;     // their values that are taken at a time
 constexpr int64_t kUnitGroup = 4;  // vectors of units that share a pass over a piece: 256 bytes of fp32
 

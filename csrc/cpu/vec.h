@@ -201,11 +201,11 @@ template <> inline void store_some(f16* p, Vec<float> v, int64_t count) {
 
 // ---- a whole vector, or the first `count` where fewer are left
 
-template <class T> inline Vec<acc_t<T>> load_up_to(const T* p, int64_t count) {
+template <class T> VCL_IN_LOOP Vec<acc_t<T>> load_up_to(const T* p, int64_t count) {
   return count >= lanes<acc_t<T>> ? load(p) : load_some(p, count);
 }
 
-template <bool stream, class T> inline void store_up_to(T* p, Vec<acc_t<T>> v, int64_t count) {
+template <bool stream, class T> VCL_IN_LOOP void store_up_to(T* p, Vec<acc_t<T>> v, int64_t count) {
   if (count >= lanes<acc_t<T>>) store<stream>(p, v);
   else store_some(p, v, count);
 }
