@@ -25,18 +25,42 @@ template <size_t N> VCL_IN_LOOP Vec<float> polynomial(const float (&from_highest
   return sum;
 }
 
-// exp(-x² / 2). In float32 without a call, so that neighbouring vectors overlap: 2^k · exp(r), |r| <= ln 2 / 2.
+// x = k ln 2 + r of x in [-87, 0], |r| <= ln 2 / 2; `power` is k in the place of a float's exponent.
+struct Reduced {
+  Vec<float> r;
+  u32x16 power;
+};
+VCL_IN_LOOP Reduced reduced(Vec<float> x) {
+  constexpr float round = 0x1.8p23f;  // added, it leaves an integer in the lowest bits
+  const Vec<float> shifted = x * 1.44269504f + round, k = shifted - round;
+  return {(x - k * 0.693145752f) - k * 1.42860677e-6f,  // ln 2 in two parts, the first times k exact
+          std::bit_cast<u32x16>(shifted) << 23};
+}
+
+// exp(-x² / 2). In float32 without a call, so that neighbouring vectors overlap.
 inline Vec<double> gauss(Vec<double> x) { return exp(clamped<double>(-0.5 * x * x, -708, 0)); }
 VCL_IN_LOOP Vec<float> gauss(Vec<float> x) {
-  constexpr float round = 0x1.8p23f;  // added, it leaves an integer in the lowest bits
-  const Vec<float> at = -0.5f * x * x, shifted = at * 1.44269504f + round, k = shifted - round;
-  const Vec<float> r = (at - k * 0.693145752f) - k * 1.42860677e-6f;  // ln 2 in two parts, the first times k exact
-  // fitted to least greatest relative error, 8e-8
+  const Vec<float> at = -0.5f * x * x;
+  const Reduced of = reduced(at);
+  // exp(r), fitted to least greatest relative error, 8e-8
   constexpr float from_highest[] = {0.00829764970f, 0.0419154199f, 0.166675750f, 0.499988945f, 0.999999692f, 1.00000007f};
-  const auto bits = std::bit_cast<u32x16>(polynomial(from_highest, r));
-  const auto found = std::bit_cast<Vec<float>>(bits + (std::bit_cast<u32x16>(shifted) << 23));
-  return at < -87.0f ? Vec<float>{} : found;
+  const auto found = std::bit_cast<u32x16>(polynomial(from_highest, of.r)) + of.power;
+  return at < -87.0f ? Vec<float>{} : std::bit_cast<Vec<float>>(found);
 }
+
+// exp(x) - 1 and exp(x) of x in [-87, 0], in float32 likewise: 2^k (expm1(r) + 1), and 1 taken off where it is exact.
+inline Vec<double> expm1_below_0(Vec<double> x) { return expm1(x); }
+inline Vec<double> exp_below_0(Vec<double> x) { return exp(x); }
+VCL_IN_LOOP Vec<float> scaled_expm1(Vec<float> x, float less) {
+  const Reduced of = reduced(x);
+  // (expm1(r) - r) / r², fitted to least greatest relative error of expm1(r), 1.3e-8
+  constexpr float from_highest[] = {0.00138825167f, 0.00836654752f, 0.0416672006f, 0.166665435f, 0.49999997f};
+  const Vec<float> expm1_r = of.r + of.r * of.r * polynomial(from_highest, of.r);
+  const auto scale = std::bit_cast<Vec<float>>(of.power + 0x3f800000);
+  return scale * expm1_r + (scale - less);
+}
+VCL_IN_LOOP Vec<float> expm1_below_0(Vec<float> x) { return scaled_expm1(x, 1); }
+VCL_IN_LOOP Vec<float> exp_below_0(Vec<float> x) { return scaled_expm1(x, 0); }
 
 // exp(a²) erfc(a) of a >= 0 to 3e-7 of itself, or 1e-6 where a result of 16 bits is made of it (`coarse`): t times a
 // polynomial in t = 1 / (1 + a / 2), fitted to least greatest relative error on [0, 9.5]. Beside gauss, which the
@@ -70,7 +94,7 @@ template <Activation act, class T, class A = acc_t<T>> inline Vec<A> value(Vec<A
   if constexpr (act == Activation::identity) return x;
   if constexpr (act == Activation::relu) return x <= A(0) ? Vec<A>{} : x;
   if constexpr (act == Activation::leaky_relu) return x > A(0) ? x : x * parameter;
-  if constexpr (act == Activation::elu) return x > A(0) ? x : parameter * expm1(clamped<A>(x, kFlat<A>, A(0)));
+  if constexpr (act == Activation::elu) return x > A(0) ? x : parameter * expm1_below_0(clamped<A>(x, kFlat<A>, A(0)));
   if constexpr (act == Activation::gelu) return x * normal_cdf<sizeof(T) == 2>(x, sizeof(A) == 4 ? gauss(x) : x);
   if constexpr (act == Activation::gelu_tanh) return A(0.5) * x * (A(1) + tanh(tanh_inner<A>(x)));
   if constexpr (act == Activation::silu) return x / (A(1) + exp(-x));
@@ -85,7 +109,7 @@ VCL_IN_LOOP Vec<A> derivative(Vec<A> s, Vec<A> dy, A parameter) {
   if constexpr (act == Activation::leaky_relu) return s > A(0) ? dy : dy * parameter;
   if constexpr (act == Activation::elu) {
     if constexpr (from_output) return s > A(0) ? dy : dy * (s + parameter);
-    else return s > A(0) ? dy : dy * parameter * exp(clamped<A>(s, A(sizeof(A) == 4 ? -85 : -700), A(0)));
+    else return s > A(0) ? dy : dy * parameter * exp_below_0(clamped<A>(s, A(sizeof(A) == 4 ? -85 : -700), A(0)));
   }
   if constexpr (act == Activation::tanh) {
     const Vec<A> y = from_output ? s : tanh(s);

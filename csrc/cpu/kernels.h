@@ -53,7 +53,7 @@ template <class T> struct Runner {
     return x(k * v.n + c.i0, u0) + c.p0 * (v.spatial ? 1 : j.xs.pos);
   }
 
-  // Units of fewer positions than a vector has lanes, side by side: each position's moments over the rows, and then
+  // Units of few positions, side by side: the moments of each position over the rows, and then
   // Chan's merge of a unit's.
   void few_positions(const T* base, Piece c, int64_t units, int64_t ahead, double* mean, double* m2) const {
     const int64_t P = v.P, at_once = kFewUnits / P;
