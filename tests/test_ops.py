@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import FORMS, GPU, UNITS, device_of
+from conftest import FORMS, UNITS, device_of
 from torch._inductor.utils import run_and_get_code
 from torch.utils.checkpoint import checkpoint
 
@@ -65,9 +65,14 @@ def test_opcheck_of_activations(name, unit):
                     torch.library.opcheck(ops.activation_dx, (None, True, rows, None, *rest))
 
 
+def ops_of(backend):
+    """The backend's ops, of which the interpreter's are not registered."""
+    return interpreted_triton() if (backend, device_of(backend)) == ("triton", "cpu") else ops
+
+
 def test_ops_read_nothing_past_their_tensors(kernel_backend):
     """Called without the checks of the public functions: errors, where they would have read what lies beyond."""
-    backend = interpreted_triton() if kernel_backend == "triton" and not GPU else ops
+    backend = ops_of(kernel_backend)
     x = torch.randn(16, 5, 3, device=device_of(kernel_backend))
     beta, spec = check_loss(x, torch.ones(5, device=x.device), 4, "ratio", "channel", 4, "mean")
     for wrong in (spec._replace(n=5), spec._replace(K=6)):
@@ -97,7 +102,7 @@ def laid_out(t, order):
 def test_whatever_layout_a_compiler_chooses(kernel_backend, unit, order):
     """Of every argument by itself, not only as x lies."""
     device = device_of(kernel_backend)
-    backend = interpreted_triton() if (kernel_backend, device) == ("triton", "cpu") else ops
+    backend = ops_of(kernel_backend)
     x = torch.randn(16, 5, 3, 4, device=device)
     units = x.shape[1:] if unit == "activation" else x.shape[1:2]
     beta, spec = check_loss(x, torch.rand(units, device=device) + 0.5, 4, "ratio", unit, 2, "none")

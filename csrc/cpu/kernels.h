@@ -53,6 +53,18 @@ template <class T> struct Runner {
     return x(k * v.n + c.i0, u0) + c.p0 * (v.spatial ? 1 : j.xs.pos);
   }
 
+  // Contiguous units.
+  static void columns(const T* base, Strides st, Piece c, int64_t units, int64_t ahead, Vec<double>* mean,
+                      Vec<double>* m2) {
+    int64_t g = 0;
+    for (; (g + kUnitGroup) * L <= units; g += kUnitGroup) {
+      unit_moments<T, kUnitGroup>(base + g * L, st, c, L, ahead, mean + g * H, m2 + g * H);
+    }
+    for (; g * L < units; ++g) {
+      unit_moments<T, 1>(base + g * L, st, c, clip(units - g * L), ahead, mean + g * H, m2 + g * H);
+    }
+  }
+
   // Units of few positions, side by side: the moments of each position over the rows, and then
   // Chan's merge of a unit's.
   void few_positions(const T* base, Piece c, int64_t units, int64_t ahead, double* mean, double* m2) const {
@@ -61,11 +73,8 @@ template <class T> struct Runner {
     const Strides st{j.xs.row, 1, 1};
     Vec<double> of_mean[kFewUnits / L * H], of_m2[kFewUnits / L * H];
     for (int64_t u = 0; u < units; u += at_once) {
-      const int64_t here = units - u < at_once ? units - u : at_once, width = here * P;
-      for (int64_t g = 0; g * L < width; ++g) {
-        unit_moments<T, 1>(base + u * P + g * L, st, {c.i0, c.i1, 0, 1}, clip(width - g * L), ahead, of_mean + g * H,
-                           of_m2 + g * H);
-      }
+      const int64_t here = units - u < at_once ? units - u : at_once;
+      columns(base + u * P, st, {c.i0, c.i1, 0, 1}, here * P, ahead, of_mean, of_m2);
       for (int64_t i = 0; i < here; ++i) {
         const double *m = (const double*)of_mean + i * P, *q = (const double*)of_m2 + i * P;
         double offset = 0, squares = 0, within = 0;  // from the first position's mean
@@ -84,21 +93,12 @@ template <class T> struct Runner {
     const T* base = x(k * v.n, u0);
     const int64_t units = u1 - u0;
     const int64_t ahead = next_piece(k, s, u0, u1) - (base + c.i0 * j.xs.row + c.p0 * (v.spatial ? 1 : j.xs.pos));
-    if (v.spatial && v.P <= kFewPositions && j.xs.unit == v.P) {
+    if (!v.spatial) return columns(base, j.xs, c, units, ahead, mean, m2);
+    if (v.P <= kFewPositions && j.xs.unit == v.P) {
       return few_positions(base, c, units, ahead, (double*)mean, (double*)m2);
     }
-    if (v.spatial) {
-      for (int64_t u = 0; u < units; ++u) {
-        spatial_moments<T>(base + u * j.xs.unit, j.xs.row, c, ahead, (double*)mean + u, (double*)m2 + u);
-      }
-      return;
-    }
-    int64_t g = 0;
-    for (; (g + kUnitGroup) * L <= units; g += kUnitGroup) {
-      unit_moments<T, kUnitGroup>(base + g * L, j.xs, c, L, ahead, mean + g * H, m2 + g * H);
-    }
-    for (; g * L < units; ++g) {
-      unit_moments<T, 1>(base + g * L, j.xs, c, clip(units - g * L), ahead, mean + g * H, m2 + g * H);
+    for (int64_t u = 0; u < units; ++u) {
+      spatial_moments<T>(base + u * j.xs.unit, j.xs.row, c, ahead, (double*)mean + u, (double*)m2 + u);
     }
   }
 

@@ -191,10 +191,11 @@ Tensor laid_out(const Tensor& t, const Shape& wanted) {
 // t, one value or one for each unit (and each sub-batch before it), in x's order of units (geometry.in_unit_order).
 Tensor in_unit_order(const Tensor& t, const Shape& x, bool per_activation) {
   const int64_t units = per_activation ? x.dim - 1 : 1;
-  const int64_t each = per_activation ? x.count(1) : x.sizes[1], lead = t.dim() > units ? t.size(0) : 1;
-  STD_TORCH_CHECK(t.dim() == 0 || t.numel() == lead * each, "a tensor of one value for each unit must have ", each,
+  if (t.dim() == 0) return t;
+  const Shape wanted = units_as(x, per_activation, t.dim() > units ? t.size(0) : 0);
+  STD_TORCH_CHECK(t.numel() == wanted.count(0), "a tensor of one value for each unit must have ", wanted.count(0),
                   " of them, got ", t.numel());
-  return t.dim() == 0 ? t : laid_out(t, units_as(x, per_activation, t.dim() > units ? t.size(0) : 0));
+  return laid_out(t, wanted);
 }
 
 // ---- tasks
@@ -312,7 +313,8 @@ Results run(Request q, Want want) {
     j.activation = q.activation, j.parameter = q.parameter;
   }
   j.block = block_units(v, bytes(t));
-  j.joined = (want_dx ? v.P % 16 : writes_y) && v.spatial && j.xs.unit == v.P && j.ds.unit == v.P &&
+  // A gradient only where units do not end on a vector: its coefficients must be spread out.
+  j.joined = (want_dx ? v.P % 16 != 0 : writes_y) && v.spatial && j.xs.unit == v.P && j.ds.unit == v.P &&
              v.P <= piece_values(v) && j.block * v.P <= kJoinedRun;
   j.stream = (want_dx && streams(j, j.dx, block_run(j), bytes(t), kStreamLater)) ||
              (want_y && streams(j, j.y, block_run(j), bytes(t), kStreamNext));

@@ -85,6 +85,7 @@ def expm1(x, HALF: tl.constexpr):
 @triton.jit
 def hyperbolic_tangent(x):
     """tanh(x). In float32 a GPU's exp and quotient are off by some roundings: far from 0 they are in a small term."""
+    NEAR: tl.constexpr = 0.57
     size = tl.abs(x)
     if x.dtype == tl.float64:
         negative = expm1(-2.0 * size, False)
@@ -92,12 +93,12 @@ def hyperbolic_tangent(x):
     else:
         e = tl.exp(-2.0 * size)
         far = 1.0 - 2.0 * e / (1.0 + e)
-        near = tl.where(size < 0.57, size, 0.0)
+        near = tl.where(size < NEAR, size, 0.0)
         square = near * near
         series = tl.full(x.shape, TANH_NEAR[4], x.dtype)
         for j in tl.static_range(3, -1, -1):
             series = TANH_NEAR[j] + series * square
-        found = tl.where(size < 0.57, near + near * (square * series), far)
+        found = tl.where(size < NEAR, near + near * (square * series), far)
     return tl.where(x < 0, -found, found)
 
 
