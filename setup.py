@@ -31,9 +31,9 @@ class OptionalBuild(BuildExtension):
 
 
 def vector_math():
-    """Whether glibc has the vector functions that activations use (2.35 and later, x86-64)."""
+    """Whether glibc has the vector functions that float64 activations use (2.35 and later, x86-64)."""
     try:
-        return hasattr(ctypes.CDLL("libmvec.so.1"), "_ZGVeN16v_expm1f")
+        return hasattr(ctypes.CDLL("libmvec.so.1"), "_ZGVeN8v_expm1")
     except OSError:
         return False
 

@@ -146,6 +146,26 @@ def test_not_finite_values_propagate(kernel_backend):
         assert loss.isfinite().tolist() == [False, False, True, True, True, True]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_far_values_as_in_eager_pytorch(kernel_backend, name, dtype):
+    """Where a written-out exponential ends, and a NaN that is not the usual one."""
+    far = [1e30, 1e4, 100.0, 88.75, 88.5, 87.5, 20.0, 9.0, 1e-3, 1e-37, 0.0]
+    odd = torch.tensor([*far, *(-v for v in far), torch.inf, -torch.inf, torch.nan])
+    odd = torch.cat([odd, torch.tensor([0x7FC00301, -0x3FFCFF]).int().view(torch.float32)])
+    x = odd.expand(10, -1).to(dtype).to(device_of(kernel_backend)).contiguous().requires_grad_()
+    y, _ = vk.vcl_activation(x, name, num_sub_batches=2, backend=kernel_backend)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    eager = reference.activate(x, check_activation(name))
+    (wanted,) = torch.autograd.grad(eager.sum(), x)
+    few_ulp = 8 * torch.finfo(dtype).eps
+    for got, want in ((y, eager), (dx, wanted)):
+        same = torch.isclose(got, want, rtol=few_ulp, atol=few_ulp, equal_nan=True)
+        own_overflow, only_in_vector_code = want.isnan() & ~x.isnan(), got.isnan() & x.isnan()
+        assert (same | own_overflow | only_in_vector_code).all(), (x[~same], got[~same], want[~same])
+    assert y[x.isnan()].isnan().all()
+
+
 @pytest.mark.parametrize("N", [64, 16])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_saved_memory(name, N):

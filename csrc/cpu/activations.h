@@ -2,12 +2,6 @@
 // Included inside the namespace of one instruction set.
 #pragma once
 
-// What a libm call would take its slow path for, though its result is not used or is at its limit already.
-template <class A> inline Vec<A> clamped(Vec<A> v, A low, A high) {  // NaN stays NaN
-  v = v < low ? broadcast<A>(low) : v;
-  return v > high ? broadcast<A>(high) : v;
-}
-
 // Keeps a load apart from the choice of its lanes: a load under a mask that is still being computed halves the speed.
 template <class V> inline V in_register(V v) {
 #if VCL_LEVEL >= 2
@@ -18,49 +12,15 @@ template <class V> inline V in_register(V v) {
 
 template <class A> constexpr A kFlat = A(sizeof(A) == 4 ? -20 : -40);  // where expm1 has become -1
 
-// Σ c_j v^j, the highest power's coefficient first.
-template <size_t N> VCL_IN_LOOP Vec<float> polynomial(const float (&from_highest)[N], Vec<float> v) {
-  Vec<float> sum = broadcast<float>(from_highest[0]);
-  for (size_t j = 1; j < N; ++j) sum = sum * v + from_highest[j];
-  return sum;
-}
-
-// x = k ln 2 + r of x in [-87, 0], |r| <= ln 2 / 2; `power` is k in the place of a float's exponent.
-struct Reduced {
-  Vec<float> r;
-  u32x16 power;
-};
-VCL_IN_LOOP Reduced reduced(Vec<float> x) {
-  constexpr float round = 0x1.8p23f;  // added, it leaves an integer in the lowest bits
-  const Vec<float> shifted = x * 1.44269504f + round, k = shifted - round;
-  return {(x - k * 0.693145752f) - k * 1.42860677e-6f,  // ln 2 in two parts, the first times k exact
-          std::bit_cast<u32x16>(shifted) << 23};
-}
-
-// exp(-x² / 2). In float32 without a call, so that neighbouring vectors overlap.
+// exp(-x² / 2). In float32 less exact than exp, and shorter.
 inline Vec<double> gauss(Vec<double> x) { return exp(clamped<double>(-0.5 * x * x, -708, 0)); }
 VCL_IN_LOOP Vec<float> gauss(Vec<float> x) {
   const Vec<float> at = -0.5f * x * x;
   const Reduced of = reduced(at);
   // exp(r), fitted to least greatest relative error, 8e-8
   constexpr float from_highest[] = {0.00829764970f, 0.0419154199f, 0.166675750f, 0.499988945f, 0.999999692f, 1.00000007f};
-  const auto found = std::bit_cast<u32x16>(polynomial(from_highest, of.r)) + of.power;
-  return at < -87.0f ? Vec<float>{} : std::bit_cast<Vec<float>>(found);
+  return at < -87.0f ? Vec<float>{} : times_power(polynomial(from_highest, of.r), of.power);
 }
-
-// exp(x) - 1 and exp(x) of x in [-87, 0], in float32 likewise: 2^k (expm1(r) + 1), and 1 taken off where it is exact.
-inline Vec<double> expm1_below_0(Vec<double> x) { return expm1(x); }
-inline Vec<double> exp_below_0(Vec<double> x) { return exp(x); }
-VCL_IN_LOOP Vec<float> scaled_expm1(Vec<float> x, float less) {
-  const Reduced of = reduced(x);
-  // (expm1(r) - r) / r², fitted to least greatest relative error of expm1(r), 1.3e-8
-  constexpr float from_highest[] = {0.00138825167f, 0.00836654752f, 0.0416672006f, 0.166665435f, 0.49999997f};
-  const Vec<float> expm1_r = of.r + of.r * of.r * polynomial(from_highest, of.r);
-  const auto scale = std::bit_cast<Vec<float>>(of.power + 0x3f800000);
-  return scale * expm1_r + (scale - less);
-}
-VCL_IN_LOOP Vec<float> expm1_below_0(Vec<float> x) { return scaled_expm1(x, 1); }
-VCL_IN_LOOP Vec<float> exp_below_0(Vec<float> x) { return scaled_expm1(x, 0); }
 
 // exp(a²) erfc(a) of a >= 0 to 3e-7 of itself, or 1e-6 where a result of 16 bits is made of it (`coarse`): t times a
 // polynomial in t = 1 / (1 + a / 2), fitted to least greatest relative error on [0, 9.5]. Beside gauss, which the
@@ -84,21 +44,32 @@ template <bool> inline Vec<double> normal_cdf(Vec<double> x, Vec<double>) {
   return 0.5 * (1 + erf(x * 0.70710678118654752440));
 }
 
-// gelu's approximation: x / 2 · (1 + tanh(inner))
-template <class A> inline Vec<A> tanh_inner(Vec<A> x) {
-  return A(0.79788456080286535588) * (x + A(0.044715) * x * x * x);
+// tanh to 4e-7 of itself, where a result of 16 bits is made of it: x P(x²) / Q(x²), fitted on [0, 9] to least greatest
+// relative error.
+template <bool coarse> VCL_IN_LOOP Vec<float> tanh_of(Vec<float> x) {
+  if constexpr (!coarse) return tanh(x);
+  constexpr float p[] = {1.9219422e-05f, 0.00526409922f, 0.236651525f, 1.84374928f};
+  constexpr float q[] = {3.95607117e-07f, 0.000415375194f, 0.0431806594f, 0.851229548f, 1.84375f};
+  const Vec<float> within = clamped<float>(x, -9, 9), square = within * within;
+  return within * polynomial(p, square) * reciprocal(polynomial(q, square));
+}
+template <bool> inline Vec<double> tanh_of(Vec<double> x) { return tanh(x); }
+
+// gelu's approximation: x / 2 · (1 + tanh(inner)) = x · sigmoid(2 inner)
+template <class A> VCL_IN_LOOP Vec<A> twice_inner(Vec<A> x) {
+  return A(2 * 0.79788456080286535588) * (x + A(0.044715) * x * x * x);
 }
 
 // In float32 `T` may be narrower: what is computed is then rounded to it.
-template <Activation act, class T, class A = acc_t<T>> inline Vec<A> value(Vec<A> x, A parameter) {
+template <Activation act, class T, class A = acc_t<T>> VCL_IN_LOOP Vec<A> value(Vec<A> x, A parameter) {
   if constexpr (act == Activation::identity) return x;
   if constexpr (act == Activation::relu) return x <= A(0) ? Vec<A>{} : x;
   if constexpr (act == Activation::leaky_relu) return x > A(0) ? x : x * parameter;
-  if constexpr (act == Activation::elu) return x > A(0) ? x : parameter * expm1_below_0(clamped<A>(x, kFlat<A>, A(0)));
+  if constexpr (act == Activation::elu) return x > A(0) ? x : parameter * expm1(clamped<A>(x, kFlat<A>, A(0)));
   if constexpr (act == Activation::gelu) return x * normal_cdf<sizeof(T) == 2>(x, sizeof(A) == 4 ? gauss(x) : x);
-  if constexpr (act == Activation::gelu_tanh) return A(0.5) * x * (A(1) + tanh(tanh_inner<A>(x)));
+  if constexpr (act == Activation::gelu_tanh) return x / (A(1) + exp(-twice_inner<A>(x)));
   if constexpr (act == Activation::silu) return x / (A(1) + exp(-x));
-  if constexpr (act == Activation::tanh) return tanh(x);
+  if constexpr (act == Activation::tanh) return tanh_of<sizeof(T) == 2>(x);
 }
 
 // dy times the derivative, which follows from `s`: y if from_output, else x.
@@ -109,10 +80,10 @@ VCL_IN_LOOP Vec<A> derivative(Vec<A> s, Vec<A> dy, A parameter) {
   if constexpr (act == Activation::leaky_relu) return s > A(0) ? dy : dy * parameter;
   if constexpr (act == Activation::elu) {
     if constexpr (from_output) return s > A(0) ? dy : dy * (s + parameter);
-    else return s > A(0) ? dy : dy * parameter * exp_below_0(clamped<A>(s, A(sizeof(A) == 4 ? -85 : -700), A(0)));
+    else return s > A(0) ? dy : dy * parameter * exp(clamped<A>(s, A(sizeof(A) == 4 ? -85 : -700), A(0)));
   }
   if constexpr (act == Activation::tanh) {
-    const Vec<A> y = from_output ? s : tanh(s);
+    const Vec<A> y = from_output ? s : tanh_of<sizeof(T) == 2>(s);
     return dy * (A(1) - y * y);
   }
   if constexpr (act == Activation::gelu) {
@@ -120,9 +91,9 @@ VCL_IN_LOOP Vec<A> derivative(Vec<A> s, Vec<A> dy, A parameter) {
     return dy * (normal_cdf<sizeof(T) == 2>(s, density) + s * (A(0.39894228040143267794) * density));
   }
   if constexpr (act == Activation::gelu_tanh) {
-    const Vec<A> t = tanh(tanh_inner<A>(s));
-    const Vec<A> slope = A(0.79788456080286535588) * (A(1) + A(3 * 0.044715) * s * s);
-    return dy * (A(0.5) * (A(1) + t) + A(0.5) * s * (A(1) - t * t) * slope);
+    const Vec<A> sigmoid = A(1) / (A(1) + exp(-twice_inner<A>(s)));
+    const Vec<A> slope = A(2 * 0.79788456080286535588) * (A(1) + A(3 * 0.044715) * s * s);
+    return dy * sigmoid * (A(1) + s * (A(1) - sigmoid) * slope);
   }
   if constexpr (act == Activation::silu) {
     const Vec<A> sigmoid = A(1) / (A(1) + exp(-s));
@@ -131,7 +102,7 @@ VCL_IN_LOOP Vec<A> derivative(Vec<A> s, Vec<A> dy, A parameter) {
 }
 
 // Calls f with the activation as a constant.
-template <class F> inline void with_activation(Activation act, F&& f) {
+template <class F> VCL_IN_LOOP void with_activation(Activation act, F&& f) {
   switch (act) {
     case Activation::identity: return f(std::integral_constant<Activation, Activation::identity>());
     case Activation::relu: return f(std::integral_constant<Activation, Activation::relu>());

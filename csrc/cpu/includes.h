@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <type_traits>
 #include <utility>
@@ -16,10 +17,8 @@
 #include "job.h"
 
 #if defined(VCL_MVEC)
-#define VCL_DECLARE(name)             \
-  __m256 _ZGVdN8v_##name##f(__m256);  \
-  __m256d _ZGVdN4v_##name(__m256d);   \
-  __m512 _ZGVeN16v_##name##f(__m512); \
+#define VCL_DECLARE(name)           \
+  __m256d _ZGVdN4v_##name(__m256d); \
   __m512d _ZGVeN8v_##name(__m512d);
 extern "C" {
 VCL_DECLARE(exp)

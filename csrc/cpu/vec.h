@@ -237,12 +237,14 @@ template <class A> inline Vec<double> part(Vec<A> v, int i) {
   if constexpr (sizeof(A) == 8) {
     return v;
   } else {
+#if VCL_LEVEL >= 2  // GCC 12 goes by way of memory
+    const __m512 all = std::bit_cast<__m512>(v);
+    return std::bit_cast<Vec<double>>(
+        _mm512_cvtps_pd(i ? _mm512_extractf32x8_ps(all, 1) : _mm512_castps512_ps256(all)));
+#else
     typedef float half_t __attribute__((vector_size(32)));
     half_t half;
     std::memcpy(&half, (const char*)&v + 32 * i, 32);
-#if VCL_LEVEL >= 2  // GCC 12 makes four instructions of it
-    return std::bit_cast<Vec<double>>(_mm512_cvtps_pd(std::bit_cast<__m256>(half)));
-#else
     return __builtin_convertvector(half, Vec<double>);
 #endif
   }
