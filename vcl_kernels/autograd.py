@@ -49,7 +49,7 @@ class OnePassLoss(torch.autograd.Function):
         """Scale what forward computed."""
         x, beta, dx, dbeta = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_differentiable(x, beta, ctx, g), None, None
+            return *_differentiable(x, beta, ctx.spec, ctx.needs_input_grad, g), None, None
         if ctx.needs_input_grad[0]:
             dx = _scaled(dx, g, ctx.backend)
         return dx, _beta_gradient(ctx, beta, dbeta, g), None, None
@@ -85,7 +85,7 @@ class DeferredLoss(torch.autograd.Function):
         kept, beta, mean, scale, dbeta = ctx.saved_tensors
         dx = db = None
         if g is not None and torch.is_grad_enabled():
-            dx, db = _differentiable(kept, beta, ctx, g)
+            dx, db = _differentiable(kept, beta, spec, ctx.needs_input_grad, g)
             dx = None if dx is None else _padded(dx, ctx.rows)
         elif g is not None:
             if ctx.needs_input_grad[0]:
@@ -136,7 +136,7 @@ def activation_and_loss(
         # a compiler fuses the bare activation with its neighbours, which saves more than a few rows cost
         y, value = reference.activate(x, activation), loss(x[: spec.K * spec.n], beta, spec, backend)
         return (y, value) if injection is None else injected(y, value, injection)
-    return ActivationAndLoss.apply(x, beta, activation, spec, backend, injection)[:2]
+    return ActivationAndLoss.apply(x, beta, (activation, spec, backend, injection))[:2]
 
 
 class ActivationAndLoss(torch.autograd.Function):
@@ -152,13 +152,11 @@ class ActivationAndLoss(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         beta: Tensor | None,
-        activation: Activation,
-        spec: LossSpec,
-        backend: Any,
-        injection: Injection | None,
+        how: tuple[Activation, LossSpec, Any, Injection | None],  # one argument: PyTorch looks at each
     ) -> tuple[Tensor | None, ...]:
         """Return y, the loss, the rows that are kept, and y again where that is what is kept of an injected loss."""
         ctx.set_materialize_grads(False)
+        activation, spec, backend, injection = ctx.how = how
         few = spec.K * spec.n <= x.shape[0] // 2 or (spec.K == 2 and 2 * spec.n < x.shape[0])
         ctx.keep_rows = ctx.needs_input_grad[0] and activation.from_output and few
         y, loss, mean, scale, dbeta, kept = backend.activation(
@@ -169,7 +167,6 @@ class ActivationAndLoss(torch.autograd.Function):
         again = y.detach() if ctx.keep_rows and injection is not None else None
         saved = y if again is None else again
         ctx.save_for_backward(saved if ctx.keep_rows else x, rows, beta, mean, scale, dbeta)
-        ctx.activation, ctx.spec, ctx.backend, ctx.injection = activation, spec, backend, injection
         if injection is not None:
             ctx.mark_non_differentiable(loss)
         elif not ctx.needs_input_grad[0]:  # beta alone is learnt: y is no function of it
@@ -183,29 +180,30 @@ class ActivationAndLoss(torch.autograd.Function):
         """dx = dy · activation' + g · scale · (x - mean)."""
         saved, rows, beta, mean, scale, dbeta = ctx.saved_tensors
         kept = saved if rows is None else rows
-        spec, N = ctx.spec, saved.shape[0]
-        if ctx.injection is not None and dy is not None:
-            g = ctx.injection.upstream(dy)
+        activation, spec, backend, injection = ctx.how
+        N = saved.shape[0]
+        if injection is not None and dy is not None:
+            g = injection.upstream(dy)
         if dy_again is not None:
             dy = dy_again if dy is None else dy + dy_again
         dx = db = None
         if torch.is_grad_enabled():
             if g is not None:
-                dx, db = _differentiable(kept, beta, ctx, g)
+                dx, db = _differentiable(kept, beta, spec, ctx.needs_input_grad, g)
                 dx = None if dx is None else _padded(dx, N)
             if dy is not None and ctx.needs_input_grad[0]:
-                part = reference.activation_gradient(saved, dy, ctx.activation, from_output=ctx.keep_rows)
+                part = reference.activation_gradient(saved, dy, activation, from_output=ctx.keep_rows)
                 dx = part if dx is None else dx + part
         else:
             if ctx.needs_input_grad[0] and not (dy is None and g is None):
                 scale, g_one = (scale, None) if g is None else _with_upstream(scale, g)
-                dx = ctx.backend.activation_dx(
-                    saved, ctx.keep_rows, rows, dy, mean, scale, g_one, spec.n, N, spec.per_activation, *ctx.activation
+                dx = backend.activation_dx(
+                    saved, ctx.keep_rows, rows, dy, mean, scale, g_one, spec.n, N, spec.per_activation, *activation
                 )
             db = None if g is None else _beta_gradient(ctx, beta, dbeta, g)
         if g_rows is not None:  # a second derivative by way of the kept rows
             dx = _padded(g_rows, N) if dx is None else dx + _padded(g_rows, N)
-        return dx, db, None, None, None, None
+        return dx, db, None
 
 
 class Moments(torch.autograd.Function):
@@ -239,13 +237,14 @@ class Moments(torch.autograd.Function):
         return dx, None, None, None, None
 
 
-def _differentiable(x: Tensor, beta: Tensor | None, ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _differentiable(
+    x: Tensor, beta: Tensor | None, spec: LossSpec, needed: tuple[bool, ...], g: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
     """Gradients by x and beta as functions that can be differentiated again, from the reference."""
-    value = reference.loss(x, beta, ctx.spec)
-    inputs = [t for t, needed in zip((x, beta), ctx.needs_input_grad, strict=False) if needed and t is not None]
+    value = reference.loss(x, beta, spec)
+    inputs = [t for t, wanted in zip((x, beta), needed, strict=False) if wanted and t is not None]
     found = iter(torch.autograd.grad(value, inputs, g, create_graph=True))
-    dx = next(found) if ctx.needs_input_grad[0] else None
-    return dx, next(found) if ctx.needs_input_grad[1] else None
+    return next(found) if needed[0] else None, next(found) if needed[1] else None
 
 
 def _refuse_forward_mode(*tensors: Tensor | None) -> None:

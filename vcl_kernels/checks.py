@@ -38,7 +38,7 @@ def check_count(name: str, value: Any, least: int) -> None:
 
 def check_number(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is a number; a tensor of one is not, for it may change."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):  # Real takes long to ask
         raise TypeError(f"{name} must be a float; got {value!r} ({type(value).__name__})")
 
 

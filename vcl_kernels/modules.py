@@ -166,7 +166,7 @@ class VCLActivation(nn.Module):
         beta = self.beta
         if beta is None:
             return max(self.beta_init, self.beta_min)
-        if isinstance(beta, UninitializedParameter):
+        if type(beta) is UninitializedParameter:  # isinstance would go through a metaclass
             check_dimensions(x.shape)
             self._make(unit_shape(x.shape, self.unit == "activation"), x.device, accumulation_dtype(x.dtype))
         wide = accumulation_dtype(x.dtype)

@@ -38,6 +38,10 @@ def sub_batches(form: str, rows: int, n: int, num_sub_batches: int | None) -> in
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "tanh")
 
 
+_FROM_OUTPUT = tuple(ACTIVATIONS.index(name) for name in ("identity", "relu", "tanh"))
+_FROM_OUTPUT_IF_MONOTONE = tuple(ACTIVATIONS.index(name) for name in ("leaky_relu", "elu"))
+
+
 class Activation(NamedTuple):
     """An activation function as kernels are told it, in the order of the registered ops' arguments."""
 
@@ -52,7 +56,7 @@ class Activation(NamedTuple):
     @property
     def from_output(self) -> bool:
         """Whether the derivative follows from y, which the next layer saves anyway."""
-        return self.name in ("identity", "relu", "tanh") or (self.name in ("leaky_relu", "elu") and self.parameter >= 0)
+        return self.kind in _FROM_OUTPUT or (self.kind in _FROM_OUTPUT_IF_MONOTONE and self.parameter >= 0)
 
 
 IDENTITY = Activation(ACTIVATIONS.index("identity"), 0.0)
