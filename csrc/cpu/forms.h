@@ -2,50 +2,54 @@
 // Everything here is elementwise over a vector of units. Included inside the namespace of one instruction set.
 #pragma once
 
-// In: var[k]. Out: var[k] becomes dL/dv_k (before `factor`); returns the loss, and dL/dbeta in *dbeta.
-template <class A>
-inline Vec<A> form_and_derivatives(Form form, Vec<A>* var, int64_t step, int64_t K, Vec<A> beta, Vec<A>* dbeta) {
-  const Vec<A> zero = {};
-  *dbeta = zero;
+// H vectors of units: var[k][h] becomes factor · dL/dv_k; loss[h], and dL/dbeta in dbeta[h], are written.
+template <int H>
+inline void form_and_derivatives(Form form, double factor, int64_t K, Vec<double> (*var)[H], const Vec<double>* beta,
+                                 Vec<double>* loss, Vec<double>* dbeta) {
+  for (int h = 0; h < H; ++h) loss[h] = dbeta[h] = Vec<double>{};
   if (form == Form::ratio) {  // mean over pairs (a, b) of (1 - r)^2, r = v_a / (v_b + beta)
-    const A share = A(1) / A(K / 2);
-    Vec<A> loss = zero;
+    const double share = 1 / double(K / 2);
     for (int64_t k = 0; k + 1 < K; k += 2) {
-      Vec<A>&va = var[k * step], &vb = var[(k + 1) * step];
-      const Vec<A> inverse = A(1) / (vb + beta), r = va * inverse, rest = A(1) - r;
-      loss += rest * rest * share;
-      const Vec<A> slope = A(2) * share * rest * inverse;
-      va = -slope;
-      vb = slope * r;
-      *dbeta += vb;
+      for (int h = 0; h < H; ++h) {
+        const Vec<double> inverse = 1.0 / (var[k + 1][h] + beta[h]), r = var[k][h] * inverse, rest = 1.0 - r;
+        const Vec<double> slope = 2 * share * rest * inverse, by_b = slope * r;
+        loss[h] += rest * rest * share;
+        dbeta[h] += by_b;
+        var[k][h] = -factor * slope;
+        var[k + 1][h] = factor * by_b;
+      }
     }
-    return loss;
+    return;
   }
   // V = sum (v_k - vbar)^2 / (K - 1), from differences to v_0, which a common part leaves, and which equal ones make 0
-  const Vec<A> first = var[0];
-  Vec<A> sum = zero, squares = zero;
+  Vec<double> first[H], sum[H] = {}, squares[H] = {}, vbar[H], slope[H], by_all[H];
+  for (int h = 0; h < H; ++h) first[h] = var[0][h];
   for (int64_t k = 1; k < K; ++k) {
-    const Vec<A> d = var[k * step] - first;
-    sum += d;
-    squares += d * d;
+    for (int h = 0; h < H; ++h) {
+      const Vec<double> d = var[k][h] - first[h];
+      sum[h] += d;
+      squares[h] += d * d;
+    }
   }
-  const Vec<A> offset = sum * (A(1) / A(K)), vbar = first + offset, V = (squares - sum * offset) * (A(1) / A(K - 1));
-  const A twice = A(2) / A(K - 1);
-  if (form == Form::variance) {
-    for (int64_t k = 0; k < K; ++k) var[k * step] = twice * (var[k * step] - vbar);
-    return V;
+  for (int h = 0; h < H; ++h) {
+    const Vec<double> offset = sum[h] * (1 / double(K)), V = (squares[h] - sum[h] * offset) * (1 / double(K - 1));
+    vbar[h] = first[h] + offset;
+    loss[h] = V;
+    slope[h] = broadcast<double>(factor * 2 / double(K - 1));
+    by_all[h] = Vec<double>{};
+    if (form == Form::variance) continue;
+    const Vec<double> inverse = 1.0 / (vbar[h] + beta[h]), inverse2 = inverse * inverse;  // V / (vbar + beta)^2
+    loss[h] = V * inverse2;
+    dbeta[h] = -2.0 * loss[h] * inverse;
+    slope[h] *= inverse2;
+    by_all[h] = dbeta[h] * (factor / double(K));
   }
-  const Vec<A> inverse = A(1) / (vbar + beta), inverse2 = inverse * inverse;  // V / (vbar + beta)^2
-  const Vec<A> by_vbar = A(-2) * V * inverse2 * inverse;
-  const Vec<A> slope = twice * inverse2, by_all = by_vbar * (A(1) / A(K));
   for (int64_t k = 0; k < K; ++k) {
-    var[k * step] = slope * (var[k * step] - vbar) + by_all;
+    for (int h = 0; h < H; ++h) var[k][h] = slope[h] * (var[k][h] - vbar[h]) + by_all[h];
   }
-  *dbeta = by_vbar;
-  return V * inverse2;
 }
 
 // beta never acts below beta_min; there its gradient may only raise it (a projected gradient).
-template <class A> inline Vec<A> bounded_gradient(Vec<A> dbeta, Vec<A> beta, A beta_min) {
-  return (beta >= beta_min) | (dbeta < A(0)) ? dbeta : Vec<A>{};
+inline Vec<double> bounded_gradient(Vec<double> dbeta, Vec<double> beta, double beta_min) {
+  return (beta >= beta_min) | (dbeta < 0.0) ? dbeta : Vec<double>{};
 }

@@ -83,7 +83,7 @@ struct Job {
   void* rows;        // dense copy of the rows that take part beside y: written by forward, read by backward
   const void *dy, *g;  // upstream gradients of y and of the loss (one value)
 
-  void *piece_mean, *piece_m2;  // split runs, in float64: [K, pieces, U]
+  void *piece_mean, *piece_m2;  // split runs, in float64: [K, pieces, U]; no means of single pieces
   int64_t block;                // units in a block, a multiple of 16 unless one block holds all
   bool joined;                  // spatial: the units of a block lie one after another and are written as one run
   bool stream;                  // dx by non-temporal stores
@@ -93,7 +93,7 @@ struct Job {
 struct Kernels {
   // Task: a block of units. Moments, loss, coefficients and gradient while the block is in cache.
   void (*blocks)(const Job&, int64_t begin, int64_t end);
-  // Task: a piece of a sub-batch, all units: writes piece_mean and piece_m2.
+  // Task: a piece of a sub-batch, all units: writes piece_mean and piece_m2; of a sub-batch's one piece, mean.
   void (*pieces)(const Job&, int64_t begin, int64_t end);
   // Task: a block of units, from piece_mean and piece_m2.
   void (*finish)(const Job&, int64_t begin, int64_t end);

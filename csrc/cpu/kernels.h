@@ -131,36 +131,36 @@ template <class T> struct Runner {
     else activate_piece<false>(k, s, u0, u1);
   }
 
-  // Chan's merge over the pieces of one sub-batch, in order, from differences to the first piece's mean.
-  // `var` becomes the unbiased variance. Pieces lie `step` vectors apart.
-  void merge(const Vec<double>* pm, const Vec<double>* pq, int64_t step, int64_t slots, Vec<A>* mean,
-             Vec<double>* var) const {
-    const double M = double(v.n * v.P), freedom = 1 / (M - 1);
+  using Wide = Vec<double>[H];  // a vector of units
+
+  // Chan's merge over the pieces of a sub-batch, in order, from differences to the first piece's mean; returns the
+  // mean, and the unbiased variance in `var`. Pieces lie `step` vectors apart.
+  Vec<A> merge(const Vec<double>* mean, const Vec<double>* m2, int64_t step, Wide& var) const {
+    const double M = double(v.n * v.P);
     const int64_t S = pieces.size();
-    for (int64_t g = 0; g < slots; ++g) {
-      Vec<double> all[H];
-      for (int h = 0; h < H; ++h) {
-        const Vec<double>*m = pm + g * H + h, *q = pq + g * H + h;
-        if (S == 1) {
-          all[h] = m[0];
-          var[g * H + h] = q[0] * freedom;
-          continue;
-        }
-        Vec<double> offset = {}, m2 = {};
-        for (int64_t s = 1; s < S; ++s) offset += double(pieces.at(v, s).count()) * (m[s * step] - m[0]);
-        offset /= M;
-        for (int64_t s = 0; s < S; ++s) {
-          const Vec<double> d = (m[s * step] - m[0]) - offset;
-          m2 += q[s * step] + double(pieces.at(v, s).count()) * d * d;
-        }
-        all[h] = m[0] + offset;
-        var[g * H + h] = m2 * freedom;
+    Wide all;
+    for (int h = 0; h < H; ++h) {
+      const Vec<double>*m = mean + h, *q = m2 + h;
+      Vec<double> offset = {}, sum = {};
+      for (int64_t s = 1; s < S; ++s) offset += double(pieces.at(v, s).count()) * (m[s * step] - m[0]);
+      offset /= M;
+      for (int64_t s = 0; s < S; ++s) {
+        const Vec<double> d = (m[s * step] - m[0]) - offset;
+        sum += q[s * step] + double(pieces.at(v, s).count()) * d * d;
       }
-      mean[g] = joined<A>(all);
+      all[h] = m[0] + offset;
+      var[h] = sum * (1 / (M - 1));
     }
+    return joined<A>(all);
   }
 
-  // ---- loss and coefficients of units [u0, u1), from mean[k] and var[k], in float64: they are few
+  // Where one piece is all of the sub-batch, and its mean final.
+  void variance(const Vec<double>* m2, Wide& var) const {
+    const double freedom = 1 / (double(v.n * v.P) - 1);
+    for (int h = 0; h < H; ++h) var[h] = m2[h] * freedom;
+  }
+
+  // ---- loss and coefficients of a vector of units from u on, in float64: they are few
 
   static constexpr int64_t L8 = lanes<double>;
 
@@ -183,39 +183,36 @@ template <class T> struct Runner {
     return sum;
   }
 
-  void coefficients(int64_t block, int64_t u0, int64_t u1, const Vec<A>* mean, Vec<double>* var, int64_t slots,
-                    Vec<A>* scale) const {
-    const double spread = j.factor * 2 / double(v.n * v.P - 1);
-    const Vec<double> least = broadcast<double>(j.beta_min);
-    double loss_sum = 0, dbeta_sum = 0;
-    for (int64_t g = 0; g < slots; ++g) {
-      const int64_t u = u0 + g * L, width = clip(u1 - u);
-      for (int64_t k = 0; k < v.K; ++k) {
-        save(j.mean, k, u, width, mean[k * slots + g]);
-        if (j.var) save(j.var, k, u, width, joined<A>(var + (k * slots + g) * H));
-      }
-      if (j.form == Form::none) continue;
-      Vec<double> loss[H], dbeta[H];
-      for (int h = 0; h < H; ++h) {
-        const Vec<double> beta = beta_of(u + h * L8, width - h * L8);
-        loss[h] = j.factor * form_and_derivatives<double>(j.form, var + g * H + h, slots * H, v.K,
-                                                          beta < least ? least : beta, &dbeta[h]);
-        dbeta[h] *= j.factor;
-        if (j.beta_step) dbeta[h] = bounded_gradient<double>(dbeta[h], beta, j.beta_min);  // one beta: once it is summed
-        loss_sum += sum_valid(loss[h], width - h * L8);
-        dbeta_sum += sum_valid(dbeta[h], width - h * L8);
-      }
-      save(j.loss, 0, u, width, joined<A>(loss));
-      save(j.dbeta, 0, u, width, joined<A>(dbeta));
-      for (int64_t k = 0; k < v.K; ++k) {
-        Vec<double>* slope = var + (k * slots + g) * H;
-        for (int h = 0; h < H; ++h) slope[h] *= spread;
-        scale[k * slots + g] = joined<A>(slope);
-        save(j.scale, k, u, width, scale[k * slots + g]);
-      }
+  struct Sums {
+    double loss = 0, dbeta = 0;
+  };
+
+  // var[k] becomes the slopes that `scale` is made of.
+  void coefficients(int64_t u, int64_t width, Wide* var, Sums& sums) const {
+    if (j.var) {
+      for (int64_t k = 0; k < v.K; ++k) save(j.var, k, u, width, joined<A>(var[k]));
     }
-    if (j.loss_sum) j.loss_sum[block] = loss_sum;
-    if (j.dbeta_sum) j.dbeta_sum[block] = dbeta_sum;
+    if (j.form == Form::none) return;
+    const Vec<double> least = broadcast<double>(j.beta_min);
+    Wide beta, acting, loss, dbeta;
+    for (int h = 0; h < H; ++h) {
+      beta[h] = beta_of(u + h * L8, width - h * L8);
+      acting[h] = beta[h] < least ? least : beta[h];
+    }
+    form_and_derivatives<H>(j.form, j.factor * 2 / double(v.n * v.P - 1), v.K, var, acting, loss, dbeta);
+    for (int h = 0; h < H; ++h) {
+      loss[h] *= j.factor, dbeta[h] *= j.factor;
+      if (j.beta_step) dbeta[h] = bounded_gradient(dbeta[h], beta[h], j.beta_min);  // one beta: once it is summed
+      sums.loss += sum_valid(loss[h], width - h * L8);
+      sums.dbeta += sum_valid(dbeta[h], width - h * L8);
+    }
+    save(j.loss, 0, u, width, joined<A>(loss));
+    save(j.dbeta, 0, u, width, joined<A>(dbeta));
+  }
+
+  void save_sums(int64_t block, const Sums& sums) const {
+    if (j.loss_sum) j.loss_sum[block] = sums.loss;
+    if (j.dbeta_sum) j.dbeta_sum[block] = sums.dbeta;
   }
 
   // ---- gradient of units [u0, u1), while the next block comes into the cache
@@ -282,16 +279,32 @@ template <class T> struct Runner {
     const int64_t repeated = j.joined ? 2 * vectors(j.block * v.P) + 2 : 0;
     Vec<A>* mean = scratch<A>((2 * v.K + v.K * H + 2 * S * H) * most + repeated);
     Vec<A>* scale = mean + v.K * most;
-    Vec<double>* var = (Vec<double>*)(scale + v.K * most);
-    Vec<double>* pm = var + v.K * H * most;
+    Wide* var = (Wide*)(scale + v.K * most);
+    Vec<double>* pm = (Vec<double>*)(var + v.K * most);
     Vec<double>* pq = pm + S * H * most;
     for (int64_t b = begin; b < end; ++b) {
       const int64_t u0 = b * j.block, u1 = u0 + j.block < v.U ? u0 + j.block : v.U, slots = vectors(u1 - u0);
       for (int64_t k = 0; k < v.K; ++k) {
         for (int64_t s = 0; s < S; ++s) r.piece_and_activation(k, s, u0, u1, pm + s * slots * H, pq + s * slots * H);
-        r.merge(pm, pq, slots * H, slots, mean + k * slots, var + k * slots * H);
+        for (int64_t g = 0; g < slots; ++g) {
+          const Vec<double>*m = pm + g * H, *q = pq + g * H;
+          Wide& to = var[g * v.K + k];
+          if (S > 1) mean[k * slots + g] = r.merge(m, q, slots * H, to);
+          else mean[k * slots + g] = joined<A>(m), r.variance(q, to);
+        }
       }
-      r.coefficients(b, u0, u1, mean, var, slots, scale);
+      Sums sums;
+      for (int64_t g = 0; g < slots; ++g) {
+        const int64_t u = u0 + g * L, width = clip(u1 - u);
+        Wide* of_unit = var + g * v.K;
+        r.coefficients(u, width, of_unit, sums);
+        for (int64_t k = 0; k < v.K; ++k) {
+          scale[k * slots + g] = joined<A>(of_unit[k]);
+          r.save(j.mean, k, u, width, mean[k * slots + g]);
+          r.save(j.scale, k, u, width, scale[k * slots + g]);
+        }
+      }
+      r.save_sums(b, sums);
       if (!j.dx) continue;
       if (j.stream) r.template apply<true>(u0, u1, mean, scale, slots, (Vec<A>*)(pq + S * H * most));
       else r.template apply<false>(u0, u1, mean, scale, slots, (Vec<A>*)(pq + S * H * most));
@@ -301,10 +314,13 @@ template <class T> struct Runner {
 
   static void each_piece(const Job& j, int64_t begin, int64_t end) {
     const Runner r(j);
-    const int64_t slots = H * vectors(j.view.U), S = r.pieces.size();
+    const int64_t slots = vectors(j.view.U), S = r.pieces.size();
+    Vec<double>* final_mean = S > 1 ? nullptr : (Vec<double>*)scratch<A>(H * slots);
     for (int64_t t = begin; t < end; ++t) {
-      r.piece_and_activation(t / S, t % S, 0, j.view.U, (Vec<double>*)j.piece_mean + t * slots,
-                             (Vec<double>*)j.piece_m2 + t * slots);
+      Vec<double>* mean = S > 1 ? (Vec<double>*)j.piece_mean + t * H * slots : final_mean;
+      r.piece_and_activation(t / S, t % S, 0, j.view.U, mean, (Vec<double>*)j.piece_m2 + t * H * slots);
+      if (S > 1) continue;
+      for (int64_t g = 0; g < slots; ++g) r.save(j.mean, t, g * L, clip(j.view.U - g * L), joined<A>(mean + g * H));
     }
     if (j.stream) stream_fence();
   }
@@ -312,18 +328,23 @@ template <class T> struct Runner {
   static void finish(const Job& j, int64_t begin, int64_t end) {
     const Runner r(j);
     const View& v = j.view;
-    const int64_t S = r.pieces.size(), all = vectors(v.U), most = vectors(j.block);
-    Vec<A>* mean = scratch<A>((2 + H) * v.K * most);
-    Vec<A>* scale = mean + v.K * most;
-    Vec<double>* var = (Vec<double>*)(scale + v.K * most);
+    const int64_t S = r.pieces.size(), slots = vectors(v.U);
+    Wide* var = (Wide*)scratch<A>(H * v.K);
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t u0 = b * j.block, u1 = u0 + j.block < v.U ? u0 + j.block : v.U, slots = vectors(u1 - u0);
-      for (int64_t k = 0; k < v.K; ++k) {
-        const int64_t at = H * (k * S * all + u0 / L);
-        r.merge((const Vec<double>*)j.piece_mean + at, (const Vec<double>*)j.piece_m2 + at, H * all, slots,
-                mean + k * slots, var + k * slots * H);
+      const int64_t u0 = b * j.block, u1 = u0 + j.block < v.U ? u0 + j.block : v.U;
+      Sums sums;
+      for (int64_t u = u0; u < u1; u += L) {
+        const int64_t width = clip(u1 - u);
+        for (int64_t k = 0; k < v.K; ++k) {
+          const int64_t at = H * (k * S * slots + u / L);
+          const Vec<double>*m = (const Vec<double>*)j.piece_mean + at, *q = (const Vec<double>*)j.piece_m2 + at;
+          if (S > 1) r.save(j.mean, k, u, width, r.merge(m, q, H * slots, var[k]));
+          else r.variance(q, var[k]);
+        }
+        r.coefficients(u, width, var, sums);
+        for (int64_t k = 0; k < v.K && j.scale; ++k) r.save(j.scale, k, u, width, joined<A>(var[k]));
       }
-      r.coefficients(b, u0, u1, mean, var, slots, scale);
+      r.save_sums(b, sums);
     }
   }
 

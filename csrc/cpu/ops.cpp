@@ -208,7 +208,6 @@ constexpr int64_t kUnitBlockBytes = 256 << 10;  // where units are contiguous: r
 constexpr int64_t kStreamLater = 4 << 20;
 constexpr int64_t kStreamNext = 16 << 20;
 constexpr int64_t kJoinedRun = 8192;       // values in a run of units, with their coefficients in cache
-constexpr int64_t kPieceMoments = 2 << 20; // bytes of the moments of pieces that are read again from the caches
 constexpr int64_t kFinish = 8;             // elements whose pass takes as long as a unit's coefficients, per piece
 
 template <class F> void parallel(int64_t tasks, int64_t elements_per_task, const F& f) {
@@ -328,13 +327,10 @@ Results run(Request q, Want want) {
   const Kernels kernels = kernels_for(t);
   const int64_t sample = v.K * v.n * v.P;
   int64_t blocks = (v.U + j.block - 1) / j.block;
-  // Too few blocks to share, or contiguous units whose samples are long, or whose rows are written as well where the
-  // moments of pieces (16 bytes each) stay in cache or are dwarfed: pieces in memory order instead.
+  // Too few blocks to share, or contiguous units, whose samples lie far apart: pieces in memory order instead.
   const int64_t tasks = v.K * Pieces(v, piece_values(v)).size();
-  const bool few = 16 * tasks * v.U <= kPieceMoments || 8 * 16 * tasks <= v.N * bytes(t);
-  const bool in_order = !v.spatial && (v.P > 1 || (writes_y && few));
   const bool split = !want_dx && v.U * sample >= kSerial &&
-                     (in_order || blocks < 2 * int64_t(torch::stable::get_num_threads()));
+                     (!v.spatial || blocks < 2 * int64_t(torch::stable::get_num_threads()));
   if (split) j.block = 64, blocks = (v.U + 63) / 64;
   std::vector<double> sums(loss ? 2 * blocks : 0);
   if (loss && q.reduce) j.loss_sum = sums.data();
@@ -343,9 +339,10 @@ Results run(Request q, Want want) {
   const int64_t elements = v.U * (sample + rest * v.P);
   const auto activations = [&](int64_t b, int64_t e) { kernels.activations(j, first + b, first + e); };
   if (split) {
-    Tensor partial = empty_vector(2 * tasks * round_up(v.U, 16) * 8, aoti_torch_dtype_uint8());
-    j.piece_mean = partial.data_ptr();
-    j.piece_m2 = (char*)j.piece_mean + tasks * round_up(v.U, 16) * 8;
+    const int64_t all = tasks * round_up(v.U, 16);
+    Tensor partial = empty_vector((tasks > v.K ? 2 : 1) * all, aoti_torch_dtype_float64());
+    j.piece_m2 = partial.data_ptr();
+    if (tasks > v.K) j.piece_mean = (double*)j.piece_m2 + all;
     parallel_both(tasks, [&](int64_t b, int64_t e) { kernels.pieces(j, b, e); }, rest, activations, elements);
     parallel(blocks, kFinish * j.block * tasks, [&](int64_t b, int64_t e) { kernels.finish(j, b, e); });
   } else {

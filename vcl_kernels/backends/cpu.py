@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..geometry import Geometry
 
-_ONE_PASS_BYTES = 4 << 20  # of x for one unit (or 64 contiguous ones): read again from L2 or L3 for the gradient
+_ONE_PASS_BYTES = 4 << 20  # of x for one unit: read again from L2 or L3 for the gradient
+_ONE_PASS_COLUMN = 64 << 10  # of 64 contiguous units, whose samples lie far apart and fall into few sets of a cache
 
 _reason: str | None = "the native extension was not looked for yet"  # found once: it is asked for in every call
 
@@ -50,7 +51,8 @@ def reason() -> str | None:
 
 def one_pass(x: Tensor, n: int, K: int, per_activation: bool) -> bool:
     """Whether loss and gradient come from one read of memory."""
-    if 64 * x.numel() * x.element_size() <= _ONE_PASS_BYTES:  # said at once: a small loss is all fixed cost
+    if x.numel() * x.element_size() <= _ONE_PASS_COLUMN:  # said at once: a small loss is all fixed cost
         return True
     g = Geometry.of(x, n, K, per_activation)
-    return K * g.M * x.element_size() * (1 if g.spatial else 64) <= _ONE_PASS_BYTES
+    unit = K * g.M * x.element_size()
+    return unit <= _ONE_PASS_BYTES if g.spatial else 64 * unit <= _ONE_PASS_COLUMN
