@@ -24,9 +24,7 @@ def case(backend, form, unit, layout, n=3):
 
 
 def check_derivatives(backend, function, inputs):
-    """Every entry of the first and second derivatives; of the second, which is the reference's, the interpreter is
-    too slow for more than a random direction.
-    """
+    """First and second derivatives; of the second, which is the reference's, in the slow interpreter a direction."""
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=backend == "triton")
 

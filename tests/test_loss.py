@@ -75,6 +75,18 @@ def test_dtypes(kernel_backend, dtype, form):
         assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "n"), [((600, 70), 5), ((600, 1030), 8), ((530, 40), 260), ((600, 70), 2)])
+def test_cpu_takes_many_rows_in_memory_order(shape, n, dtype):
+    """Sub-batches of one piece and of several, columns of units that are one task; n = 2 has moments as large as x."""
+    torch.manual_seed(3)
+    x = (torch.randn(shape) + 0.5).to(dtype)
+    for form in FORMS:
+        beta = beta_for(x, form, "channel", "units")
+        num = {"num_sub_batches": shape[0] // n // 2 * 2}
+        check(x, "cpu", beta=beta, form=form, sub_batch_size=n, **num, **per_unit(x, "channel"))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize(("form", "n"), [("ratio", 3), ("relative_variance", 4)])

@@ -208,7 +208,7 @@ CODE = """
 import hashlib, torch, vcl_kernels as vk
 torch.manual_seed(0)
 digest = hashlib.sha256()
-for shape in ((64, 32, 14, 14), (64, 3, 100, 40), (256, 200), (40, 9, 7, 7)):
+for shape in ((64, 32, 14, 14), (64, 3, 100, 40), (300, 200), (40, 9, 7, 7)):
     for layout in (torch.contiguous_format, torch.channels_last):
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             x = torch.randn(shape).to(dtype)
@@ -219,6 +219,14 @@ for shape in ((64, 32, 14, 14), (64, 3, 100, 40), (256, 200), (40, 9, 7, 7)):
                 (dx,) = torch.autograd.grad(loss, x)
                 digest.update(dx.double().numpy().tobytes() + loss.double().detach().numpy().tobytes())
                 if PRINT: print(float(loss), float(dx.double().norm()))
+            if shape[0] != 40: continue
+            for name in ("relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "tanh"):
+                kind = {"activation": name.split("_t")[0], "approximate": "tanh" if name == "gelu_tanh" else "none"}
+                y, loss = vk.vcl_activation(x, **kind, form="relative_variance")
+                (dx,) = torch.autograd.grad(y.sum() + loss, x)
+                y = y.detach().double()
+                digest.update(dx.double().numpy().tobytes() + y.numpy().tobytes())
+                if PRINT: print(float(y.norm()), float(dx.double().norm()))
 if not PRINT: print(digest.hexdigest())
 """
 

@@ -25,7 +25,8 @@ def loss(x: Tensor, beta: Tensor | None, spec: LossSpec, backend: Any) -> Tensor
     if 2 * spec.K * spec.n <= x.shape[0]:
         return DeferredLoss.apply(x, beta, spec, backend, True)[0]
     # float16: scaling by the upstream gradient (a GradScaler's) must come before rounding, or small values
-    # vanish. Units that do not fit on chip: x is read twice in any case, and then once the upstream is known.
+    # vanish. Units that do not fit on chip or in a cache: x is read twice in any case, and then once the upstream is
+    # known.
     # Nor is dx made for a beta that alone is learnt.
     deferred = x.dtype == torch.float16 or not x.requires_grad
     if deferred or not backend.one_pass(x, spec.n, spec.K, spec.per_activation):

@@ -36,8 +36,6 @@ def sub_batches(form: str, rows: int, n: int, num_sub_batches: int | None) -> in
 
 
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "tanh")
-
-
 _FROM_OUTPUT = tuple(ACTIVATIONS.index(name) for name in ("identity", "relu", "tanh"))
 _FROM_OUTPUT_IF_MONOTONE = tuple(ACTIVATIONS.index(name) for name in ("leaky_relu", "elu"))
 

@@ -44,8 +44,8 @@ template <bool> inline Vec<double> normal_cdf(Vec<double> x, Vec<double>) {
   return 0.5 * (1 + erf(x * 0.70710678118654752440));
 }
 
-// tanh to 4e-7 of itself, where a result of 16 bits is made of it: x P(x²) / Q(x²), fitted on [0, 9] to least greatest
-// relative error.
+// tanh, or where a result of 16 bits is made of it (`coarse`) to 4e-7 of itself: x P(x²) / Q(x²), fitted on [0, 9] to
+// least greatest relative error.
 template <bool coarse> VCL_IN_LOOP Vec<float> tanh_of(Vec<float> x) {
   if constexpr (!coarse) return tanh(x);
   constexpr float p[] = {1.9219422e-05f, 0.00526409922f, 0.236651525f, 1.84374928f};
@@ -55,8 +55,8 @@ template <bool coarse> VCL_IN_LOOP Vec<float> tanh_of(Vec<float> x) {
 }
 template <bool> inline Vec<double> tanh_of(Vec<double> x) { return tanh(x); }
 
-// gelu's approximation: x / 2 · (1 + tanh(inner)) = x · sigmoid(2 inner)
-template <class A> VCL_IN_LOOP Vec<A> twice_inner(Vec<A> x) {
+// gelu's approximation: x / 2 · (1 + tanh(a / 2)) = x · sigmoid(a)
+template <class A> VCL_IN_LOOP Vec<A> gelu_tanh_argument(Vec<A> x) {
   return A(2 * 0.79788456080286535588) * (x + A(0.044715) * x * x * x);
 }
 
@@ -65,9 +65,9 @@ template <Activation act, class T, class A = acc_t<T>> VCL_IN_LOOP Vec<A> value(
   if constexpr (act == Activation::identity) return x;
   if constexpr (act == Activation::relu) return x <= A(0) ? Vec<A>{} : x;
   if constexpr (act == Activation::leaky_relu) return x > A(0) ? x : x * parameter;
-  if constexpr (act == Activation::elu) return x > A(0) ? x : parameter * expm1(clamped<A>(x, kFlat<A>, A(0)));
+  if constexpr (act == Activation::elu) return x > A(0) ? x : parameter * expm1_below_0(clamped<A>(x, kFlat<A>, A(0)));
   if constexpr (act == Activation::gelu) return x * normal_cdf<sizeof(T) == 2>(x, sizeof(A) == 4 ? gauss(x) : x);
-  if constexpr (act == Activation::gelu_tanh) return x / (A(1) + exp(-twice_inner<A>(x)));
+  if constexpr (act == Activation::gelu_tanh) return x / (A(1) + exp(-gelu_tanh_argument<A>(x)));
   if constexpr (act == Activation::silu) return x / (A(1) + exp(-x));
   if constexpr (act == Activation::tanh) return tanh_of<sizeof(T) == 2>(x);
 }
@@ -80,7 +80,7 @@ VCL_IN_LOOP Vec<A> derivative(Vec<A> s, Vec<A> dy, A parameter) {
   if constexpr (act == Activation::leaky_relu) return s > A(0) ? dy : dy * parameter;
   if constexpr (act == Activation::elu) {
     if constexpr (from_output) return s > A(0) ? dy : dy * (s + parameter);
-    else return s > A(0) ? dy : dy * parameter * exp(clamped<A>(s, A(sizeof(A) == 4 ? -85 : -700), A(0)));
+    else return s > A(0) ? dy : dy * parameter * exp(clamped<A>(s, A(-700), A(0)));
   }
   if constexpr (act == Activation::tanh) {
     const Vec<A> y = from_output ? s : tanh_of<sizeof(T) == 2>(s);
@@ -91,9 +91,10 @@ VCL_IN_LOOP Vec<A> derivative(Vec<A> s, Vec<A> dy, A parameter) {
     return dy * (normal_cdf<sizeof(T) == 2>(s, density) + s * (A(0.39894228040143267794) * density));
   }
   if constexpr (act == Activation::gelu_tanh) {
-    const Vec<A> sigmoid = A(1) / (A(1) + exp(-twice_inner<A>(s)));
-    const Vec<A> slope = A(2 * 0.79788456080286535588) * (A(1) + A(3 * 0.044715) * s * s);
-    return dy * sigmoid * (A(1) + s * (A(1) - sigmoid) * slope);
+    const Vec<A> x = clamped<A>(s, -40, 40);  // beyond, it is 0 or 1, and powers overflow
+    const Vec<A> sigmoid = A(1) / (A(1) + exp(-gelu_tanh_argument<A>(x)));
+    const Vec<A> slope = A(2 * 0.79788456080286535588) * (A(1) + A(3 * 0.044715) * x * x);
+    return dy * sigmoid * (A(1) + x * (A(1) - sigmoid) * slope);
   }
   if constexpr (act == Activation::silu) {
     const Vec<A> sigmoid = A(1) / (A(1) + exp(-s));

@@ -2,9 +2,9 @@
 // Everything here is elementwise over a vector of units. Included inside the namespace of one instruction set.
 #pragma once
 
-// H vectors of units: var[k][h] becomes factor · dL/dv_k; loss[h], and dL/dbeta in dbeta[h], are written.
+// H vectors of units: var[k][h] becomes spread · dL/dv_k; loss[h], and dL/dbeta in dbeta[h], are written.
 template <int H>
-inline void form_and_derivatives(Form form, double factor, int64_t K, Vec<double> (*var)[H], const Vec<double>* beta,
+inline void form_and_derivatives(Form form, double spread, int64_t K, Vec<double> (*var)[H], const Vec<double>* beta,
                                  Vec<double>* loss, Vec<double>* dbeta) {
   for (int h = 0; h < H; ++h) loss[h] = dbeta[h] = Vec<double>{};
   if (form == Form::ratio) {  // mean over pairs (a, b) of (1 - r)^2, r = v_a / (v_b + beta)
@@ -15,8 +15,8 @@ inline void form_and_derivatives(Form form, double factor, int64_t K, Vec<double
         const Vec<double> slope = 2 * share * rest * inverse, by_b = slope * r;
         loss[h] += rest * rest * share;
         dbeta[h] += by_b;
-        var[k][h] = -factor * slope;
-        var[k + 1][h] = factor * by_b;
+        var[k][h] = -spread * slope;
+        var[k + 1][h] = spread * by_b;
       }
     }
     return;
@@ -35,14 +35,14 @@ inline void form_and_derivatives(Form form, double factor, int64_t K, Vec<double
     const Vec<double> offset = sum[h] * (1 / double(K)), V = (squares[h] - sum[h] * offset) * (1 / double(K - 1));
     vbar[h] = first[h] + offset;
     loss[h] = V;
-    slope[h] = broadcast<double>(factor * 2 / double(K - 1));
+    slope[h] = broadcast<double>(spread * 2 / double(K - 1));
     by_all[h] = Vec<double>{};
     if (form == Form::variance) continue;
     const Vec<double> inverse = 1.0 / (vbar[h] + beta[h]), inverse2 = inverse * inverse;  // V / (vbar + beta)^2
     loss[h] = V * inverse2;
     dbeta[h] = -2.0 * loss[h] * inverse;
     slope[h] *= inverse2;
-    by_all[h] = dbeta[h] * (factor / double(K));
+    by_all[h] = dbeta[h] * (spread / double(K));
   }
   for (int64_t k = 0; k < K; ++k) {
     for (int h = 0; h < H; ++h) var[k][h] = slope[h] * (var[k][h] - vbar[h]) + by_all[h];

@@ -83,17 +83,19 @@ struct Job {
   void* rows;        // dense copy of the rows that take part beside y: written by forward, read by backward
   const void *dy, *g;  // upstream gradients of y and of the loss (one value)
 
-  void *piece_mean, *piece_m2;  // split runs, in float64: [K, pieces, U]; no means of single pieces
+  // Split runs: in float64, [K, pieces, U in whole vectors]. No piece_mean where one piece is all of a sub-batch.
+  void *piece_mean, *piece_m2;
+  int64_t column;               // units of a piece that are taken at a time, a multiple of 16 unless all
   int64_t block;                // units in a block, a multiple of 16 unless one block holds all
   bool joined;                  // spatial: the units of a block lie one after another and are written as one run
-  bool stream;                  // dx by non-temporal stores
+  bool stream;                  // dx or y by non-temporal stores
 };
 
 // The entry points of one instruction set for one dtype; each does the tasks [begin, end).
 struct Kernels {
   // Task: a block of units. Moments, loss, coefficients and gradient while the block is in cache.
   void (*blocks)(const Job&, int64_t begin, int64_t end);
-  // Task: a piece of a sub-batch, all units: writes piece_mean and piece_m2; of a sub-batch's one piece, mean.
+  // Task: a column of a piece of a sub-batch: writes piece_m2 and piece_mean or, where one piece is all of it, mean.
   void (*pieces)(const Job&, int64_t begin, int64_t end);
   // Task: a block of units, from piece_mean and piece_m2.
   void (*finish)(const Job&, int64_t begin, int64_t end);

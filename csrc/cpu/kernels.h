@@ -154,12 +154,6 @@ template <class T> struct Runner {
     return joined<A>(all);
   }
 
-  // Where one piece is all of the sub-batch, and its mean final.
-  void variance(const Vec<double>* m2, Wide& var) const {
-    const double freedom = 1 / (double(v.n * v.P) - 1);
-    for (int h = 0; h < H; ++h) var[h] = m2[h] * freedom;
-  }
-
   // ---- loss and coefficients of a vector of units from u on, in float64: they are few
 
   static constexpr int64_t L8 = lanes<double>;
@@ -187,7 +181,7 @@ template <class T> struct Runner {
     double loss = 0, dbeta = 0;
   };
 
-  // var[k] becomes the slopes that `scale` is made of.
+  // var[k] becomes scale[k].
   void coefficients(int64_t u, int64_t width, Wide* var, Sums& sums) const {
     if (j.var) {
       for (int64_t k = 0; k < v.K; ++k) save(j.var, k, u, width, joined<A>(var[k]));
@@ -287,10 +281,7 @@ template <class T> struct Runner {
       for (int64_t k = 0; k < v.K; ++k) {
         for (int64_t s = 0; s < S; ++s) r.piece_and_activation(k, s, u0, u1, pm + s * slots * H, pq + s * slots * H);
         for (int64_t g = 0; g < slots; ++g) {
-          const Vec<double>*m = pm + g * H, *q = pq + g * H;
-          Wide& to = var[g * v.K + k];
-          if (S > 1) mean[k * slots + g] = r.merge(m, q, slots * H, to);
-          else mean[k * slots + g] = joined<A>(m), r.variance(q, to);
+          mean[k * slots + g] = r.merge(pm + g * H, pq + g * H, slots * H, var[g * v.K + k]);
         }
       }
       Sums sums;
@@ -314,13 +305,15 @@ template <class T> struct Runner {
 
   static void each_piece(const Job& j, int64_t begin, int64_t end) {
     const Runner r(j);
-    const int64_t slots = vectors(j.view.U), S = r.pieces.size();
-    Vec<double>* final_mean = S > 1 ? nullptr : (Vec<double>*)scratch<A>(H * slots);
+    const int64_t U = j.view.U, slots = vectors(U), S = r.pieces.size(), columns = (U + j.column - 1) / j.column;
+    Vec<double>* final_mean = S > 1 ? nullptr : (Vec<double>*)scratch<A>(H * vectors(j.column));
     for (int64_t t = begin; t < end; ++t) {
-      Vec<double>* mean = S > 1 ? (Vec<double>*)j.piece_mean + t * H * slots : final_mean;
-      r.piece_and_activation(t / S, t % S, 0, j.view.U, mean, (Vec<double>*)j.piece_m2 + t * H * slots);
+      const int64_t piece = t / columns, u0 = t % columns * j.column, u1 = u0 + j.column < U ? u0 + j.column : U;
+      const int64_t at = H * (piece * slots + u0 / L);
+      Vec<double>* mean = S > 1 ? (Vec<double>*)j.piece_mean + at : final_mean;
+      r.piece_and_activation(piece / S, piece % S, u0, u1, mean, (Vec<double>*)j.piece_m2 + at);
       if (S > 1) continue;
-      for (int64_t g = 0; g < slots; ++g) r.save(j.mean, t, g * L, clip(j.view.U - g * L), joined<A>(mean + g * H));
+      for (int64_t u = u0; u < u1; u += L, mean += H) r.save(j.mean, piece, u, clip(u1 - u), joined<A>(mean));
     }
     if (j.stream) stream_fence();
   }
@@ -329,6 +322,7 @@ template <class T> struct Runner {
     const Runner r(j);
     const View& v = j.view;
     const int64_t S = r.pieces.size(), slots = vectors(v.U);
+    const double freedom = 1 / (double(v.n * v.P) - 1);
     Wide* var = (Wide*)scratch<A>(H * v.K);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t u0 = b * j.block, u1 = u0 + j.block < v.U ? u0 + j.block : v.U;
@@ -337,9 +331,12 @@ template <class T> struct Runner {
         const int64_t width = clip(u1 - u);
         for (int64_t k = 0; k < v.K; ++k) {
           const int64_t at = H * (k * S * slots + u / L);
-          const Vec<double>*m = (const Vec<double>*)j.piece_mean + at, *q = (const Vec<double>*)j.piece_m2 + at;
-          if (S > 1) r.save(j.mean, k, u, width, r.merge(m, q, H * slots, var[k]));
-          else r.variance(q, var[k]);
+          const Vec<double>* m2 = (const Vec<double>*)j.piece_m2 + at;
+          if (S > 1) {
+            r.save(j.mean, k, u, width, r.merge((const Vec<double>*)j.piece_mean + at, m2, H * slots, var[k]));
+          } else {  // whose mean is final
+            for (int h = 0; h < H; ++h) var[k][h] = m2[h] * freedom;
+          }
         }
         r.coefficients(u, width, var, sums);
         for (int64_t k = 0; k < v.K && j.scale; ++k) r.save(j.scale, k, u, width, joined<A>(var[k]));

@@ -208,6 +208,8 @@ constexpr int64_t kUnitBlockBytes = 256 << 10;  // where units are contiguous: r
 constexpr int64_t kStreamLater = 4 << 20;
 constexpr int64_t kStreamNext = 16 << 20;
 constexpr int64_t kJoinedRun = 8192;       // values in a run of units, with their coefficients in cache
+constexpr int64_t kColumnBytes = 256 << 10; // of x in a column of a piece: its activation finds it in L2
+constexpr int64_t kPieceMoments = 4 << 20; // bytes of the moments of pieces that may exceed half of x
 constexpr int64_t kFinish = 8;             // elements whose pass takes as long as a unit's coefficients, per piece
 
 template <class F> void parallel(int64_t tasks, int64_t elements_per_task, const F& f) {
@@ -327,10 +329,12 @@ Results run(Request q, Want want) {
   const Kernels kernels = kernels_for(t);
   const int64_t sample = v.K * v.n * v.P;
   int64_t blocks = (v.U + j.block - 1) / j.block;
-  // Too few blocks to share, or contiguous units, whose samples lie far apart: pieces in memory order instead.
-  const int64_t tasks = v.K * Pieces(v, piece_values(v)).size();
+  // Too few blocks to share, or contiguous units, whose samples lie far apart: pieces in memory order instead, unless
+  // their moments are much beside x.
+  const int64_t tasks = v.K * Pieces(v, piece_values(v)).size(), moments = tasks * v.U * (tasks > v.K ? 16 : 8);
+  const bool in_order = !v.spatial && moments <= std::max(kPieceMoments, v.U * sample * bytes(t) / 2);
   const bool split = !want_dx && v.U * sample >= kSerial &&
-                     (!v.spatial || blocks < 2 * int64_t(torch::stable::get_num_threads()));
+                     (in_order || blocks < 2 * int64_t(torch::stable::get_num_threads()));
   if (split) j.block = 64, blocks = (v.U + 63) / 64;
   std::vector<double> sums(loss ? 2 * blocks : 0);
   if (loss && q.reduce) j.loss_sum = sums.data();
@@ -343,7 +347,10 @@ Results run(Request q, Want want) {
     Tensor partial = empty_vector((tasks > v.K ? 2 : 1) * all, aoti_torch_dtype_float64());
     j.piece_m2 = partial.data_ptr();
     if (tasks > v.K) j.piece_mean = (double*)j.piece_m2 + all;
-    parallel_both(tasks, [&](int64_t b, int64_t e) { kernels.pieces(j, b, e); }, rest, activations, elements);
+    const int64_t piece_bytes = sample / tasks * bytes(t);  // of a unit
+    j.column = std::clamp<int64_t>(kColumnBytes / piece_bytes / 64 * 64, 64, std::max<int64_t>(64, v.U));
+    const int64_t columns = (v.U + j.column - 1) / j.column;
+    parallel_both(tasks * columns, [&](int64_t b, int64_t e) { kernels.pieces(j, b, e); }, rest, activations, elements);
     parallel(blocks, kFinish * j.block * tasks, [&](int64_t b, int64_t e) { kernels.finish(j, b, e); });
   } else {
     parallel_both(blocks, [&](int64_t b, int64_t e) { kernels.blocks(j, b, e); }, rest, activations, elements);

@@ -1,6 +1,6 @@
-// exp, expm1, erf and tanh of a vector. Of float64 they come from glibc's vector math library where the build found it (at
-// most 4 ulp), else from the C++ library lane by lane. Of float32 (no erf) they are written out, so that neighbouring
-// vectors overlap. Included inside the namespace of one instruction set.
+// Exponentials, erf and tanh of a vector. Of float64 they come from glibc's vector math library where the build found it
+// (at most 4 ulp), else from the C++ library lane by lane. Of float32 exp, expm1 of what is not positive, and tanh are
+// written out, so that neighbouring vectors overlap. Included inside the namespace of one instruction set.
 #pragma once
 
 #if defined(VCL_MVEC) && VCL_LEVEL == 2
@@ -32,6 +32,7 @@ VCL_VECTOR_MATH(tanh)
 
 #undef VCL_VECTOR_MATH
 
+// Also keeps a libm call from its slow path where the result is not used or is at its limit already.
 template <class A> inline Vec<A> clamped(Vec<A> v, A low, A high) {  // NaN stays NaN
   v = v < low ? broadcast<A>(low) : v;
   return v > high ? broadcast<A>(high) : v;
@@ -71,18 +72,19 @@ VCL_IN_LOOP Vec<float> expm1_of_reduced(Vec<float> r) {
 VCL_IN_LOOP Vec<float> exp(Vec<float> x) {
   const Reduced of = reduced(x < -87.0f ? broadcast<float>(-87) : x);
   const Vec<float> found = times_power(1.0f + expm1_of_reduced(of.r), of.power);
-  return x <= 88.7228394f ? found : x * std::numeric_limits<float>::infinity();  // NaN, of whatever bits, stays NaN
+  return x < 88.7228394f ? found : x * std::numeric_limits<float>::infinity();  // NaN, of whatever bits, stays NaN
 }
 
-// Of x in [-87, 0]: 2^k (expm1(r) + 1), and 1 taken off where it is exact.
-VCL_IN_LOOP Vec<float> expm1(Vec<float> x) {
+// exp(x) - 1 of x in [-87, 0]: 2^k (expm1(r) + 1), and 1 taken off where it is exact.
+inline Vec<double> expm1_below_0(Vec<double> x) { return expm1(x); }
+VCL_IN_LOOP Vec<float> expm1_below_0(Vec<float> x) {
   const Reduced of = reduced(x);
   const Vec<float> scale = times_power(broadcast<float>(1), of.power);
   return scale * expm1_of_reduced(of.r) + (scale - 1.0f);
 }
 
 // A division of 16 values takes as long as a polynomial. AVX-512 begins with 14 bits of the reciprocal, and a step of
-// Newton's doubles them: for divisors within a few powers of 2 of 1.
+// Newton's doubles them: for divisors, and results, far from the ends of the range.
 #if VCL_LEVEL >= 2
 inline Vec<float> near_reciprocal(Vec<float> v) {
   return std::bit_cast<Vec<float>>(_mm512_rcp14_ps(std::bit_cast<__m512>(v)));
@@ -92,15 +94,16 @@ VCL_IN_LOOP Vec<float> reciprocal(Vec<float> v) {
   return near * (2.0f - v * near);
 }
 VCL_IN_LOOP Vec<float> quotient(Vec<float> a, Vec<float> b) {
-  const Vec<float> reciprocal = near_reciprocal(b), near = a * reciprocal;
-  return near + (a - near * b) * reciprocal;
+  const Vec<float> inverse = near_reciprocal(b), near = a * inverse;
+  return near + (a - near * b) * inverse;
 }
 #else
 inline Vec<float> reciprocal(Vec<float> v) { return 1.0f / v; }
 inline Vec<float> quotient(Vec<float> a, Vec<float> b) { return a / b; }
 #endif
 
+// -m / (2 + m) with the sign of x, m = expm1(-2|x|).
 VCL_IN_LOOP Vec<float> tanh(Vec<float> x) {
-  const Vec<float> m = expm1(clamped<float>(x < 0.0f ? 2.0f * x : -2.0f * x, -20, 0)), y = quotient(m, 2.0f + m);
+  const Vec<float> m = expm1_below_0(clamped<float>(x < 0.0f ? 2.0f * x : -2.0f * x, -20, 0)), y = quotient(m, 2.0f + m);
   return std::bit_cast<Vec<float>>((std::bit_cast<u32x16>(y) & 0x7fffffff) | (std::bit_cast<u32x16>(x) & 0x80000000));
 }

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..geometry import Geometry
 
-_ONE_PASS_BYTES = 4 << 20  # of x for one unit: read again from L2 or L3 for the gradient
-_ONE_PASS_COLUMN = 64 << 10  # of 64 contiguous units, whose samples lie far apart and fall into few sets of a cache
+# Bytes of x that are read again from a cache for the gradient
+_ONE_PASS_UNIT = 4 << 20  # of one unit
+_ONE_PASS_COLUMN = 64 << 10  # of 64 contiguous ones, whose samples lie far apart and fall into few sets of a cache
 
 _reason: str | None = "the native extension was not looked for yet"  # found once: it is asked for in every call
 
@@ -51,8 +52,11 @@ def reason() -> str | None:
 
 def one_pass(x: Tensor, n: int, K: int, per_activation: bool) -> bool:
     """Whether loss and gradient come from one read of memory."""
-    if x.numel() * x.element_size() <= _ONE_PASS_COLUMN:  # said at once: a small loss is all fixed cost
+    size = x.element_size()
+    if x.numel() * size <= _ONE_PASS_COLUMN:  # said at once: a small loss is all fixed cost
         return True
     g = Geometry.of(x, n, K, per_activation)
-    unit = K * g.M * x.element_size()
-    return unit <= _ONE_PASS_BYTES if g.spatial else 64 * unit <= _ONE_PASS_COLUMN
+    if g.spatial:
+        return K * g.M * size <= _ONE_PASS_UNIT
+    coefficients = 2 * max(size, 4)  # mean and scale of a sub-batch, which a gradient made in backward keeps
+    return min(64, g.U) * K * g.M * size <= _ONE_PASS_COLUMN or g.M * size <= coefficients
