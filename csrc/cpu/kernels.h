@@ -136,8 +136,12 @@ template <class T> struct Runner {
   // Chan's merge over the pieces of a sub-batch, in order, from differences to the first piece's mean; returns the
   // mean, and the unbiased variance in `var`. Pieces lie `step` vectors apart.
   Vec<A> merge(const Vec<double>* mean, const Vec<double>* m2, int64_t step, Wide& var) const {
-    const double M = double(v.n * v.P);
+    const double M = double(v.n * v.P), freedom = 1 / (M - 1);
     const int64_t S = pieces.size();
+    if (S == 1) {  // at once: where pieces are cut takes as long to ask as a small one's moments
+      for (int h = 0; h < H; ++h) var[h] = m2[h] * freedom;
+      return joined<A>(mean);
+    }
     Wide all;
     for (int h = 0; h < H; ++h) {
       const Vec<double>*m = mean + h, *q = m2 + h;
@@ -149,7 +153,7 @@ template <class T> struct Runner {
         sum += q[s * step] + double(pieces.at(v, s).count()) * d * d;
       }
       all[h] = m[0] + offset;
-      var[h] = sum * (1 / (M - 1));
+      var[h] = sum * freedom;
     }
     return joined<A>(all);
   }
@@ -322,7 +326,7 @@ template <class T> struct Runner {
     const Runner r(j);
     const View& v = j.view;
     const int64_t S = r.pieces.size(), slots = vectors(v.U);
-    const double freedom = 1 / (double(v.n * v.P) - 1);
+    const Wide no_mean = {};
     Wide* var = (Wide*)scratch<A>(H * v.K);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t u0 = b * j.block, u1 = u0 + j.block < v.U ? u0 + j.block : v.U;
@@ -331,12 +335,9 @@ template <class T> struct Runner {
         const int64_t width = clip(u1 - u);
         for (int64_t k = 0; k < v.K; ++k) {
           const int64_t at = H * (k * S * slots + u / L);
-          const Vec<double>* m2 = (const Vec<double>*)j.piece_m2 + at;
-          if (S > 1) {
-            r.save(j.mean, k, u, width, r.merge((const Vec<double>*)j.piece_mean + at, m2, H * slots, var[k]));
-          } else {  // whose mean is final
-            for (int h = 0; h < H; ++h) var[k][h] = m2[h] * freedom;
-          }
+          const Vec<double>* mean = S > 1 ? (const Vec<double>*)j.piece_mean + at : no_mean;  // one's is final
+          const Vec<A> merged = r.merge(mean, (const Vec<double>*)j.piece_m2 + at, H * slots, var[k]);
+          if (S > 1) r.save(j.mean, k, u, width, merged);
         }
         r.coefficients(u, width, var, sums);
         for (int64_t k = 0; k < v.K && j.scale; ++k) r.save(j.scale, k, u, width, joined<A>(var[k]));
