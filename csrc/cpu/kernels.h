@@ -37,7 +37,9 @@ template <class T> struct Runner {
   const Job& j;
   const View& v;
   const Pieces pieces;
-  explicit Runner(const Job& job) : j(job), v(job.view), pieces(job.view, piece_values(job.view)) {}
+  const double freedom;  // 1 / (M - 1), of a sample variance
+  explicit Runner(const Job& job)
+      : j(job), v(job.view), pieces(job.view, piece_values(job.view)), freedom(1 / (double(v.n * v.P) - 1)) {}
 
   static int64_t vectors(int64_t units) { return (units + L - 1) / L; }
   static int64_t clip(int64_t units) { return units < L ? units : L; }
@@ -136,12 +138,8 @@ template <class T> struct Runner {
   // Chan's merge over the pieces of a sub-batch, in order, from differences to the first piece's mean; returns the
   // mean, and the unbiased variance in `var`. Pieces lie `step` vectors apart.
   Vec<A> merge(const Vec<double>* mean, const Vec<double>* m2, int64_t step, Wide& var) const {
-    const double M = double(v.n * v.P), freedom = 1 / (M - 1);
+    const double M = double(v.n * v.P);
     const int64_t S = pieces.size();
-    if (S == 1) {  // at once: where pieces are cut takes as long to ask as a small one's moments
-      for (int h = 0; h < H; ++h) var[h] = m2[h] * freedom;
-      return joined<A>(mean);
-    }
     Wide all;
     for (int h = 0; h < H; ++h) {
       const Vec<double>*m = mean + h, *q = m2 + h;
@@ -156,6 +154,11 @@ template <class T> struct Runner {
       var[h] = sum * freedom;
     }
     return joined<A>(all);
+  }
+
+  // Where one piece is all of the sub-batch, and its mean final.
+  VCL_IN_LOOP void variance(const Vec<double>* m2, Wide& var) const {
+    for (int h = 0; h < H; ++h) var[h] = m2[h] * freedom;
   }
 
   // ---- loss and coefficients of a vector of units from u on, in float64: they are few
@@ -285,7 +288,10 @@ template <class T> struct Runner {
       for (int64_t k = 0; k < v.K; ++k) {
         for (int64_t s = 0; s < S; ++s) r.piece_and_activation(k, s, u0, u1, pm + s * slots * H, pq + s * slots * H);
         for (int64_t g = 0; g < slots; ++g) {
-          mean[k * slots + g] = r.merge(pm + g * H, pq + g * H, slots * H, var[g * v.K + k]);
+          const Vec<double>*m = pm + g * H, *q = pq + g * H;
+          Wide& to = var[g * v.K + k];
+          if (S == 1) r.variance(q, to);
+          mean[k * slots + g] = S == 1 ? joined<A>(m) : r.merge(m, q, slots * H, to);
         }
       }
       Sums sums;
@@ -326,7 +332,6 @@ template <class T> struct Runner {
     const Runner r(j);
     const View& v = j.view;
     const int64_t S = r.pieces.size(), slots = vectors(v.U);
-    const Wide no_mean = {};
     Wide* var = (Wide*)scratch<A>(H * v.K);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t u0 = b * j.block, u1 = u0 + j.block < v.U ? u0 + j.block : v.U;
@@ -335,9 +340,9 @@ template <class T> struct Runner {
         const int64_t width = clip(u1 - u);
         for (int64_t k = 0; k < v.K; ++k) {
           const int64_t at = H * (k * S * slots + u / L);
-          const Vec<double>* mean = S > 1 ? (const Vec<double>*)j.piece_mean + at : no_mean;  // one's is final
-          const Vec<A> merged = r.merge(mean, (const Vec<double>*)j.piece_m2 + at, H * slots, var[k]);
-          if (S > 1) r.save(j.mean, k, u, width, merged);
+          const Vec<double>* m2 = (const Vec<double>*)j.piece_m2 + at;
+          if (S == 1) r.variance(m2, var[k]);
+          else r.save(j.mean, k, u, width, r.merge((const Vec<double>*)j.piece_mean + at, m2, H * slots, var[k]));
         }
         r.coefficients(u, width, var, sums);
         for (int64_t k = 0; k < v.K && j.scale; ++k) r.save(j.scale, k, u, width, joined<A>(var[k]));
