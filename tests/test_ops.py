@@ -221,7 +221,8 @@ for shape in ((64, 32, 14, 14), (64, 3, 100, 40), (300, 200), (40, 9, 7, 7)):
                 if PRINT: print(float(loss), float(dx.double().norm()))
             if shape[0] != 40: continue
             for name in ("relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "tanh"):
-                kind = {"activation": name.split("_t")[0], "approximate": "tanh" if name == "gelu_tanh" else "none"}
+                approximate = "tanh" if name == "gelu_tanh" else "none"
+                kind = {"activation": name.removesuffix("_tanh"), "approximate": approximate}
                 y, loss = vk.vcl_activation(x, **kind, form="relative_variance")
                 (dx,) = torch.autograd.grad(y.sum() + loss, x)
                 y = y.detach().double()
