@@ -10,8 +10,6 @@ template <class V> inline V in_register(V v) {
   return v;
 }
 
-template <class A> constexpr A kFlat = A(sizeof(A) == 4 ? -20 : -40);  // where expm1 has become -1
-
 // exp(-x² / 2). In float32 less exact than exp, and shorter.
 inline Vec<double> gauss(Vec<double> x) { return exp(clamped<double>(-0.5 * x * x, -708, 0)); }
 VCL_IN_LOOP Vec<float> gauss(Vec<float> x) {

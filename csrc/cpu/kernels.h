@@ -290,8 +290,13 @@ template <class T> struct Runner {
         for (int64_t g = 0; g < slots; ++g) {
           const Vec<double>*m = pm + g * H, *q = pq + g * H;
           Wide& to = var[g * v.K + k];
-          if (S == 1) r.variance(q, to);
-          mean[k * slots + g] = S == 1 ? joined<A>(m) : r.merge(m, q, slots * H, to);
+          Vec<A>& mean_of = mean[k * slots + g];
+          if (S == 1) {
+            mean_of = joined<A>(m);
+            r.variance(q, to);
+          } else {
+            mean_of = r.merge(m, q, slots * H, to);
+          }
         }
       }
       Sums sums;

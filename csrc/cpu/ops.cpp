@@ -331,8 +331,10 @@ Results run(Request q, Want want) {
   int64_t blocks = (v.U + j.block - 1) / j.block;
   // Too few blocks to share, or contiguous units, whose samples lie far apart: pieces in memory order instead, unless
   // their moments are much beside x.
-  const int64_t tasks = v.K * Pieces(v, piece_values(v)).size(), moments = tasks * v.U * (tasks > v.K ? 16 : 8);
-  const bool in_order = !v.spatial && moments <= std::max(kPieceMoments, v.U * sample * bytes(t) / 2);
+  const int64_t tasks = v.K * Pieces(v, piece_values(v)).size();
+  const int64_t kept = tasks > v.K ? 2 : 1;  // of a piece: m2, and its mean unless that is the sub-batch's
+  const bool in_order =
+      !v.spatial && kept * tasks * v.U * 8 <= std::max(kPieceMoments, v.U * sample * bytes(t) / 2);
   const bool split = !want_dx && v.U * sample >= kSerial &&
                      (in_order || blocks < 2 * int64_t(torch::stable::get_num_threads()));
   if (split) j.block = 64, blocks = (v.U + 63) / 64;
@@ -344,9 +346,9 @@ Results run(Request q, Want want) {
   const auto activations = [&](int64_t b, int64_t e) { kernels.activations(j, first + b, first + e); };
   if (split) {
     const int64_t all = tasks * round_up(v.U, 16);
-    Tensor partial = empty_vector((tasks > v.K ? 2 : 1) * all, aoti_torch_dtype_float64());
+    Tensor partial = empty_vector(kept * all, aoti_torch_dtype_float64());
     j.piece_m2 = partial.data_ptr();
-    if (tasks > v.K) j.piece_mean = (double*)j.piece_m2 + all;
+    if (kept == 2) j.piece_mean = (double*)j.piece_m2 + all;
     const int64_t piece_bytes = sample / tasks * bytes(t);  // of a unit
     j.column = std::clamp<int64_t>(kColumnBytes / piece_bytes / 64 * 64, 64, std::max<int64_t>(64, v.U));
     const int64_t columns = (v.U + j.column - 1) / j.column;

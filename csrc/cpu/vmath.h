@@ -75,6 +75,8 @@ VCL_IN_LOOP Vec<float> exp(Vec<float> x) {
   return x < 88.7228394f ? found : x * std::numeric_limits<float>::infinity();  // NaN, of whatever bits, stays NaN
 }
 
+template <class A> constexpr A kFlat = A(sizeof(A) == 4 ? -20 : -40);  // where expm1 has become -1
+
 // exp(x) - 1 of x in [-87, 0]: 2^k (expm1(r) + 1), and 1 taken off where it is exact.
 inline Vec<double> expm1_below_0(Vec<double> x) { return expm1(x); }
 VCL_IN_LOOP Vec<float> expm1_below_0(Vec<float> x) {
@@ -104,6 +106,7 @@ inline Vec<float> quotient(Vec<float> a, Vec<float> b) { return a / b; }
 
 // -m / (2 + m) with the sign of x, m = expm1(-2|x|).
 VCL_IN_LOOP Vec<float> tanh(Vec<float> x) {
-  const Vec<float> m = expm1_below_0(clamped<float>(x < 0.0f ? 2.0f * x : -2.0f * x, -20, 0)), y = quotient(m, 2.0f + m);
+  const Vec<float> m = expm1_below_0(clamped<float>(x < 0.0f ? 2.0f * x : -2.0f * x, kFlat<float>, 0));
+  const Vec<float> y = quotient(m, 2.0f + m);
   return std::bit_cast<Vec<float>>((std::bit_cast<u32x16>(y) & 0x7fffffff) | (std::bit_cast<u32x16>(x) & 0x80000000));
 }
