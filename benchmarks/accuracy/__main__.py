@@ -14,12 +14,14 @@ from rich.console import Console
 from ..demo.errors import DataError
 from .options import parse
 
+STUDIES = {"cifar": ".cifar.queue"}  # each is imported when it runs, with what only it needs
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study; return the exit code."""
     options: argparse.Namespace = parse(argv)
     torch.set_num_threads(1)
-    study = importlib.import_module(f".{options.study}", __package__)  # a study imports only what it needs
+    study = importlib.import_module(STUDIES.get(options.study, f".{options.study}"), __package__)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found unknown categories")  # test rows may have new names

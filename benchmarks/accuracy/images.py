@@ -13,29 +13,27 @@ from rich.console import Console
 from torch.nn import functional as F
 
 from ..demo import data, measure
-from ..demo.learner import Learner, initialise
+from ..demo.learner import Learner
 from ..demo.training import train
-from . import results
-from .methods import VCL, attach
-from .methods import learner as short_learner
+from . import methods, results
 from .networks import build
-from .recipe import RECIPES, Recipe, ReferenceLearner, crop_and_flip
 from .work import Record, do
+
+EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 10, 100, 0.05, 5e-4
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Do the study; write ``images-NAME``: a row for each training, with what a step of its method costs."""
-    quick, recipe = options.quick, RECIPES[options.recipe]
+    quick = options.quick
     shared = {
         "dataset": "digits" if quick else options.dataset,
         "data_dir": None if options.data_dir is None else str(options.data_dir),
-        "recipe": options.recipe,
         "images": options.limit or (200 if quick else None),
-        "epochs": options.epochs or (1 if quick else recipe.epochs),
+        "epochs": options.epochs or (1 if quick else EPOCHS),
         "k": 0.02 if quick else options.k,
         "device": options.device,
     }
-    batches = options.batch_sizes or [recipe.batch]
+    batches = options.batch_sizes or [BATCH]
     cases: list[Record] = [
         {**shared, "network": network, "activation": activation, "batch": batch}
         for batch in batches
@@ -66,7 +64,7 @@ def _case(unit: Record) -> tuple[Any, ...]:
 def images(dataset: str, folder: str | None, count: int | None, pad_to: int, device: str) -> data.Data:
     """The first ``count`` training images, and all for testing, with a border of zeros up to ``pad_to`` pixels."""
     path = None if folder is None else Path(folder)
-    whole = data.load(dataset, path, validate=False, limit=None, device=torch.device(device))
+    whole = data.load(dataset, path, device=torch.device(device))
     border = 4 * [max(0, pad_to - whole.train_x.shape[-1]) // 2]
     chosen = replace(whole, train_x=whole.train_x[:count], train_y=whole.train_y[:count])
     return replace(chosen, train_x=F.pad(chosen.train_x, border), test_x=F.pad(chosen.test_x, border))
@@ -78,33 +76,27 @@ def seen_by(unit: Record) -> data.Data:
 
 
 def learner(unit: Record, seen: data.Data, vcl: dict[str, Any] | None = None) -> Learner:
-    """The network, method and recipe of ``unit``; ``vcl`` over the method's settings for attach."""
-    recipe: Recipe = RECIPES[unit["recipe"]]
+    """The network and method of ``unit``; ``vcl`` over the method's settings for attach."""
     model = build(unit["network"], seen.train_x[:1], seen.classes, unit["method"], unit["activation"], unit["k"])
-    model = model.to(seen.train_x.device)
     size = min(unit["batch"], len(seen.train_x))
-    an_epoch = len(seen.train_x) // size
-    settings = {
-        "steps": unit["epochs"] * an_epoch,
-        "learning_rate": unit.get("learning_rate", recipe.learning_rate),
-        "weight_decay": recipe.weight_decay,
-    }
-    example, chosen = seen.train_x[:1], recipe.vcl | VCL.get(unit["method"], {}) | (vcl or {})
-    if not recipe.reference:
-        start = {"seed": unit["seed"], "he": unit.get("he", True)}
-        return short_learner(model, unit["method"], example, **start, **settings, **chosen)
-    torch.manual_seed(unit["seed"])
-    initialise(model)
-    handle = attach(model, unit["method"], example, **chosen)
-    return ReferenceLearner(model, handle, steps_an_epoch=an_epoch, **settings)
+    return methods.learner(
+        model.to(seen.train_x.device),
+        unit["method"],
+        seen.train_x[:1],
+        seed=unit["seed"],
+        steps=unit["epochs"] * (len(seen.train_x) // size),
+        learning_rate=unit.get("learning_rate", LEARNING_RATE),
+        weight_decay=WEIGHT_DECAY,
+        he=unit.get("he", True),
+        **{"unit": "activation", **methods.VCL.get(unit["method"], {}), **(vcl or {})},
+    )
 
 
 def work(unit: Record, vcl: dict[str, Any] | None = None) -> Record:
     """Train once; return the test error in per cent, after each epoch and at the end."""
     seen = seen_by(unit)
     learnt = learner(unit, seen, vcl)
-    augment = crop_and_flip if RECIPES[unit["recipe"]].reference else None
-    trained = train(learnt, seen, epochs=unit["epochs"], batch_size=unit["batch"], seed=unit["seed"], augment=augment)
+    trained = train(learnt, seen, epochs=unit["epochs"], batch_size=unit["batch"], seed=unit["seed"])
     errors = [round(100 * (1 - found), 4) for found in trained.test_accuracy]
     return {"error": errors[-1], "best_error": min(errors), "train_loss": trained.train_loss[-1]}
 

@@ -61,7 +61,7 @@ def mixture_work(unit: Record) -> Record:
 @lru_cache(1)
 def images(dataset: str, count: int) -> data.Data:
     """The first ``count`` training images, and all for testing."""
-    whole = data.load(dataset, None, validate=False, limit=None, device=torch.device("cpu"))
+    whole = data.load(dataset, None, device=torch.device("cpu"))
     return replace(whole, train_x=whole.train_x[:count], train_y=whole.train_y[:count])
 
 

@@ -44,9 +44,20 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=count, help="(10)")
     add("--k", type=float, default=0.1, help="width of the 11-layer network; the paper's is 1 or 2 (%(default)s)")
     add("--limit", type=count, help="training images")
-    add("--recipe", choices=("short", "reference"), default="short", help="reference: that of the authors' code")
     add("--device", default="cpu")
     add("--name", help="of the results, images-NAME (that of the data set)")
+
+    add = studies.add_parser(
+        "cifar", help="the runs of PLAN.md, in a queue that can be stopped at any time"
+    ).add_argument
+    add("--data-dir", type=Path, help="folder of the data: python batches, or the packed parts")
+    add(
+        "--runs", nargs="+", default=["0-*", "1-*", "1b-*", "2-*"], help="patterns of names, the first ones first (all)"
+    )
+    add("--workers", type=count, default=2, help="runs at a time, one thread each, at least priority (%(default)s)")
+    add("--state", type=Path, default=Path("out/cifar"), help="folder of checkpoints (%(default)s)")
+    add("--results", type=Path, default=RESULTS / "cifar", help="folder of finished runs (%(default)s)")
+    add("--status", action="store_true", help="say what is done and begun, and how long the rest takes; do nothing")
 
     for name, text in (
         ("sensitivity", "to n, weight, form, unit, sub-batches and the learning of beta"),

@@ -82,5 +82,5 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
 def work(unit: Record) -> Record:
     """Train once under the variant."""
-    asked = {"data_dir": None, "recipe": "short", "activation": "elu", "k": 1.0, "device": "cpu", "method": "vcl-ratio"}
+    asked = {"data_dir": None, "activation": "elu", "k": 1.0, "device": "cpu", "method": "vcl-ratio"}
     return images.work({**asked, **unit}, {"unit": "channel", **unit.get("vcl", {})})

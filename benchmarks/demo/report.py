@@ -65,7 +65,7 @@ def versions() -> dict[str, str]:
     """Return what the numbers depend on."""
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a subclass of str, which checkpoints could not be read with
         "vcl_kernels": vk.__version__,
         "numpy": np.__version__,
         "matplotlib": matplotlib.__version__,

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 CHANNELS = (192, 192, 240, 240, 260, 260, 280, 280, 300, 300)  # times k, but for the first where k > 1
 KERNELS = (5, 1, 3, 1, 2, 1, 2, 1, 2, 1, 1)
-DROPOUT = (0.1, 0.2, 0.3, 0.4, 0.5)  # after every second layer, with the pooling one layer earlier
+POOLED = (1, 3, 5, 7, 9)  # layers that a 2x2 pooling follows
+DROPOUT = {3: 0.1, 5: 0.2, 7: 0.3, 9: 0.4, 10: 0.5}  # after the layer, and after its pooling
+BATCH_NORM_EPS = 1e-3
+MOST_GROUPS = 8  # of group norm: the most that divide the channels, up to this
 
 
 def elu_11(
@@ -20,24 +23,29 @@ def elu_11(
     inputs: int = 3,
     k: float = 1.0,
     batch_norm: bool = False,
+    group_norm: bool = False,
     activation: Callable[[], nn.Module] = nn.ELU,
 ) -> nn.Sequential:
-    """Ten convolutions with an activation, pooled after layers 1, 3, 5, 7 and 9, and a 1x1 convolution to classes.
+    """Ten convolutions with an activation, and a 1x1 convolution to classes, as in the authors' code.
 
     ``k`` is the width; the paper's, 1 or 2, leave the first layer as it is. Images of 32x32 end as one position.
+    Convolutions have a bias under batch norm too.
     """
     layers: list[nn.Module] = []
     before = inputs
-    for index, (channels, kernel) in enumerate(zip(CHANNELS, KERNELS, strict=False)):
-        width = max(1, round((min(k, 1) if index == 0 else k) * channels))
-        layers.append(nn.Conv2d(before, width, kernel, padding="same", bias=not batch_norm))
+    for layer, (channels, kernel) in enumerate(zip(CHANNELS, KERNELS, strict=False), 1):
+        width = max(1, round((min(k, 1) if layer == 1 else k) * channels))
+        layers.append(nn.Conv2d(before, width, kernel, padding="same"))
         if batch_norm:
-            layers.append(nn.BatchNorm2d(width))
+            layers.append(nn.BatchNorm2d(width, eps=BATCH_NORM_EPS))
+        if group_norm:
+            groups = max(n for n in range(1, MOST_GROUPS + 1) if width % n == 0)
+            layers.append(nn.GroupNorm(groups, width))
         layers.append(activation())
-        if index % 2 == 0:
+        if layer in POOLED:
             layers.append(nn.MaxPool2d(2))
-        else:
-            layers.append(nn.Dropout(DROPOUT[index // 2]))
+        if layer in DROPOUT:
+            layers.append(nn.Dropout(DROPOUT[layer]))
         before = width
     return nn.Sequential(*layers, nn.Conv2d(before, classes, KERNELS[-1]), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 

@@ -1,0 +1,40 @@
+"""What a run was made on: results of one seed are compared within one kind of CPU and one dtype."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+INFO = Path("/proc/cpuinfo")
+BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # instructions, as Linux names them on x86-64 and Arm
+
+
+def _processor() -> dict[str, str]:
+    """Return what Linux says of the first processor; elsewhere nothing."""
+    try:
+        first = INFO.read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def kind(device: torch.device) -> str:
+    """Return the model of the CPU, or the name of the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    of = _processor()
+    if "model name" not in of:
+        return platform.processor() or platform.machine()
+    return f"{of['model name']}, family {of.get('cpu family')}, model {of.get('model')}"
+
+
+def dtype(device: torch.device) -> torch.dtype:
+    """Return bfloat16 where there are instructions for it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    of = _processor()
+    present = set(f"{of.get('flags', '')} {of.get('Features', '')}".split())
+    return torch.bfloat16 if present & BFLOAT16 else torch.float32

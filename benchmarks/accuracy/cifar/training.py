@@ -1,0 +1,191 @@
+"""One training: an epoch at a time, its whole state in one dictionary, its metrics in another."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import vcl_kernels as vk
+
+from ...demo import report
+from ...demo.data import Data
+from . import machine
+from .recipe import BATCH, ReferenceLearner, attach, crop_and_flip, draw, network
+from .runs import Run
+
+EVALUATION_BATCH = 500
+LOOKS = 6  # layers are looked at before the first epoch, and after each sixth of them
+COLUMNS = ("test_error", "test_nll", "train_loss", "vcl_loss", "learning_rate", "cpu_seconds")
+Record = dict[str, Any]
+
+
+class Stopped(Exception):  # noqa: N818
+    """The training was asked to stop in the middle of an epoch: the state of its last checkpoint counts."""
+
+
+class Training:
+    """A run on a data set.
+
+    ``record`` is what is kept of it: settings, a column for each of COLUMNS with an entry for each epoch, and what was
+    seen in the layers.
+    """
+
+    def __init__(self, run: Run, data: Data, *, dtype: torch.dtype, device: torch.device) -> None:
+        if run.learning_rate is None:
+            raise ValueError(f"{run.name} has no learning rate yet: stage 0 chooses it")
+        self.run, self.data, self.device = run, data, device
+        self.batch = min(BATCH, len(data.train_x))
+        torch.manual_seed(run.seed)
+        model = network(run.method, data.classes, run.k).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        plain = sum(p.numel() for p in model.parameters())
+        handle = attach(model, run.method, data.train_x[:1])
+        steps = run.epochs * (len(data.train_x) // self.batch)
+        self.learner = ReferenceLearner(model, handle, steps=steps, learning_rate=run.learning_rate, dtype=dtype)
+        self.random = torch.Generator().manual_seed(run.seed)
+        torch.manual_seed(run.seed)  # every method drops the same values
+        self.dropout = self._dropout()
+        self.record: Record = {
+            "run": asdict(run),
+            "machine": {"kind": machine.kind(device), "dtype": str(dtype).removeprefix("torch.")},
+            "versions": report.versions(),
+            "parameters": {"network": plain, "vcl": sum(p.numel() for p in model.parameters()) - plain},
+            "images": {"training": len(data.train_x), "scored": len(data.test_x)},
+            "resumed_after_epochs": [],
+            "diverged": False,
+            "epochs": {column: [] for column in COLUMNS},
+            "layers": [],
+        }
+
+    @property
+    def done(self) -> int:
+        """Epochs that are done."""
+        return len(self.record["epochs"]["test_error"])
+
+    @property
+    def finished(self) -> bool:
+        return self.done == self.run.epochs or self.record["diverged"]
+
+    def epoch(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Learn for one epoch, in batches of equal size (images that make no whole batch are left out), and score.
+
+        Raises:
+            Stopped: ``stop()`` said so between two steps.
+        """
+        if self.done == 0:
+            self._look()
+        began = time.process_time()
+        self._set_dropout()
+        learner, data = self.learner, self.data
+        rate = learner.optimizer.param_groups[0]["lr"]
+        drawn = draw(len(data.train_x), self.random, self.device)
+        losses = []
+        learner.model.train()
+        for start in range(0, len(data.train_x) - self.batch + 1, self.batch):
+            if stop():
+                raise Stopped
+            part = slice(start, start + self.batch)
+            chosen = drawn.order[part]
+            x = crop_and_flip(data.train_x[chosen], drawn.corner[:, part], drawn.mirrored[part])
+            losses.append(learner.step(x, data.train_y[chosen]))
+        self.dropout = self._dropout()
+        task, penalty = torch.stack(losses).double().mean(0).tolist()
+        error, nll = scores(learner, data.test_x, data.test_y)
+        seconds = time.process_time() - began
+        for column, value in zip(COLUMNS, (error, nll, task, penalty, rate, seconds), strict=True):
+            self.record["epochs"][column].append(value)
+        self.record["diverged"] = task != task or abs(task) == float("inf")
+        if self.done in looked_at(self.run.epochs):
+            self._look()
+
+    def state(self) -> Record:
+        """Return all that another process needs to go on: model, optimizer, schedule, generators, record."""
+        return {
+            "model": self.learner.model.state_dict(),
+            "optimizer": self.learner.optimizer.state_dict(),
+            "schedule": self.learner.schedule.state_dict(),
+            "random": self.random.get_state(),
+            "dropout": self.dropout,
+            "record": self.record,
+        }
+
+    def load(self, state: Record) -> None:
+        """Go on from ``state()`` of the same run.
+
+        Raises:
+            ValueError: it is of another run.
+        """
+        if state["record"]["run"] != self.record["run"]:
+            raise ValueError(f"the checkpoint is of {state['record']['run']}, not of {self.record['run']}")
+        self.learner.model.load_state_dict(state["model"])
+        self.learner.optimizer.load_state_dict(state["optimizer"])
+        self.learner.schedule.load_state_dict(state["schedule"])
+        self.random.set_state(state["random"].cpu())
+        self.dropout = state["dropout"].cpu()
+        self.record = copy.deepcopy(state["record"])
+        self.record["resumed_after_epochs"].append(self.done)
+
+    def _dropout(self) -> Tensor:
+        """Return the state of the generator that dropout draws from."""
+        return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
+
+    def _set_dropout(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(self.dropout, self.device)
+        else:
+            torch.set_rng_state(self.dropout)
+
+    def _look(self) -> None:
+        """Record what the layers are like on the first batch of training images, as they are in training.
+
+        Of each activation's input, mean over units: variance and constancy (VCLMonitor says what they are) by channel
+        and by activation, and beta. Of each convolution before one: the norm of the VCL's gradient by its weight over
+        that of the cross-entropy's. A copy of the model is looked at, which leaves the training as it is.
+        """
+        learner = copy.copy(self.learner)
+        learner.model = copy.deepcopy(self.learner.model)
+        learner.handle = None if self.learner.handle is None else learner.model.vcl_handle  # type: ignore[assignment]
+        model = learner.model.train()
+        self._set_dropout()
+        seen: Record = {"after_epochs": self.done}
+        by_channel, by_activation = (
+            vk.VCLMonitor(model, unit=unit, sub_batch_size=5) for unit in ("channel", "activation")
+        )
+        with by_channel, by_activation:
+            part = slice(0, self.batch)
+            task, penalty = learner.losses(self.data.train_x[part], self.data.train_y[part])
+        for unit, monitor in (("channel", by_channel), ("activation", by_activation)):
+            for name in ("variance", "constancy"):
+                seen[f"{name}_by_{unit}"] = [row[name] for row in monitor.rows]
+        if learner.handle is not None:
+            seen["beta"] = [row["beta"] for row in by_channel.rows]
+            weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)][: len(by_channel.rows)]
+            of_task = torch.autograd.grad(task, weights, retain_graph=True)
+            of_vcl = torch.autograd.grad(penalty, weights)
+            seen["gradient_share"] = [float(b.norm() / a.norm()) for a, b in zip(of_task, of_vcl, strict=True)]
+        self.record["layers"].append(seen)
+
+
+def looked_at(epochs: int) -> set[int]:
+    """Return the numbers of epochs after which layers are looked at."""
+    return {round(i * epochs / LOOKS) for i in range(1, LOOKS + 1)}
+
+
+@torch.no_grad()
+def scores(learner: ReferenceLearner, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Return the error in per cent and the mean negative log-likelihood, in evaluation."""
+    learner.model.eval()
+    wrong = torch.zeros((), dtype=torch.int64, device=x.device)
+    nll = torch.zeros((), dtype=torch.float64, device=x.device)
+    for a, b in zip(x.split(EVALUATION_BATCH), y.split(EVALUATION_BATCH), strict=True):
+        with learner.autocast:
+            logits = learner.model(a.contiguous(memory_format=torch.channels_last)).float()
+        wrong += (logits.argmax(1) != b).sum()
+        nll += F.cross_entropy(logits, b, reduction="sum")
+    return 100 * int(wrong) / len(y), float(nll) / len(y)
