@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from benchmarks.accuracy.recipe import ReferenceLearner, crop_and_flip
 from rich.console import Console
 from torch import nn
 
 from benchmarks.accuracy import figures, images, keel, methods, mixture, modes, report, results, sensitivity, tabular
 from benchmarks.accuracy.__main__ import main
 from benchmarks.accuracy.options import PAGE, RESULTS
-from benchmarks.accuracy.recipe import ReferenceLearner, crop_and_flip
 from benchmarks.accuracy.statistics import compare, holm, nemenyi, profiles
 from benchmarks.accuracy.work import do, load
 from benchmarks.demo.learner import initialise
@@ -365,7 +365,7 @@ def test_cifar_goes_through_the_same_code(tmp_path, capsys):
 
 
 def test_a_small_folder_of_cifar_is_learnt_from(tmp_path):
-    from test_demo import write_cifar
+    from cifar_files import write_cifar
 
     write_cifar(tmp_path / "data", 10, count=10)
     unit = {"dataset": "cifar10", "data_dir": str(tmp_path / "data"), "images": None, "recipe": "short", "epochs": 1}

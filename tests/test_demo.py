@@ -3,52 +3,20 @@
 import gzip
 import json
 import math
-import pickle
 import struct
 
 import numpy as np
 import pytest
 import torch
+from cifar_files import packed_arrays, write_cifar, write_packed, write_python2
 
-from benchmarks.demo import cifar, data, idx, report
+from benchmarks.demo import cifar, data, idx, packed, report
 from benchmarks.demo.__main__ import main
 from benchmarks.demo.errors import DataError
 from benchmarks.demo.measure import kurtosis, saved_bytes
 
 CPU = torch.device("cpu")
 SIZES = {"train": 6, "t10k": 4}
-
-
-class Python2Pickler(pickle._Pickler):
-    """Protocol 2 with bytes as the str of Python 2, and numpy by its old name, as in the published files."""
-
-    dispatch = pickle._Pickler.dispatch.copy()
-
-    def save_bytes(self, obj):
-        if len(obj) < 256:
-            self.write(pickle.SHORT_BINSTRING + bytes([len(obj)]) + obj)
-        else:
-            self.write(pickle.BINSTRING + struct.pack("<i", len(obj)) + obj)
-        self.memoize(obj)
-
-    dispatch[bytes] = save_bytes
-
-
-def write_python2(path, content):
-    with path.open("wb") as file:
-        Python2Pickler(file, protocol=2).dump(content)
-    path.write_bytes(path.read_bytes().replace(b"cnumpy._core.", b"cnumpy.core."))
-
-
-def write_cifar(folder, classes, count=3):
-    """Every file of the set; image i of a file is filled with i, and has label i."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pixels = np.repeat(np.arange(count, dtype=np.uint8)[:, None], 3072, axis=1)
-    labels = {cifar.LABELS[classes]: list(range(count)), b"batch_label": b"a", b"filenames": [b"x.png"] * count}
-    if classes == 100:
-        labels[b"coarse_labels"] = [0] * count
-    for name in cifar.FILES[classes]["train"] + cifar.FILES[classes]["test"]:
-        write_python2(folder / name, {b"data": pixels, **labels})
 
 
 def write_idx(path, values):
@@ -63,7 +31,7 @@ def write_fashion(folder):
 
 
 def load(name, folder=None, **changed):
-    return data.load(name, folder, **{"validate": False, "limit": None, "device": CPU, **changed})
+    return data.load(name, folder, **{"device": CPU, **changed})
 
 
 def test_idx_files_give_their_pixels_and_labels(tmp_path):
@@ -149,6 +117,83 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     assert not trace.exists()
 
 
+@pytest.mark.parametrize("classes", [10, 100])
+def test_packed_parts_give_every_picture_with_its_label_and_split(tmp_path, classes):
+    pixels, labels, split = write_packed(tmp_path, classes, training=220, tested=110)
+    found = packed.read(tmp_path, classes)
+    for name, flag in (("train", 0), ("test", 1)):
+        images, of = found[name]
+        assert images.shape == (np.sum(split == flag), 3, 32, 32)
+        assert np.any(np.diff(of) < 0)  # not sorted by class
+        expected = {(p.tobytes(), y) for p, y in zip(pixels[split == flag], labels[split == flag], strict=True)}
+        assert {(p.tobytes(), y) for p, y in zip(np.ascontiguousarray(images), of, strict=True)} == expected
+
+
+def test_either_format_of_cifar_is_read_from_the_folder_that_is_named(tmp_path):
+    write_packed(tmp_path / "packed", 10)
+    write_cifar(tmp_path / "batches", 10)
+    assert load("cifar10", tmp_path / "packed").train_x.shape == (20, 3, 32, 32)
+    assert load("cifar10", tmp_path / "batches").train_x.shape == (15, 3, 32, 32)
+
+
+def test_a_missing_packed_part_is_named(tmp_path):
+    write_packed(tmp_path, 10)
+    (tmp_path / "cifar10-2.npz").unlink()
+    with pytest.raises(DataError, match=r"cifar10-2\.npz is missing.*cifar10-1\.npz and cifar10-2\.npz"):
+        load("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"split": None}, "no entry 'split'"),
+        ({"labels": np.array([0, 1, 2, 3, 10], np.uint8)}, "below 10, got 10"),
+        ({"labels": np.zeros(4, np.uint8)}, "5 pictures, but 4 labels"),
+        ({"data": np.zeros(20), "offsets": np.array([0, 20])}, "'data' must be bytes"),
+        ({"data": np.zeros(20, np.uint8), "offsets": np.array([0, 20])}, "a strip cannot be read"),
+    ],
+    ids=["an entry is missing", "a wrong label", "too few labels", "no bytes", "no picture"],
+)
+def test_a_malformed_packed_part_is_named(tmp_path, change, message):
+    write_packed(tmp_path, 10)
+    part = packed_arrays(np.zeros((5, 3, 32, 32), np.uint8), np.zeros(5), np.zeros(5))
+    changed = {key: value for key, value in {**part, **change}.items() if value is not None}
+    np.savez(tmp_path / "cifar10-2.npz", **changed)
+    with pytest.raises(DataError, match=rf"cifar10-2\.npz.*{message}"):
+        load("cifar10", tmp_path)
+
+
+def test_a_packed_part_that_is_no_archive_is_named(tmp_path):
+    write_packed(tmp_path, 10)
+    path = tmp_path / "cifar10-1.npz"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(DataError, match=r"cifar10-1\.npz cannot be read"):
+        load("cifar10", tmp_path)
+
+
+def test_pixels_are_standardised_each_over_the_training_set(tmp_path):
+    pixels, _, split = write_packed(tmp_path, 10, training=40)
+    found = load("cifar10", tmp_path, standardise="pixel")
+    assert found.train_x.mean(0).abs().max() < 1e-5
+    assert (found.train_x.std(0, correction=0) - 1).abs().max() < 1e-5
+    training, tested = (pixels[split == flag].astype(float) for flag in (0, 1))
+    expected = (tested - training.mean(0)) / training.std(0)
+    assert found.test_x.sum((1, 2, 3)).sort().values.tolist() == pytest.approx(
+        sorted(expected.sum((1, 2, 3)).tolist()), rel=1e-3
+    )
+    by_channel = load("cifar10", tmp_path)
+    assert by_channel.train_x.mean(0).abs().max() > 0.01
+
+
+def test_a_number_of_training_images_is_held_out_by_class(tmp_path):
+    write_packed(tmp_path, 10, training=100, tested=20)
+    found, other = (load("cifar10", tmp_path, held_out=30, split_seed=seed) for seed in (0, 1))
+    assert (len(found.train_x), len(found.test_x)) == (70, 30)
+    together = torch.cat([found.train_y, found.test_y]).bincount()
+    assert (found.test_y.bincount() - 0.3 * together).abs().max() < 1
+    assert not torch.equal(found.test_x, other.test_x)
+
+
 PIXELS = np.zeros((2, 3072), np.uint8)
 
 
@@ -201,7 +246,7 @@ def test_cifar_without_a_folder_asks_for_one(capsys):
 
 
 def test_digits_load_and_a_validation_part_leaves_the_test_images_out():
-    found, tuned = load("digits"), load("digits", validate=True)
+    found, tuned = load("digits"), load("digits", held_out=0.2)
     assert found.train_x.shape == (1437, 1, 8, 8)
     assert len(found.test_x) == 360
     assert found.train_y.unique().tolist() == list(range(10))

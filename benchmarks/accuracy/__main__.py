@@ -14,7 +14,10 @@ from rich.console import Console
 from ..demo.errors import DataError
 from .options import parse
 
-STUDIES = {"cifar": ".cifar.queue"}  # each is imported when it runs, with what only it needs
+STUDIES = {
+    "cifar": ".cifar.queue",
+    "cifar-gpu": ".cifar.turns",
+}  # each is imported when it runs, with what only it needs
 
 
 def main(argv: Sequence[str] | None = None) -> int:

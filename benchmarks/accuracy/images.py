@@ -42,10 +42,11 @@ def run(options: argparse.Namespace, console: Console) -> None:
         if (network, activation) != ("demo", "relu")
     ]
     units = [
-        {**case, "method": method, "seed": seed}
+        {**case, "method": method, "seed": seed, "split": data.split_of(case["dataset"], seed)}
         for seed in range(options.seeds or (1 if quick else 5))
         for case in cases
         for method in options.methods
+        if not methods.redundant(method, case["batch"])
     ]
     name = f"images-{options.name or shared['dataset']}"
     costs = [{**case, "methods": options.methods, "rounds": 3 if quick else 30} for case in cases]
@@ -61,10 +62,10 @@ def _case(unit: Record) -> tuple[Any, ...]:
 
 
 @lru_cache(1)
-def images(dataset: str, folder: str | None, count: int | None, pad_to: int, device: str) -> data.Data:
+def images(dataset: str, folder: str | None, count: int | None, pad_to: int, device: str, split: int) -> data.Data:
     """The first ``count`` training images, and all for testing, with a border of zeros up to ``pad_to`` pixels."""
     path = None if folder is None else Path(folder)
-    whole = data.load(dataset, path, device=torch.device(device))
+    whole = data.load(dataset, path, split_seed=split, device=torch.device(device))
     border = 4 * [max(0, pad_to - whole.train_x.shape[-1]) // 2]
     chosen = replace(whole, train_x=whole.train_x[:count], train_y=whole.train_y[:count])
     return replace(chosen, train_x=F.pad(chosen.train_x, border), test_x=F.pad(chosen.test_x, border))
@@ -72,7 +73,7 @@ def images(dataset: str, folder: str | None, count: int | None, pad_to: int, dev
 
 def seen_by(unit: Record) -> data.Data:
     pad_to = 32 if unit["network"] == "elu-11" else 0  # it halves the image five times
-    return images(unit["dataset"], unit["data_dir"], unit["images"], pad_to, unit["device"])
+    return images(unit["dataset"], unit["data_dir"], unit["images"], pad_to, unit["device"], unit.get("split") or 0)
 
 
 def learner(unit: Record, seen: data.Data, vcl: dict[str, Any] | None = None) -> Learner:
@@ -93,12 +94,13 @@ def learner(unit: Record, seen: data.Data, vcl: dict[str, Any] | None = None) ->
 
 
 def work(unit: Record, vcl: dict[str, Any] | None = None) -> Record:
-    """Train once; return the test error in per cent, after each epoch and at the end."""
+    """Train once; return the test error in per cent, at the end and the least, and the negative log-likelihood."""
     seen = seen_by(unit)
     learnt = learner(unit, seen, vcl)
     trained = train(learnt, seen, epochs=unit["epochs"], batch_size=unit["batch"], seed=unit["seed"])
-    errors = [round(100 * (1 - found), 4) for found in trained.test_accuracy]
-    return {"error": errors[-1], "best_error": min(errors), "train_loss": trained.train_loss[-1]}
+    errors = [round(100 * (1 - accuracy), 4) for accuracy in trained.test_accuracy]
+    found = {"error": errors[-1], "best_error": min(errors), "train_loss": trained.train_loss[-1]}
+    return {**found, "nll": trained.test_nll[-1]}
 
 
 def cost(unit: Record) -> Record:

@@ -32,6 +32,7 @@ IMAGE_DEFAULT = ("none", "bn", "vcl-ratio", "vcl-relative", "vcl-channel")  # th
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU}
 
 ALL = 1 << 30  # sub-batches: as many as the batch has
+SUB_BATCH = 5  # n, but where the method says another
 # The paper's form learns beta from 1; relative_variance needs none where no unit is dead, so its guard stays small.
 VCL: dict[str, dict[str, Any]] = {
     "vcl-ratio": {"form": "ratio"},
@@ -42,6 +43,11 @@ VCL: dict[str, dict[str, Any]] = {
     "vcl-beta100": {"form": "ratio", "beta_init": 100.0},
     "vcl-relative": {"form": "relative_variance", "learn_beta": False, "beta_init": 1e-3},
 }
+
+
+def redundant(method: str, batch: int) -> bool:
+    """Whether ``method`` is the ratio once more: a batch that has one pair has no more of them."""
+    return method == "vcl-pairs" and batch < 4 * SUB_BATCH
 
 
 def multilayer(inputs: int, classes: int, method: str, activation: str, *, depth: int, width: int) -> nn.Sequential:

@@ -11,6 +11,7 @@ from ..demo.options import count
 from .methods import ACTIVATIONS, IMAGE_DEFAULT, IMAGE_METHODS
 
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
+STATE = Path("out/cifar")
 PAGE = Path(__file__).parents[2] / "docs" / "findings.md"
 
 
@@ -55,9 +56,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--runs", nargs="+", default=["0-*", "1-*", "1b-*", "2-*"], help="patterns of names, the first ones first (all)"
     )
     add("--workers", type=count, default=2, help="runs at a time, one thread each, at least priority (%(default)s)")
-    add("--state", type=Path, default=Path("out/cifar"), help="folder of checkpoints (%(default)s)")
-    add("--results", type=Path, default=RESULTS / "cifar", help="folder of finished runs (%(default)s)")
+    add("--state", type=Path, help=f"folder of checkpoints ({STATE})")
+    add("--results", type=Path, help=f"folder of finished runs ({RESULTS / 'cifar'})")
+    add("--quick", action="store_true", help="tiny networks and few epochs: a check that everything runs")
     add("--status", action="store_true", help="say what is done and begun, and how long the rest takes; do nothing")
+
+    add = studies.add_parser("cifar-gpu", help="the paper's width and length on one GPU, methods in turn").add_argument
+    add("--dataset", choices=("cifar10", "cifar100"), default="cifar10")
+    add("--data-dir", type=Path, help="folder of the data: python batches, or the packed parts")
+    add("--budget", type=float, required=True, help="seconds, from the start of the command to its end")
+    add("--seeds", type=count, default=8, help="(%(default)s)")
+    add("--epochs", type=count, default=160, help="(%(default)s)")
+    add("--k", type=float, default=1.0, help="width (%(default)s)")
+    add("--device", default="cuda", help="(%(default)s)")
+    add("--state", type=Path, default=Path("out/cifar-gpu"), help="folder of checkpoints (%(default)s)")
+    add("--results", type=Path, default=RESULTS / "cifar-gpu", help="folder of records (%(default)s)")
 
     for name, text in (
         ("sensitivity", "to n, weight, form, unit, sub-batches and the learning of beta"),
@@ -69,4 +82,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = studies.add_parser("report", help="the page of findings from the committed results").add_argument
     add("--results", type=Path, default=RESULTS, help="(%(default)s)")
     add("--page", type=Path, default=PAGE, help="(%(default)s)")
-    return parser.parse_args(argv)
+    given = parser.parse_args(argv)
+    if given.study == "cifar":
+        home = STATE.with_name("cifar-quick") if given.quick else STATE
+        given.state = given.state or home
+        given.results = given.results or (home / "results" if given.quick else RESULTS / "cifar")
+    return given

@@ -68,7 +68,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     shared = {"dataset": "digits", "images": 200 if quick else 400, "epochs": 1 if quick else 25, "batch": 100}
     seeds = options.seeds or (1 if quick else 20)
     units: list[Record] = [
-        {**shared, "network": network, "seed": seed, "changed": changed, "value": value, **settings}
+        {**shared, "network": network, "seed": seed, "split": seed, "changed": changed, "value": value, **settings}
         for network, fewer in (("multilayer", 1), ("multilayer-12", 1), ("demo", 2))  # a convolution costs more
         for seed in range(max(1, seeds // fewer))
         for network_of, changed, value, settings in variants()

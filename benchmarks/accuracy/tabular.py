@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections import Counter
 from functools import lru_cache
@@ -12,10 +13,9 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..demo.learner import Learner
-from ..demo.training import accuracy, batches
+from ..demo.training import batches, scores
 from . import keel, results
 from .methods import ACTIVATIONS, METHODS, VCL, learner, multilayer
 from .work import Record, do
@@ -64,15 +64,16 @@ def work(unit: Record) -> Record:
     classes = int(y.max()) + 1
     searched = _tensors(x, y, train[inner], train[chosen_by])
     trials = [_draw(unit, trial) for trial in range(unit["trials"])]
-    scores = [_score(_learn(unit, drawn, searched, classes), searched) for drawn in trials]
-    best = max(range(len(trials)), key=lambda trial: scores[trial])
+    found = [_score(_learn(unit, drawn, searched, classes), searched) for drawn in trials]
+    best = max(range(len(trials)), key=lambda trial: found[trial])
     final = _tensors(x, y, train, test)
-    found = accuracy(_learn(unit, trials[best], final, classes).model, final[2], final[3])
+    accuracy, nll = scores(_learn(unit, trials[best], final, classes).model, final[2], final[3])
     return {
-        "accuracy": found,
+        "accuracy": accuracy,
+        "nll": nll,
         "tested": len(test),
         "chosen": trials[best],
-        "validation_accuracy": scores[best][0],
+        "validation_accuracy": found[best][0],
         "seconds": round(time.perf_counter() - start, 3),
     }
 
@@ -116,8 +117,7 @@ def _learn(unit: Record, drawn: Record, data: tuple[Tensor, ...], classes: int) 
     return learnt
 
 
-@torch.no_grad()
 def _score(learnt: Learner, data: tuple[Tensor, ...]) -> tuple[float, float]:
     """Accuracy, and for equal ones the lower cross-entropy."""
-    x, y = data[2:]
-    return accuracy(learnt.model, x, y), -float(torch.nan_to_num(F.cross_entropy(learnt.model(x), y), nan=1e9))
+    accuracy, nll = scores(learnt.model, *data[2:])
+    return accuracy, -nll if math.isfinite(nll) else -math.inf

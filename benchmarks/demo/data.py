@@ -13,6 +13,7 @@ from . import cifar, idx, packed
 from .errors import DataError
 
 DATASETS = ("mnist5k", "digits", "fashion-mnist", "cifar10", "cifar100")
+SPLIT_BY_US = ("mnist5k", "digits")  # sets without test images of their own
 STANDARDISED = {"channel": (0, 2, 3), "pixel": (0,)}  # the dimensions over which mean and variance are taken
 TESTED = 0.2  # of sets without test images of their own
 Arrays = tuple[np.ndarray, np.ndarray]
@@ -105,6 +106,11 @@ def _split(x: np.ndarray, y: np.ndarray, tested: float | int, seed: int) -> tupl
 
     a, b, ya, yb = train_test_split(x, y, test_size=tested, stratify=y, random_state=seed)
     return (a, ya), (b, yb)
+
+
+def split_of(name: str, seed: int) -> int | None:
+    """Return what splits the set where runs are to have splits of their own; None: it has test images."""
+    return seed if name in SPLIT_BY_US else None
 
 
 def _first(arrays: Arrays, limit: int | None) -> Arrays:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import vcl_kernels as vk
 
 METHODS = {"none": "no normalisation", "bn": "batch norm", "vcl": "VCL"}
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
 CLIP = 1.0  # gradient norm; without it the plain network diverges at learning rates that suit the others
 
 
@@ -54,7 +55,7 @@ class Learner:
         weight_decay: float,
     ) -> None:
         self.model, self.handle = model, handle
-        groups = vk.param_groups(model, weight_decay)
+        groups = parameter_groups(model, weight_decay)
         self.optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=0.9, nesterov=True)
         self.schedule: torch.optim.lr_scheduler.LRScheduler
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
@@ -76,6 +77,17 @@ class Learner:
     def clip(self) -> None:
         """Bound the norm of the gradient."""
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, *, decay_beta: bool = False) -> list[dict[str, Any]]:
+    """Weights decay; biases and the scales of norms do not, nor, unless it is wanted, does VCL's beta."""
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            kept = isinstance(module, NORMS) or name == "bias" or (name == "beta" and not decay_beta)
+            (free if kept else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
 def demo_learner(

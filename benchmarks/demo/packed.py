@@ -44,7 +44,7 @@ def read(folder: Path, classes: int) -> dict[str, tuple[np.ndarray, np.ndarray]]
 
 def _part(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             missing = [key for key in KEYS if key not in file.files]
             if missing:
                 raise DataError(f"{path} is no part of CIFAR-{classes}: it has no entry {missing[0]!r}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .data import Data
 from .learner import Learner
@@ -20,6 +21,7 @@ class Run:
 
     train_loss: list[float] = field(default_factory=list)  # mean objective
     test_accuracy: list[float] = field(default_factory=list)
+    test_nll: list[float] = field(default_factory=list)  # mean negative log-likelihood
 
 
 def train(
@@ -30,7 +32,6 @@ def train(
     batch_size: int,
     seed: int,
     after: Callable[[Run], None] = lambda run: None,
-    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
 ) -> Run:
     """Train in batches of equal size (what is left over waits for another epoch's order); call ``after`` each epoch."""
     order = torch.Generator().manual_seed(seed)
@@ -40,11 +41,12 @@ def train(
         losses = []
         for chosen in batches(len(data.train_x), batch_size, order):
             chosen = chosen.to(data.train_x.device)
-            x = data.train_x[chosen]
-            losses.append(learner.step(x if augment is None else augment(x, order), data.train_y[chosen]))
+            losses.append(learner.step(data.train_x[chosen], data.train_y[chosen]))
             learner.schedule.step()
         run.train_loss.append(float(torch.stack(losses).mean()))
-        run.test_accuracy.append(accuracy(learner.model, data.test_x, data.test_y))
+        accuracy, nll = scores(learner.model, data.test_x, data.test_y)
+        run.test_accuracy.append(accuracy)
+        run.test_nll.append(nll)
         after(run)
     return run
 
@@ -56,8 +58,13 @@ def batches(count: int, batch_size: int, order: torch.Generator) -> list[Tensor]
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+def scores(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Return accuracy and mean negative log-likelihood, in evaluation."""
     model.eval()
-    pairs = zip(x.split(EVALUATION_BATCH), y.split(EVALUATION_BATCH), strict=True)
-    right = sum(int((model(a).argmax(1) == b).sum()) for a, b in pairs)
-    return right / len(y)
+    right = torch.zeros((), dtype=torch.int64, device=x.device)
+    nll = torch.zeros((), dtype=torch.float64, device=x.device)
+    for a, b in zip(x.split(EVALUATION_BATCH), y.split(EVALUATION_BATCH), strict=True):
+        logits = model(a).float()
+        right += (logits.argmax(1) == b).sum()
+        nll += F.cross_entropy(logits, b, reduction="sum")
+    return int(right) / len(y), float(nll) / len(y)

@@ -35,17 +35,14 @@ class Store:
         self.results, self.state = results, state
 
     def save(self, training: Training) -> None:
-        """Write the checkpoint, then the record: among the finished ones if it is finished."""
-        name, record = training.run.name, training.record
-        replace_whole(self.state / name / "checkpoint.pt", lambda file: torch.save(training.state(), file))
-        self.publish(record, self.state / name / "record.json")
-        if training.finished:
-            self.publish(record, self.results / f"{name}.json")
+        """Write the checkpoint, and the record beside it."""
+        folder = self.state / training.run.name
+        replace_whole(folder / "checkpoint.pt", lambda file: torch.save(training.state(), file))
+        replace_whole(folder / "record.json", lambda file: file.write(lines(training.record).encode()))
 
-    @staticmethod
-    def publish(record: Record, path: Path) -> None:
-        """Write a record, a line for each column."""
-        replace_whole(path, lambda file: file.write(lines(record).encode()))
+    def finish(self, training: Training) -> None:
+        """Write the record to the results."""
+        replace_whole(self._result(training.run), lambda file: file.write(lines(training.record).encode()))
 
     def resume(self, training: Training) -> None:
         """Go on from the checkpoint, if there is one.
@@ -63,14 +60,17 @@ class Store:
 
     def record(self, run: Run) -> Record | None:
         """Return the record of a run that is finished or begun; None of another."""
-        for path in (self.results / f"{run.name}.json", self.state / run.name / "record.json"):
+        for path in (self._result(run), self.state / run.name / "record.json"):
             if path.exists():
                 found: Record = json.loads(path.read_text())
                 return found
         return None
 
     def finished(self, run: Run) -> bool:
-        return (self.results / f"{run.name}.json").exists()
+        return self._result(run).exists()
+
+    def _result(self, run: Run) -> Path:
+        return self.results / f"{run.name}.json"
 
     def rates(self) -> Rates:
         """Return the learning rates that stage 0 has chosen so far."""

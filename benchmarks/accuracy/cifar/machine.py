@@ -31,6 +31,11 @@ def kind(device: torch.device) -> str:
     return f"{of['model name']}, family {of.get('cpu family')}, model {of.get('model')}"
 
 
+def describe(device: torch.device) -> dict[str, str]:
+    """Return what a record says of the machine."""
+    return {"kind": kind(device), "dtype": str(dtype(device)).removeprefix("torch.")}
+
+
 def dtype(device: torch.device) -> torch.dtype:
     """Return bfloat16 where there are instructions for it, else float32."""
     if device.type == "cuda":

@@ -11,105 +11,106 @@ import fcntl
 import multiprocessing
 import os
 import signal
-import statistics
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from ...demo import data as datasets
 from ...demo.errors import DataError
 from ..work import begin
 from . import machine
+from .agenda import Agenda, epochs_of, progress
 from .files import Store
-from .runs import Run, planned
-from .training import Stopped, Training
+from .runs import Run
+from .training import CPU, Stopped, Training
 
-POLL = 0.5  # seconds between two looks at the workers
+POLL = 1.0  # seconds between two looks at the workers
 LEAST_PRIORITY = 19
 KEEP_MEMORY = {  # glibc gives large blocks back, and to fault them in again costs more than many a kernel
     "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
 }
-CPU = torch.device("cpu")
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Work until nothing is left that can be done here, or until SIGINT or SIGTERM.
 
     Raises:
-        DataError: the data is missing, or a run failed.
+        DataError: the data is missing, another queue is at work, or a run failed.
     """
     store = Store(options.results, options.state)
+    agenda = Agenda(store, options.runs, quick=options.quick)
     if options.status:
-        return status(store, options.runs, options.workers, console)
+        for line in agenda.status(options.workers):
+            say(console, line)
+        return
     if options.data_dir is None:
         raise DataError("cifar wants --data-dir FOLDER, where the data is")
-    with only_one(options.state):
-        Queue(store, options).work(console)
+    with only_one(options.state), stop_signals() as stop:
+        failed = Queue(agenda, options.data_dir, options.workers, console).work(stop)
+        if stop.is_set():
+            say(console, "stopped; the same command goes on from the last whole epochs")
+        for waiting, reason in agenda.held_up():
+            say(console, f"{waiting.name} {reason}")
+        if failed:
+            raise DataError(f"{', '.join(failed)} failed; see above")
+
+
+def say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 class Queue:
-    """Workers, each with one run."""
+    """Workers, each a process with one run."""
 
-    def __init__(self, store: Store, options: argparse.Namespace) -> None:
-        self.store, self.options = store, options
+    def __init__(self, agenda: Agenda, data_dir: Path, workers: int, console: Console) -> None:
+        self.agenda, self.data_dir, self.most, self.console = agenda, data_dir, workers, console
         self.workers: dict[str, tuple[Run, BaseProcess]] = {}
-        self.failed: list[str] = []
-        self.told: dict[str, int] = {}  # epochs of which a line was printed
+        self.told: dict[str, int] = {}  # epochs of each run of which a line was printed
 
-    def work(self, console: Console) -> None:
+    def work(self, stop: threading.Event) -> list[str]:
+        """Do what is possible here; return the names of the runs that failed."""
         os.environ |= KEEP_MEMORY
-        with stop_signals() as stop:
-            while not stop.is_set():
-                self._start()
-                if not self.workers:
-                    break
-                stop.wait(POLL)
-                self._follow(console)
-            for _, process in self.workers.values():
-                process.terminate()
-            for _, process in self.workers.values():
-                process.join()
-            self._follow(console)
-        if stop.is_set():
-            console.print("stopped; the same command goes on from the last whole epochs", highlight=False)
-        for run, reason in held_up(self.store, self.options.runs):
-            console.print(f"{run.name} {reason}", highlight=False)
-        if self.failed:
-            raise DataError(f"{', '.join(self.failed)} failed; see above")
+        failed: list[str] = []
+        while not stop.is_set():
+            self._start({*self.workers, *failed})
+            if not self.workers:
+                break
+            stop.wait(POLL)
+            failed += self._follow()
+        for _, process in self.workers.values():
+            process.terminate()
+        for _, process in self.workers.values():
+            process.join()
+        return failed + self._follow()
 
-    def _start(self) -> None:
+    def _start(self, taken: set[str]) -> None:
         """Give each idle worker a run."""
-        while len(self.workers) < self.options.workers:
-            taken = {*self.workers, *self.failed}
-            run = next((run for run in possible(self.store, self.options.runs) if run.name not in taken), None)
-            if run is None:
-                return
+        idle = self.most - len(self.workers)
+        for run in [run for run in self.agenda.possible() if run.name not in taken][:idle] if idle else ():
             context = multiprocessing.get_context("spawn")
-            process = context.Process(target=train, args=(run, self.store, self.options.data_dir), name=run.name)
+            process = context.Process(target=train, args=(run, self.agenda.store, self.data_dir))
             process.start()
             self.workers[run.name] = run, process
 
-    def _follow(self, console: Console) -> None:
-        """Print what is new of each run; forget the workers that have ended."""
+    def _follow(self) -> list[str]:
+        """Print what is new of each run; forget the workers that have ended; return the runs that failed."""
+        failed = []
         for run, process in list(self.workers.values()):
             ended = not process.is_alive()
-            record = self.store.record(run)
-            done = 0 if record is None else len(record["epochs"]["test_error"])
-            if record is not None and done > self.told.get(run.name, 0):
-                self.told[run.name] = done
-                left = hours_left(self.store, self.options.runs, self.options.workers)
-                console.print(f"{progress(run, record)}; {left}", highlight=False)
+            record = self.agenda.store.record(run)
+            if record is not None and epochs_of(record) > self.told.get(run.name, 0):
+                self.told[run.name] = epochs_of(record)
+                say(self.console, f"{progress(run, record)}; {self.agenda.hours_left(self.most)}")
             if ended:
                 del self.workers[run.name]
                 if process.exitcode not in (0, -signal.SIGTERM):
-                    self.failed.append(run.name)
+                    failed.append(run.name)
+        return failed
 
 
 def train(run: Run, store: Store, data_dir: Path) -> None:
@@ -125,89 +126,8 @@ def train(run: Run, store: Store, data_dir: Path) -> None:
                 training.epoch(stop.is_set)
                 store.save(training)
         except Stopped:
-            pass
-
-
-def wanted(store: Store, patterns: list[str]) -> list[Run]:
-    """Return the runs of the plan whose names match, in the order of the first pattern that does."""
-    runs = list(planned(store.rates()))
-    named = {run.name: run for pattern in patterns for run in runs if fnmatch(run.name, pattern)}
-    return list(named.values())
-
-
-def possible(store: Store, patterns: list[str]) -> Iterator[Run]:
-    """Yield what can be worked on here: runs that are begun, then others."""
-    todo = [run for run in wanted(store, patterns) if not store.finished(run)]
-    reasons = {run.name for run, _ in held_up(store, patterns)}
-    yield from sorted((run for run in todo if run.name not in reasons), key=lambda run: store.record(run) is None)
-
-
-def held_up(store: Store, patterns: list[str]) -> Iterator[tuple[Run, str]]:
-    """Yield the runs that cannot be worked on here, and why.
-
-    The methods of a seed are compared with each other, so all of them run on one kind of CPU and in one dtype.
-    """
-    here = {"kind": machine.kind(CPU), "dtype": str(machine.dtype(CPU)).removeprefix("torch.")}
-    runs = list(planned(store.rates()))
-    homes: dict[tuple[str, int | None, int], dict[str, str]] = {}
-    for run in runs:
-        record = store.record(run)
-        if record is not None:
-            homes.setdefault((run.dataset, run.held_out, run.seed), record["machine"])
-    for run in wanted(store, patterns):
-        home = homes.get((run.dataset, run.held_out, run.seed), here)
-        if store.finished(run):
-            continue
-        if run.learning_rate is None:
-            yield run, "waits for stage 0 to choose its learning rate"
-        elif home != here:
-            yield run, f"waits for {home['kind']}, {home['dtype']}, where its seed began; here is {here['kind']}"
-
-
-def progress(run: Run, record: dict[str, object]) -> str:
-    """Return a line on a run that is begun or finished."""
-    epochs: dict[str, list[float]] = record["epochs"]  # type: ignore[assignment]
-    error, seconds = epochs["test_error"][-1], epochs["cpu_seconds"][-1]
-    state = "diverged" if record["diverged"] else f"error {error:.2f} %"
-    return f"{run.name}: epoch {len(epochs['test_error'])} of {run.epochs}, {state}, {seconds:.0f} s an epoch"
-
-
-def hours_left(store: Store, patterns: list[str], workers: int) -> str:
-    """Return how long the workers still need, by the CPU time of past epochs; a method not yet seen takes the mean."""
-    runs = wanted(store, patterns)
-    records = {run.name: record for run in runs if (record := store.record(run)) is not None}
-    times: dict[str, list[float]] = {}
-    for run in runs:
-        if run.name in records:
-            times.setdefault(run.method, []).extend(records[run.name]["epochs"]["cpu_seconds"])
-    if not any(times.values()):
-        return "hours left: not known before the first epoch"
-    medians = {method: statistics.median(of) for method, of in times.items() if of}
-    usual = statistics.mean(medians.values())
-    seconds = sum(
-        (run.epochs - len(records[run.name]["epochs"]["test_error"] if run.name in records else ()))
-        * medians.get(run.method, usual)
-        for run in runs
-        if not store.finished(run)
-    )
-    return f"{seconds / workers / 3600:.1f} hours left"
-
-
-def status(store: Store, patterns: list[str], workers: int, console: Console) -> None:
-    """Print what is finished, begun, waiting and to do."""
-    runs = wanted(store, patterns)
-    reasons = {run.name: reason for run, reason in held_up(store, patterns)}
-    todo = 0
-    for run in runs:
-        record = store.record(run)
-        if record is not None:
-            state = "finished" if store.finished(run) else reasons.get(run.name, "begun")
-            console.print(f"{progress(run, record)}, {state}", highlight=False)
-        todo += record is None
-    finished = sum(store.finished(run) for run in runs)
-    begun = len(runs) - finished - todo
-    left = hours_left(store, patterns, workers)
-    console.print(f"{finished} finished, {begun} begun, {todo} to do; {left}", highlight=False)
+            return
+        store.finish(training)
 
 
 @contextmanager
@@ -236,7 +156,7 @@ def only_one(state: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise DataError(f"a queue is at work in {state}: process {file.read().strip()}") from None
+            raise DataError(f"process {file.read().strip()} is at work in {state}") from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import vcl_kernels as vk
 
-from ...demo.learner import initialise
+from ...demo.learner import initialise, parameter_groups
 from ...networks.models import elu_11
 from ..methods import ACTIVATIONS
 from .runs import METHODS
@@ -41,17 +41,6 @@ def attach(model: nn.Module, method: str, example: Tensor) -> vk.VCLHandle | Non
     return None if settings is None else vk.attach(model, example, **settings)
 
 
-def parameter_groups(model: nn.Module) -> list[dict[str, object]]:
-    """Weights of convolutions and the betas of VCL decay; biases, and the scales of norms, do not."""
-    free: list[nn.Parameter] = []
-    decayed: list[nn.Parameter] = []
-    for module in model.modules():
-        norm = isinstance(module, nn.BatchNorm2d | nn.GroupNorm)
-        for name, parameter in module.named_parameters(recurse=False):
-            (free if norm or name == "bias" else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": free, "weight_decay": 0.0}]
-
-
 def clip_each(parameters: list[nn.Parameter]) -> None:
     """Bound the norm of each parameter's gradient, in a few launches for all of them."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -76,7 +65,7 @@ class ReferenceLearner:
         self.model, self.handle = model, handle
         self.parameters = list(model.parameters())
         self.autocast = torch.autocast(self.parameters[0].device.type, dtype, enabled=dtype != torch.float32)
-        groups = parameter_groups(model)
+        groups = parameter_groups(model, WEIGHT_DECAY, decay_beta=True)
         self.optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=MOMENTUM, nesterov=True, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: drop(step, steps))
 

@@ -51,7 +51,7 @@ class Run:
     learning_rate: float | None
     epochs: int
     k: float
-    held_out: int | None = None
+    held_out: float | None = None  # a number of training images, or a share: what is scored in place of the test set
 
     @property
     def name(self) -> str:
@@ -59,11 +59,15 @@ class Run:
         return f"{self.stage}-{self.dataset}-{self.method}{rate}-seed{self.seed}"
 
 
-def planned(rates: Rates) -> Iterator[Run]:
-    """Yield every run of the plan, stage by stage, then seed by seed; ``rates`` are those chosen so far."""
+def planned(rates: Rates, *, quick: bool = False) -> Iterator[Run]:
+    """Yield every run of the plan, stage by stage, then seed by seed.
+
+    ``rates`` are those chosen so far; ``quick``: of networks that learn nothing, to see that all runs.
+    """
     tuned = Run("0", "cifar10", "", 0, None, epochs=20, k=0.25, held_out=HELD_OUT)
+    tuned = replace(tuned, epochs=3, k=0.02, held_out=0.2) if quick else tuned
     yield from (replace(tuned, method=m, learning_rate=rate) for m in BASE for rate in LEARNING_RATES)
-    long = replace(tuned, stage="1", epochs=60, held_out=None)
+    long = replace(tuned, epochs=3 * tuned.epochs, held_out=None)
     for stage, dataset, methods, seeds in (
         ("1", "cifar10", BASE, 8),
         ("1b", "cifar10", VARIANTS, 3),

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import vcl_kernels as vk
 
 from ...demo import report
 from ...demo.data import Data
+from ...demo.training import scores
 from . import machine
 from .recipe import BATCH, ReferenceLearner, attach, crop_and_flip, draw, network
 from .runs import Run
 
-EVALUATION_BATCH = 500
+CPU = torch.device("cpu")
 LOOKS = 6  # layers are looked at before the first epoch, and after each sixth of them
 COLUMNS = ("test_error", "test_nll", "train_loss", "vcl_loss", "learning_rate", "cpu_seconds")
 Record = dict[str, Any]
@@ -96,9 +96,10 @@ class Training:
             losses.append(learner.step(x, data.train_y[chosen]))
         self.dropout = self._dropout()
         task, penalty = torch.stack(losses).double().mean(0).tolist()
-        error, nll = scores(learner, data.test_x, data.test_y)
+        with learner.autocast:
+            accuracy, nll = scores(learner.model, data.test_x, data.test_y)
         seconds = time.process_time() - began
-        for column, value in zip(COLUMNS, (error, nll, task, penalty, rate, seconds), strict=True):
+        for column, value in zip(COLUMNS, (100 * (1 - accuracy), nll, task, penalty, rate, seconds), strict=True):
             self.record["epochs"][column].append(value)
         self.record["diverged"] = task != task or abs(task) == float("inf")
         if self.done in looked_at(self.run.epochs):
@@ -175,17 +176,3 @@ class Training:
 def looked_at(epochs: int) -> set[int]:
     """Return the numbers of epochs after which layers are looked at."""
     return {round(i * epochs / LOOKS) for i in range(1, LOOKS + 1)}
-
-
-@torch.no_grad()
-def scores(learner: ReferenceLearner, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Return the error in per cent and the mean negative log-likelihood, in evaluation."""
-    learner.model.eval()
-    wrong = torch.zeros((), dtype=torch.int64, device=x.device)
-    nll = torch.zeros((), dtype=torch.float64, device=x.device)
-    for a, b in zip(x.split(EVALUATION_BATCH), y.split(EVALUATION_BATCH), strict=True):
-        with learner.autocast:
-            logits = learner.model(a.contiguous(memory_format=torch.channels_last)).float()
-        wrong += (logits.argmax(1) != b).sum()
-        nll += F.cross_entropy(logits, b, reduction="sum")
-    return 100 * int(wrong) / len(y), float(nll) / len(y)

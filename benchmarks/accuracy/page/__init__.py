@@ -1,0 +1,1 @@
+"""The sections of the page of findings, each from its results."""

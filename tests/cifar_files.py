@@ -1,0 +1,76 @@
+"""Tiny CIFAR sets in both formats: the published python batches, and the packed parts."""
+
+import io
+import pickle
+import struct
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.demo import cifar, packed
+
+
+class Python2Pickler(pickle._Pickler):
+    """Protocol 2 with bytes as the str of Python 2, and numpy by its old name, as in the published files."""
+
+    dispatch = pickle._Pickler.dispatch.copy()
+
+    def save_bytes(self, obj):
+        if len(obj) < 256:
+            self.write(pickle.SHORT_BINSTRING + bytes([len(obj)]) + obj)
+        else:
+            self.write(pickle.BINSTRING + struct.pack("<i", len(obj)) + obj)
+        self.memoize(obj)
+
+    dispatch[bytes] = save_bytes
+
+
+def write_python2(path, content):
+    with path.open("wb") as file:
+        Python2Pickler(file, protocol=2).dump(content)
+    path.write_bytes(path.read_bytes().replace(b"cnumpy._core.", b"cnumpy.core."))
+
+
+def write_cifar(folder, classes, count=3):
+    """Every file of the set; image i of a file is filled with i, and has label i."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.repeat(np.arange(count, dtype=np.uint8)[:, None], 3072, axis=1)
+    labels = {cifar.LABELS[classes]: list(range(count)), b"batch_label": b"a", b"filenames": [b"x.png"] * count}
+    if classes == 100:
+        labels[b"coarse_labels"] = [0] * count
+    for name in cifar.FILES[classes]["train"] + cifar.FILES[classes]["test"]:
+        write_python2(folder / name, {b"data": pixels, **labels})
+
+
+STRIP = 4  # pictures; the real strips have 500
+
+
+def packed_arrays(pixels, labels, split):
+    """The entries of one part, for pictures (N, 3, 32, 32)."""
+    rows = pixels.transpose(0, 2, 3, 1)
+    strips = []
+    for start in range(0, len(rows), STRIP):
+        file = io.BytesIO()
+        Image.fromarray(rows[start : start + STRIP].reshape(-1, 32, 3)).save(file, "WEBP", lossless=True)
+        strips.append(np.frombuffer(file.getvalue(), np.uint8))
+    return {
+        "data": np.concatenate(strips),
+        "offsets": np.cumsum([0, *map(len, strips)]),
+        "labels": np.asarray(labels, np.uint8),
+        "split": np.asarray(split, np.uint8),
+        "class_names": np.array(["a", "b"]),
+    }
+
+
+def write_packed(folder, classes, training=20, tested=10, seed=0):
+    """Both parts, sorted by class as the real ones are: images that a network could learn; return what they hold."""
+    random = np.random.default_rng(seed)
+    labels = np.sort(np.arange(training + tested) % classes)
+    split = random.permutation(np.repeat([0, 1], [training, tested]))
+    base = random.integers(0, 200, (classes, 3, 1, 1))
+    pixels = (base[labels] + random.integers(0, 56, (len(labels), 3, 32, 32))).astype(np.uint8)
+    folder.mkdir(parents=True, exist_ok=True)
+    half = len(labels) // 2
+    for name, part in zip(packed.names(classes), (slice(half), slice(half, None)), strict=True):
+        np.savez(folder / name, **packed_arrays(pixels[part], labels[part], split[part]))
+    return pixels, labels, split
