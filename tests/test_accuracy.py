@@ -12,15 +12,30 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from benchmarks.accuracy.recipe import ReferenceLearner, crop_and_flip
 from rich.console import Console
+from scipy import stats
 from torch import nn
 
-from benchmarks.accuracy import figures, images, keel, methods, mixture, modes, report, results, sensitivity, tabular
+from benchmarks.accuracy import (
+    comparisons,
+    figures,
+    images,
+    keel,
+    methods,
+    mixture,
+    modes,
+    report,
+    results,
+    sensitivity,
+    tabular,
+)
 from benchmarks.accuracy.__main__ import main
 from benchmarks.accuracy.options import PAGE, RESULTS
+from benchmarks.accuracy.page import images as page_images
+from benchmarks.accuracy.page import settings
 from benchmarks.accuracy.statistics import compare, holm, nemenyi, profiles
 from benchmarks.accuracy.work import do, load
+from benchmarks.demo import data
 from benchmarks.demo.learner import initialise
 from vcl_kernels import VCLActivation
 
@@ -119,6 +134,7 @@ FOREVER = """
 import os, sys, time
 from pathlib import Path
 from rich.console import Console
+from scipy import stats
 from benchmarks.accuracy.work import do
 
 def work(unit):
@@ -215,34 +231,6 @@ def test_each_method_puts_its_modules_into_the_network(method, kind):
         assert {module.num_sub_batches for module in found} == {4}
 
 
-def test_crops_are_parts_of_the_image_in_a_border_of_zeros():
-    torch.manual_seed(0)
-    x = torch.rand(40, 2, 6, 6) + 1
-    found = crop_and_flip(x, torch.Generator().manual_seed(0))
-    assert found.shape == x.shape
-    padded = nn.functional.pad(x, (4, 4, 4, 4))
-    windows = padded.unfold(2, 6, 1).unfold(3, 6, 1).flatten(2, 3).transpose(1, 2)  # (image, window, channel, H, W)
-    same = [(w == image).all((1, 2, 3)).any() for w, image in zip(windows, found, strict=True)]
-    flipped = [(w == image.flip(2)).all((1, 2, 3)).any() for w, image in zip(windows, found, strict=True)]
-    assert all(a or b for a, b in zip(same, flipped, strict=True))
-    assert 5 < sum(bool(a and not b) for a, b in zip(same, flipped, strict=True)) < 35
-
-
-def test_the_reference_recipe_steps_down_and_clips_each_gradient():
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    learner = ReferenceLearner(model, None, steps=450, learning_rate=0.05, weight_decay=1e-4, steps_an_epoch=3)
-    rates = []
-    for _ in range(450):
-        rates.append(learner.optimizer.param_groups[0]["lr"])
-        learner.optimizer.step()
-        learner.schedule.step()
-    assert [rates[3 * epoch] for epoch in (0, 59, 60, 100, 140)] == pytest.approx([0.05, 0.05, 0.01, 1e-3, 1e-4])
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, 10)
-    learner.clip()
-    assert [float(parameter.grad.norm()) for parameter in model.parameters()] == pytest.approx([1] * 4, rel=1e-4)
-
-
 @pytest.mark.parametrize("form", ["ratio", "relative_variance"])
 def test_two_gaussians_are_joined_or_separated_by_their_prior(form):
     joined, separated = (mixture.learn(prior, form, seeds=3, steps=250)["cosine"] for prior in (0.08, 0.5))
@@ -298,14 +286,6 @@ def test_image_studies_have_their_own_results(tmp_path):
     assert "### digits, 200 training images, 1 epochs" in page
 
 
-def test_the_reference_recipe_runs(tmp_path):
-    arguments = ("--networks", "resnet", "--activations", "relu", "--methods", "vcl-relative", "--epochs", "1")
-    run(tmp_path, "images", "--recipe", "reference", *arguments)
-    (row,) = results.read("images-digits", tmp_path)
-    assert row["recipe"] == "reference"
-    assert 0 <= row["error"] <= 100
-
-
 def test_sensitivity_study(tmp_path, monkeypatch):
     chosen = [v for v in sensitivity.variants() if v[0] == "multilayer" and v[1] in ("method", "form", "K, ratio")]
     monkeypatch.setattr(sensitivity, "variants", lambda: chosen)
@@ -332,9 +312,9 @@ def test_variants_are_different_and_name_settings_that_run():
 
 def test_a_method_is_compared_under_the_same_training():
     seen = {("n", "method", "none"): {0: 1.0}, ("n", "learning rate 1", "none"): {0: 2.0}}
-    assert report.beside(seen, "n", "learning rate 1", "none") == {0: 2.0}
-    assert report.beside(seen, "n", "weight", "none") == {0: 1.0}
-    assert report.beside(seen, "n", "weight", "bn") == {}
+    assert settings.beside(seen, "n", "learning rate 1", "none") == {0: 2.0}
+    assert settings.beside(seen, "n", "weight", "none") == {0: 1.0}
+    assert settings.beside(seen, "n", "weight", "bn") == {}
 
 
 def test_initialisations_differ_by_their_variance():
@@ -368,17 +348,88 @@ def test_a_small_folder_of_cifar_is_learnt_from(tmp_path):
     from cifar_files import write_cifar
 
     write_cifar(tmp_path / "data", 10, count=10)
-    unit = {"dataset": "cifar10", "data_dir": str(tmp_path / "data"), "images": None, "recipe": "short", "epochs": 1}
+    unit = {"dataset": "cifar10", "data_dir": str(tmp_path / "data"), "images": None, "epochs": 1}
     unit |= {"network": "resnet", "activation": "elu", "batch": 10, "k": 1.0, "device": "cpu", "seed": 0}
     assert 0 <= images.work({**unit, "method": "vcl-ratio"})["error"] <= 100
 
 
 @pytest.mark.parametrize(
-    ("difference", "half", "said"),
-    [(1, 0.5, "better"), (-1, 0.5, "worse"), (1, 1.5, "undecided"), (1, math.nan, "undecided")],
+    ("gain", "half", "p", "said"),
+    [
+        (1, 0.5, 0.01, "better"),
+        (-1, 0.5, 0.01, "worse"),
+        (0.2, 0.1, 0.01, "better"),
+        (1, 0.5, 0.2, "undecided"),  # its own interval leaves out 0, but Holm's correction does not
+        (0.2, 0.3, 0.2, "the same"),
+        (-0.2, 0.3, 0.2, "the same"),
+        (0.2, 0.31, 0.2, "undecided"),
+        (1, math.nan, math.nan, "undecided"),
+    ],
 )
-def test_a_verdict_needs_an_interval_without_zero(difference, half, said):
-    assert report.verdict(difference, half) == said
+def test_a_verdict_is_of_the_interval_and_the_corrected_p(gain, half, p, said):
+    assert comparisons.verdict(gain, half, p) == said
+
+
+def test_a_family_is_corrected_for_its_number_and_few_seeds_are_not_judged():
+    base = dict.fromkeys(range(8), 10.0)
+    errors = {shift: {s: 10 + shift + 0.2 * (-1) ** s * (1 + s / 8) for s in range(8)} for shift in (-1, 0, 2)}
+    errors[7] = {seed: 17.0 + seed for seed in range(4)}
+    raw = {shift: comparisons.paired(of, base) for shift, of in errors.items()}
+    judged = comparisons.judge(raw)
+    for shift, of in errors.items():
+        gains = [base[seed] - of[seed] for seed in of]
+        assert raw[shift].p == pytest.approx(stats.ttest_1samp(gains, 0).pvalue)
+        assert (raw[shift].gain, raw[shift].half) == results.mean_and_error(gains)
+    assert [judged[shift].verdict for shift in (-1, 0, 2, 7)] == ["better", "the same", "worse", "too few seeds"]
+    family = [raw[shift].p for shift in (-1, 0, 2)]
+    assert [judged[shift].p for shift in (-1, 0, 2)] == holm(family)
+    assert "p =" not in str(judged[7])
+    assert str(judged[2]).endswith("worse")
+
+
+def test_equal_errors_are_the_same():
+    same = dict.fromkeys(range(6), 3.0)
+    assert comparisons.judge({0: comparisons.paired(same, same)})[0].verdict == "the same"
+    assert comparisons.paired(same, {99: 1.0}) is None
+
+
+def test_at_one_pair_a_batch_as_many_pairs_as_it_has_is_no_study_of_its_own(tmp_path):
+    arguments = ("--networks", "demo", "--activations", "elu", "--methods", "none", "vcl-ratio", "vcl-pairs")
+    run(tmp_path, "images", *arguments, "--batch-sizes", "10", "20")
+    found = results.read("images-digits", tmp_path)
+    assert [(row["batch"], row["method"]) for row in found] == [
+        *((10, "none"), (10, "vcl-ratio")),
+        *((20, "none"), (20, "vcl-ratio"), (20, "vcl-pairs")),
+    ]
+    old = results.read("images-small-batches-mnist5k", RESULTS)
+    ratio, pairs = (
+        [row["error"] for row in old if (row["batch"], row["method"]) == (10, method)]
+        for method in ("vcl-ratio", "vcl-pairs")
+    )
+    assert ratio == pairs
+    assert not any(case[2:] == (10, "vcl-pairs") for case in page_images.image_errors(old))
+
+
+def test_seeds_split_sets_that_have_no_test_images(tmp_path):
+    run(tmp_path, "images", "--networks", "multilayer", "--activations", "elu", "--methods", "none", "--seeds", "2")
+    rows = results.read("images-digits", tmp_path)
+    assert [row["split"] for row in rows] == [0, 1]
+    assert all(row["nll"] > 0 for row in rows)
+    page = report.render(tmp_path)
+    assert "negative log-likelihood" in page
+    assert "All seeds have the same test images" not in page
+    assert data.split_of("fashion-mnist", 3) is None
+    a, b = (images.images("digits", None, None, 0, "cpu", split).test_x for split in (0, 1))
+    assert not torch.equal(a, b)
+
+
+def test_scales_of_norms_and_betas_do_not_decay():
+    model = methods.multilayer(5, 3, "bn", "elu", depth=2, width=8)
+    learnt = methods.learner(model, "bn", torch.randn(1, 5), seed=0, steps=1, learning_rate=0.1, weight_decay=0.1)
+    decayed, free = learnt.optimizer.param_groups
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0)
+    linear = [module.weight for module in model if isinstance(module, nn.Linear)]
+    assert {id(p) for p in decayed["params"]} == {id(p) for p in linear}
 
 
 def test_the_page_is_what_the_results_render():
@@ -401,7 +452,7 @@ def test_the_report_command_writes_the_page(tmp_path):
 
 def test_no_results_no_numbers(tmp_path):
     page = report.render(tmp_path)
-    assert page.count("Not measured yet") == 5
+    assert page.count("Not measured yet") == 6
     report.draw(tmp_path, tmp_path / "figures")
     assert not (tmp_path / "figures").exists()
     assert SimpleNamespace(**results.flat({"a": {"b": 1.23456789}})).b == 1.23457

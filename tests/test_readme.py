@@ -5,6 +5,7 @@ import importlib
 import json
 import pkgutil
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from PIL.PngImagePlugin import PngImageFile
 from torch import nn
 
 import vcl_kernels as vk
+from benchmarks.accuracy.report import counted, verdicts
 from benchmarks.plots import digest
 from benchmarks.report import SHOWN, ratios, render
 
@@ -29,10 +31,18 @@ def test_tables_come_from_the_results(suite):
 
 def test_errors_are_those_of_the_findings():
     (advice,) = re.findall(r"\*\*Does it help\?\*\*(.*?)\n## ", (ROOT / "README.md").read_text(), re.DOTALL)
-    errors = re.findall(r"\d+\.\d\d", advice)
     findings = (ROOT / "docs/findings.md").read_text()
+    differences = re.findall(r"[+-]\d+\.\d\d ± \d+\.\d\d", advice)
+    errors = re.findall(r"\d+\.\d\d", re.sub("|".join(map(re.escape, differences)), "", advice))
+    assert differences
     assert errors
+    assert [difference for difference in differences if f"| {difference}, " not in findings] == []
     assert [error for error in errors if f"| {error} ± " not in findings] == []
+
+
+def test_verdicts_are_counted_as_in_the_findings():
+    sentence = counted(Counter(verdicts(RESULTS / "accuracy")))
+    assert sentence in " ".join((ROOT / "README.md").read_text().split())
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda path: str(path.relative_to(RESULTS)))
