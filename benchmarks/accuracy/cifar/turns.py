@@ -39,25 +39,26 @@ def run(options: argparse.Namespace, console: Console) -> None:
         raise DataError(f"--device {options.device}: torch sees no CUDA device (--device cpu rehearses)")
     torch.backends.cudnn.benchmark = True
     store = Store(options.results, options.state)
+    lasted: dict[str, float] = {}  # seconds of each method's latest epoch; the first one compiles kernels
     with only_one(options.state), stop_signals() as stop:
+
+        def over(epochs: float) -> bool:
+            """Whether there is no time left for ``epochs`` of the slowest method."""
+            return stop.is_set() or time.monotonic() + epochs * max(lasted.values(), default=0) > until
+
         data = datasets.load(options.dataset, options.data_dir, standardise="pixel", device=device)
-        longest = 0.0  # seconds of an epoch, as seen here
         for seed in range(options.seeds):
             runs = [of for of in methods(options, seed) if not whole(store, of)]
             trainings = [Training(of, data, dtype=machine.dtype(device), device=device) for of in runs]
             for training in trainings:
                 store.resume(training)
-            left = sum(training.run.epochs - training.done for training in trainings)
-            if longest * left > until - time.monotonic():
-                break  # a part of a seed would lack the end of its schedule, where the error falls most
-            while True:
-                waiting = [training for training in trainings if not training.finished]
-                if stop.is_set() or not waiting or time.monotonic() + RESERVE * longest > until:
-                    break
+            if over(sum(training.run.epochs - training.done for training in trainings) if seed else 0):
+                break  # a part of another seed would lack the end of its schedule, where the error falls most
+            while (waiting := [training for training in trainings if not training.finished]) and not over(RESERVE):
                 training = min(waiting, key=lambda training: training.done)
                 began = time.monotonic()
                 training.epoch()
-                longest = max(longest, time.monotonic() - began)
+                lasted[training.run.method] = time.monotonic() - began
                 store.finish(training)
             for training in trainings:
                 store.save(training)
