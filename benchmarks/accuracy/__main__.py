@@ -14,10 +14,8 @@ from rich.console import Console
 from ..demo.errors import DataError
 from .options import parse
 
-STUDIES = {
-    "cifar": ".cifar.queue",
-    "cifar-gpu": ".cifar.turns",
-}  # each is imported when it runs, with what only it needs
+# Where a study is that is not a module of its name; each is imported when it runs, with what only it needs
+STUDIES = {"cifar": ".cifar.queue", "cifar-gpu": ".cifar.turns"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

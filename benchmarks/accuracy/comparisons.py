@@ -10,8 +10,8 @@ from scipy import stats
 from .results import mean_and_error
 from .statistics import holm
 
-SAME_WITHIN = 0.5  # points: a difference whose interval lies within ± this is called none
-LEAST_SEEDS = 5  # of fewer nothing is said
+SAME_WITHIN = 0.5  # points: with the whole interval within ± this, the verdict is "the same"
+LEAST_SEEDS = 5  # with fewer there is no verdict
 LEVEL = 0.05
 VERDICTS = ("better", "worse", "the same", "undecided", "too few seeds")
 Key = TypeVar("Key", bound=Hashable)

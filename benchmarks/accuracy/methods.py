@@ -46,7 +46,7 @@ VCL: dict[str, dict[str, Any]] = {
 
 
 def redundant(method: str, batch: int) -> bool:
-    """Whether ``method`` is the ratio once more: a batch that has one pair has no more of them."""
+    """Whether ``"vcl-pairs"`` is the same as ``"vcl-ratio"``: a batch below 20 samples has only one pair."""
     return method == "vcl-pairs" and batch < 4 * SUB_BATCH
 
 

@@ -42,11 +42,13 @@ def run(options: argparse.Namespace, console: Console) -> None:
     learning = {"dataset": "digits" if quick else "mnist5k", "images": 500 if quick else 2000}
     learning |= {"epochs": 2 if quick else 10}
     layers: list[Record] = [
-        {"method": method, "seed": seed, **learning} for seed in range(1 if quick else 5) for method in METHODS
+        {"method": method, "seed": seed, "split": seed, **learning}
+        for seed in range(1 if quick else 5)
+        for method in METHODS
     ]
     records = do(layers, layers_work, options.out / "layers.jsonl", console, **arguments)
     rows = [
-        {"method": r["method"], "seed": r["seed"], "test_accuracy": r["accuracy"], **row}
+        {**{name: r[name] for name in ("method", "seed", "split", "nll")}, "test_accuracy": r["accuracy"], **row}
         for r in records
         for row in r["rows"]
     ]
@@ -59,15 +61,15 @@ def mixture_work(unit: Record) -> Record:
 
 
 @lru_cache(1)
-def images(dataset: str, count: int) -> data.Data:
+def images(dataset: str, count: int, split: int) -> data.Data:
     """The first ``count`` training images, and all for testing."""
-    whole = data.load(dataset, None, device=torch.device("cpu"))
+    whole = data.load(dataset, None, split_seed=split, device=torch.device("cpu"))
     return replace(whole, train_x=whole.train_x[:count], train_y=whole.train_y[:count])
 
 
 def layers_work(unit: Record) -> Record:
     """Train the demo's network; return the monitor's rows, once an epoch, and histograms of the third ELU's input."""
-    seen = images(unit["dataset"], unit["images"])
+    seen = images(unit["dataset"], unit["images"], unit["split"])
     batch = 100
     steps = len(seen.train_x) // batch
     learner = demo_learner(
@@ -93,6 +95,7 @@ def layers_work(unit: Record) -> Record:
         trained = train(learner, seen, epochs=unit["epochs"], batch_size=batch, seed=unit["seed"], after=look)
     return {
         "accuracy": trained.test_accuracy[-1],
+        "nll": trained.test_nll[-1],
         "rows": [{k: results.rounded(v) for k, v in row.items()} for row in monitor.rows],
         "histograms": [histograms[0], histograms[len(histograms) // 2], histograms[-1]],
     }

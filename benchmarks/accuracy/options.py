@@ -69,8 +69,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=count, default=160, help="(%(default)s)")
     add("--k", type=float, default=1.0, help="width (%(default)s)")
     add("--device", default="cuda", help="(%(default)s)")
-    add("--state", type=Path, default=Path("out/cifar-gpu"), help="folder of checkpoints (%(default)s)")
-    add("--results", type=Path, default=RESULTS / "cifar-gpu", help="folder of records (%(default)s)")
+    add("--state", type=Path, help="folder of checkpoints (out/cifar-gpu)")
+    add("--results", type=Path, help=f"folder of records ({RESULTS / 'cifar-gpu'})")
 
     for name, text in (
         ("sensitivity", "to n, weight, form, unit, sub-batches and the learning of beta"),
@@ -83,6 +83,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--results", type=Path, default=RESULTS, help="(%(default)s)")
     add("--page", type=Path, default=PAGE, help="(%(default)s)")
     given = parser.parse_args(argv)
+    if given.study == "cifar-gpu":
+        rehearsal = not given.device.startswith("cuda")  # what it finds is not for the results
+        given.state = given.state or STATE.with_name("cifar-gpu-rehearsal" if rehearsal else "cifar-gpu")
+        given.results = given.results or (given.state / "results" if rehearsal else RESULTS / "cifar-gpu")
     if given.study == "cifar":
         home = STATE.with_name("cifar-quick") if given.quick else STATE
         given.state = given.state or home

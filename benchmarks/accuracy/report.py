@@ -23,7 +23,8 @@ Does VCL help, and with which settings? Every number on this page comes from a f
 `python -m benchmarks.accuracy report`.
 
 ± is half of a 95 % confidence interval, of that comparison alone. p is of a paired test, corrected by Holm's method for
-all comparisons of VCL with no normalisation and batch norm in the same table. The verdicts:
+the number of comparisons: those of VCL with no normalisation and batch norm in one table of images, or with one network
+among the settings; all ten pairs of methods on UCI and KEEL sets. The verdicts:
 
 - better, worse: p is below {LEVEL}.
 - the same: it is not, and the whole interval lies within ±{SAME_WITHIN} points.
@@ -33,7 +34,7 @@ all comparisons of VCL with no normalisation and batch norm in the same table. T
 
 LIMITS = [
     "These are short trainings of small networks on small data. The paper's claim is of long ones: its 11-layer",
-    "network on CIFAR-10 and CIFAR-100, for hundreds of epochs. That is the next section's study, under way.",
+    "network on CIFAR-10 and CIFAR-100, for hundreds of epochs. A smaller form of that is under way (next section).",
     "Settings were compared by their test error, and so was the advice drawn from them: it is a lead for other data,",
     "not a result on it.",
     "",

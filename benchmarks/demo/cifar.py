@@ -41,11 +41,6 @@ def read_batch(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
     try:
         with path.open("rb") as file:
             batch = ArraysOnly(file, encoding="bytes").load()
-    except FileNotFoundError:
-        raise DataError(
-            f"{path} is missing; get CIFAR-{classes} (python version) from {SOURCE}, unpack it, "
-            "and name its folder with --data-dir"
-        ) from None
     except Exception as error:  # what a broken pickle raises is not documented
         raise DataError(f"{path} cannot be read: {error}") from error
     label_key = LABELS[classes]
@@ -64,9 +59,24 @@ def read_batch(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
     return data.reshape(-1, 3, 32, 32), np.array(given, np.int64)
 
 
-def read_split(folder: Path, split: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return images and labels of ``"train"`` or ``"test"``; the files may lie in ``folder`` or the usual one in it."""
+def paths(folder: Path, split: str, classes: int) -> list[Path]:
+    """Return the files of ``"train"`` or ``"test"``; they may lie in ``folder`` or the usual one in it.
+
+    Raises:
+        DataError: one is missing.
+    """
     inner = folder / SUBFOLDER[classes]
-    folder = inner if inner.is_dir() else folder
-    images, labels = zip(*(read_batch(folder / name, classes) for name in FILES[classes][split]), strict=True)
+    found = [(inner if inner.is_dir() else folder) / name for name in FILES[classes][split]]
+    for path in found:
+        if not path.exists():
+            raise DataError(
+                f"{path} is missing; get CIFAR-{classes} (python version) from {SOURCE}, unpack it, "
+                "and name its folder with --data-dir"
+            )
+    return found
+
+
+def read_split(folder: Path, split: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return images and labels of ``"train"`` or ``"test"``."""
+    images, labels = zip(*(read_batch(path, classes) for path in paths(folder, split, classes)), strict=True)
     return np.concatenate(images), np.concatenate(labels)

@@ -15,6 +15,7 @@ from .errors import DataError
 DATASETS = ("mnist5k", "digits", "fashion-mnist", "cifar10", "cifar100")
 SPLIT_BY_US = ("mnist5k", "digits")  # sets without test images of their own
 STANDARDISED = {"channel": (0, 2, 3), "pixel": (0,)}  # the dimensions over which mean and variance are taken
+CIFAR = {"cifar10": 10, "cifar100": 100}  # classes; other sets have 10
 TESTED = 0.2  # of sets without test images of their own
 Arrays = tuple[np.ndarray, np.ndarray]
 
@@ -68,7 +69,7 @@ def load(
     def labels(y: np.ndarray) -> Tensor:
         return torch.from_numpy(y.astype(np.int64)).to(device)
 
-    return Data(images(train[0]), labels(train[1]), images(test[0]), labels(test[1]), 100 if name == "cifar100" else 10)
+    return Data(images(train[0]), labels(train[1]), images(test[0]), labels(test[1]), CIFAR.get(name, 10))
 
 
 def _read(name: str, folder: Path | None, split_seed: int) -> tuple[Arrays, Arrays]:
@@ -87,7 +88,21 @@ def _read(name: str, folder: Path | None, split_seed: int) -> tuple[Arrays, Arra
     if name == "fashion-mnist":
         folder = folder or idx.DEFAULT_DIR
         return idx.read_split(folder, "train"), idx.read_split(folder, "t10k")
-    classes = 100 if name == "cifar100" else 10
+    classes = CIFAR[name]
+    folder = check_present(name, folder)
+    if packed.is_in(folder, classes):
+        found = packed.read(folder, classes)
+        return found["train"], found["test"]
+    return cifar.read_split(folder, "train", classes), cifar.read_split(folder, "test", classes)
+
+
+def check_present(name: str, folder: Path | None) -> Path:
+    """Return the folder that has every file of ``"cifar10"`` or ``"cifar100"``; nothing is read.
+
+    Raises:
+        DataError: it is not named, or a file is missing.
+    """
+    classes = CIFAR[name]
     if folder is None:
         raise DataError(
             f"{name} is not shipped with any package: get the python version from {cifar.SOURCE}, unpack it, "
@@ -95,9 +110,11 @@ def _read(name: str, folder: Path | None, split_seed: int) -> tuple[Arrays, Arra
             "with --data-dir"
         )
     if packed.is_in(folder, classes):
-        found = packed.read(folder, classes)
-        return found["train"], found["test"]
-    return cifar.read_split(folder, "train", classes), cifar.read_split(folder, "test", classes)
+        packed.paths(folder, classes)
+    else:
+        for split in ("train", "test"):
+            cifar.paths(folder, split, classes)
+    return folder
 
 
 def _split(x: np.ndarray, y: np.ndarray, tested: float | int, seed: int) -> tuple[Arrays, Arrays]:
@@ -109,7 +126,7 @@ def _split(x: np.ndarray, y: np.ndarray, tested: float | int, seed: int) -> tupl
 
 
 def split_of(name: str, seed: int) -> int | None:
-    """Return what splits the set where runs are to have splits of their own; None: it has test images."""
+    """Return the ``split_seed`` for a run with ``seed``; None if the set has test images of its own."""
     return seed if name in SPLIT_BY_US else None
 
 

@@ -85,8 +85,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, decay_beta: bool 
     free: list[nn.Parameter] = []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            kept = isinstance(module, NORMS) or name == "bias" or (name == "beta" and not decay_beta)
-            (free if kept else decayed).append(parameter)
+            undecayed = isinstance(module, NORMS) or name == "bias" or (name == "beta" and not decay_beta)
+            (free if undecayed else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 

@@ -25,13 +25,26 @@ def is_in(folder: Path, classes: int) -> bool:
     return any((folder / name).exists() for name in names(classes))
 
 
+def paths(folder: Path, classes: int) -> list[Path]:
+    """Return the files.
+
+    Raises:
+        DataError: one is missing.
+    """
+    found = [folder / name for name in names(classes)]
+    for path in found:
+        if not path.exists():
+            raise DataError(f"{path} is missing: the set is {' and '.join(names(classes))}, both in one folder")
+    return found
+
+
 def read(folder: Path, classes: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return images (N, 3, 32, 32) and labels (N,) of ``"train"`` and ``"test"``, in an order of their own.
+    """Return images (N, 3, 32, 32) and labels (N,) of ``"train"`` and ``"test"``, in a fixed shuffled order.
 
     A part has its strips one behind another in ``data``, from ``offsets[i]`` to ``offsets[i + 1]``; ``labels`` and
     ``split`` (1: test) have an entry for each picture.
     """
-    parts = [_part(folder / name, classes) for name in names(classes)]
+    parts = [_part(path, classes) for path in paths(folder, classes)]
     images, labels, tested = (np.concatenate(found) for found in zip(*parts, strict=True))
     order = np.random.default_rng(SHUFFLED_BY).permutation(len(labels))
     images, labels, tested = images[order], labels[order], tested[order]
@@ -49,8 +62,6 @@ def _part(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
             if missing:
                 raise DataError(f"{path} is no part of CIFAR-{classes}: it has no entry {missing[0]!r}")
             data, offsets, labels, split = (file[key] for key in KEYS)
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing: the set is {' and '.join(names(classes))}, both in one folder") from None
     except DataError:
         raise
     except Exception as error:  # what a broken archive raises is not documented

@@ -65,7 +65,7 @@ def versions() -> dict[str, str]:
     """Return what the numbers depend on."""
     return {
         "python": platform.python_version(),
-        "torch": str(torch.__version__),  # a subclass of str, which checkpoints could not be read with
+        "torch": str(torch.__version__),  # its own class is none that torch.load(weights_only=True) takes
         "vcl_kernels": vk.__version__,
         "numpy": np.__version__,
         "matplotlib": matplotlib.__version__,

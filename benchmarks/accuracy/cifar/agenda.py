@@ -1,4 +1,4 @@
-"""What the queue has before it: which runs are wanted, which can be worked on here, how long they take."""
+"""Which runs are wanted, which of them can run here, how long they take."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from fnmatch import fnmatch
 
 from . import machine
 from .files import Store
+from .records import epochs_of, progress
 from .runs import Run, planned
-from .training import CPU, Record
+from .training import CPU
 
 
 class Agenda:
@@ -25,17 +26,17 @@ class Agenda:
 
     def wanted(self) -> list[Run]:
         """Return the runs that match."""
-        runs = self.plan()
-        return list({run.name: run for pattern in self.patterns for run in runs if fnmatch(run.name, pattern)}.values())
+        plan = self.plan()
+        return list({run.name: run for pattern in self.patterns for run in plan if fnmatch(run.name, pattern)}.values())
 
     def possible(self) -> list[Run]:
-        """Return what can be worked on here: runs that are begun, then others."""
-        waiting = {run.name for run, _ in self.held_up()}
+        """Return what can run here and is not finished: first what is begun."""
+        waiting = self.waiting()
         todo = [run for run in self.wanted() if run.name not in waiting and not self.store.finished(run)]
         return sorted(todo, key=lambda run: self.store.record(run) is None)
 
-    def held_up(self) -> Iterator[tuple[Run, str]]:
-        """Yield the runs that cannot be worked on here, and why.
+    def waiting(self) -> dict[str, str]:
+        """Return the runs that cannot run here now, each with the reason.
 
         The methods of a seed are compared with each other, so all of them run on one kind of CPU and in one dtype.
         """
@@ -44,63 +45,54 @@ class Agenda:
             record = self.store.record(run)
             if record is not None:
                 homes.setdefault((run.dataset, run.held_out, run.seed), record["machine"])
+        reasons = {}
         for run in self.wanted():
             home = homes.get((run.dataset, run.held_out, run.seed), self.here)
             if self.store.finished(run):
                 continue
             if run.learning_rate is None:
-                yield run, "waits for stage 0 to choose its learning rate"
+                reasons[run.name] = "waits for stage 0 to choose its learning rate"
             elif home != self.here:
-                where = f"{home['kind']} ({home['dtype']})"
-                yield (
-                    run,
-                    f"waits for {where}, where its seed began; here is {self.here['kind']} ({self.here['dtype']})",
+                reasons[run.name] = (
+                    f"waits for {home['kind']} ({home['dtype']}), where its seed began; here is {self.here['kind']} "
+                    f"({self.here['dtype']}): PLAN.md says when a seed begins again"
                 )
+        return reasons
 
     def hours_left(self, workers: int) -> str:
-        """Return how long the workers still need, by the CPU time of past epochs; an unseen method takes the mean."""
-        runs = self.wanted()
+        """Return how long the workers need for what can run here or waits for stage 0.
+
+        By the CPU time of past epochs; a method not yet seen takes the mean of the others.
+        """
+        elsewhere = {name for name, reason in self.waiting().items() if "waits for stage 0" not in reason}
+        runs = [run for run in self.wanted() if run.name not in elsewhere]
         records = {run.name: record for run in runs if (record := self.store.record(run)) is not None}
         times: dict[str, list[float]] = {}
         for run in runs:
             if run.name in records:
                 times.setdefault(run.method, []).extend(records[run.name]["epochs"]["cpu_seconds"])
-        medians = {method: statistics.median(of) for method, of in times.items() if of}
-        if not medians:
+        medians = {method: statistics.median(column) for method, column in times.items() if column}
+        left = [
+            (run.method, run.epochs - (epochs_of(records[run.name]) if run.name in records else 0))
+            for run in runs
+            if not self.store.finished(run)
+        ]
+        if left and not medians:
             return "hours left: not known before the first epoch"
-        usual = statistics.mean(medians.values())
-        seconds = 0.0
-        for run in runs:
-            if not self.store.finished(run):
-                done = epochs_of(records[run.name]) if run.name in records else 0
-                seconds += (run.epochs - done) * medians.get(run.method, usual)
+        usual = statistics.mean(medians.values()) if medians else 0.0
+        seconds = sum(epochs * medians.get(method, usual) for method, epochs in left)
         return f"{seconds / workers / 3600:.1f} hours left"
 
     def status(self, workers: int) -> Iterator[str]:
         """Yield a line for each run that is finished or begun, and one on the rest."""
-        runs = self.wanted()
-        reasons = {run.name: reason for run, reason in self.held_up()}
+        runs, reasons = self.wanted(), self.waiting()
         finished = begun = 0
         for run in runs:
             record = self.store.record(run)
             if record is not None:
-                whole = self.store.finished(run)
-                yield f"{progress(run, record)}, {'finished' if whole else reasons.get(run.name, 'begun')}"
-                finished += whole
-                begun += not whole
+                ended = self.store.finished(run)
+                yield f"{progress(run, record)}, {'finished' if ended else reasons.get(run.name, 'begun')}"
+                finished += ended
+                begun += not ended
         todo = len(runs) - finished - begun
         yield f"{finished} finished, {begun} begun, {todo} to do; {self.hours_left(workers)}"
-
-
-def epochs_of(record: Record) -> int:
-    """Return how many epochs are done."""
-    return len(record["epochs"]["test_error"])
-
-
-def progress(run: Run, record: Record) -> str:
-    """Return where a run is that is begun or finished."""
-    done, epochs = epochs_of(record), record["epochs"]
-    if not done:
-        return f"{run.name}: epoch 0 of {run.epochs}"
-    state = "diverged" if record["diverged"] else f"error {epochs['test_error'][-1]:.2f} %"
-    return f"{run.name}: epoch {done} of {run.epochs}, {state}, {epochs['cpu_seconds'][-1]:.0f} s an epoch"

@@ -8,6 +8,14 @@ from pathlib import Path
 import torch
 
 INFO = Path("/proc/cpuinfo")
+# What Linux says of a processor that tells its kind, on x86-64 and on Arm, and the word for it
+IDENTITY = {
+    "model name": "",
+    "cpu family": "family",
+    "model": "model",
+    "CPU implementer": "implementer",
+    "CPU part": "part",
+}
 BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # instructions, as Linux names them on x86-64 and Arm
 
 
@@ -25,10 +33,9 @@ def kind(device: torch.device) -> str:
     """Return the model of the CPU, or the name of the GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    of = _processor()
-    if "model name" not in of:
-        return platform.processor() or platform.machine()
-    return f"{of['model name']}, family {of.get('cpu family')}, model {of.get('model')}"
+    said = _processor()
+    known = [f"{word} {said[name]}".lstrip() for name, word in IDENTITY.items() if name in said]
+    return ", ".join(known) or platform.processor() or platform.machine()
 
 
 def describe(device: torch.device) -> dict[str, str]:
@@ -40,6 +47,6 @@ def dtype(device: torch.device) -> torch.dtype:
     """Return bfloat16 where there are instructions for it, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    of = _processor()
-    present = set(f"{of.get('flags', '')} {of.get('Features', '')}".split())
+    said = _processor()
+    present = set(f"{said.get('flags', '')} {said.get('Features', '')}".split())
     return torch.bfloat16 if present & BFLOAT16 else torch.float32

@@ -25,10 +25,10 @@ BORDER = 4  # pixels of zeros around an image, before it is cropped
 
 def network(method: str, classes: int, k: float) -> nn.Sequential:
     """Return the 11-layer network with the norm, activation and initialisation of ``method``."""
-    of = METHODS[method]
-    norms = {"batch_norm": of.norm == "batch", "group_norm": of.norm == "group"}
-    model = elu_11(classes, k=k, activation=ACTIVATIONS[of.activation], **norms)
-    initialise(model, he=of.he)
+    chosen = METHODS[method]
+    norms = {"batch_norm": chosen.norm == "batch", "group_norm": chosen.norm == "group"}
+    model = elu_11(classes, k=k, activation=ACTIVATIONS[chosen.activation], **norms)
+    initialise(model, he=chosen.he)
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.bias is not None:
             nn.init.zeros_(module.bias)
@@ -42,7 +42,7 @@ def attach(model: nn.Module, method: str, example: Tensor) -> vk.VCLHandle | Non
 
 
 def clip_each(parameters: list[nn.Parameter]) -> None:
-    """Bound the norm of each parameter's gradient, in a few launches for all of them."""
+    """Bound the norm of each parameter's gradient, without a synchronisation."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
     torch._foreach_mul_(gradients, list((CLIP / (norms + 1e-6)).clamp(max=1).unbind()))

@@ -65,7 +65,7 @@ def planned(rates: Rates, *, quick: bool = False) -> Iterator[Run]:
     ``rates`` are those chosen so far; ``quick``: of networks that learn nothing, to see that all runs.
     """
     tuned = Run("0", "cifar10", "", 0, None, epochs=20, k=0.25, held_out=HELD_OUT)
-    tuned = replace(tuned, epochs=3, k=0.02, held_out=0.2) if quick else tuned
+    tuned = replace(tuned, epochs=6, k=0.02, held_out=0.2) if quick else tuned
     yield from (replace(tuned, method=m, learning_rate=rate) for m in BASE for rate in LEARNING_RATES)
     long = replace(tuned, epochs=3 * tuned.epochs, held_out=None)
     for stage, dataset, methods, seeds in (

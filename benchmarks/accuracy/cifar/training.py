@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,11 @@ from ...demo.data import Data
 from ...demo.training import scores
 from . import machine
 from .recipe import BATCH, ReferenceLearner, attach, crop_and_flip, draw, network
+from .records import COLUMNS, Record, epochs_of
 from .runs import Run
 
 CPU = torch.device("cpu")
 LOOKS = 6  # layers are looked at before the first epoch, and after each sixth of them
-COLUMNS = ("test_error", "test_nll", "train_loss", "vcl_loss", "learning_rate", "cpu_seconds")
-Record = dict[str, Any]
 
 
 class Stopped(Exception):  # noqa: N818
@@ -56,7 +55,11 @@ class Training:
             "machine": {"kind": machine.kind(device), "dtype": str(dtype).removeprefix("torch.")},
             "versions": report.versions(),
             "parameters": {"network": plain, "vcl": sum(p.numel() for p in model.parameters()) - plain},
-            "images": {"training": len(data.train_x), "scored": len(data.test_x)},
+            "images": {
+                "training": len(data.train_x),
+                "scored": len(data.test_x),
+                "labels_crc32": zlib.crc32(data.train_y.cpu().numpy().tobytes()),  # tells their order, and the split
+            },
             "resumed_after_epochs": [],
             "diverged": False,
             "epochs": {column: [] for column in COLUMNS},
@@ -66,7 +69,7 @@ class Training:
     @property
     def done(self) -> int:
         """Epochs that are done."""
-        return len(self.record["epochs"]["test_error"])
+        return epochs_of(self.record)
 
     @property
     def finished(self) -> bool:
@@ -120,10 +123,11 @@ class Training:
         """Go on from ``state()`` of the same run.
 
         Raises:
-            ValueError: it is of another run.
+            ValueError: it is of other settings, another machine or other images.
         """
-        if state["record"]["run"] != self.record["run"]:
-            raise ValueError(f"the checkpoint is of {state['record']['run']}, not of {self.record['run']}")
+        for part in ("run", "machine", "images"):
+            if state["record"][part] != self.record[part]:
+                raise ValueError(f"it is of {part} {state['record'][part]}, not {self.record[part]}")
         self.learner.model.load_state_dict(state["model"])
         self.learner.optimizer.load_state_dict(state["optimizer"])
         self.learner.schedule.load_state_dict(state["schedule"])
@@ -145,9 +149,10 @@ class Training:
     def _look(self) -> None:
         """Record what the layers are like on the first batch of training images, as they are in training.
 
-        Of each activation's input, mean over units: variance and constancy (VCLMonitor says what they are) by channel
-        and by activation, and beta. Of each convolution before one: the norm of the VCL's gradient by its weight over
-        that of the cross-entropy's. A copy of the model is looked at, which leaves the training as it is.
+        Of each activation's input: variance and constancy (as VCLMonitor defines them), mean over channels and mean
+        over activations; of beta the mean and the least. Of each convolution before an activation: the norm of VCL's
+        gradient by the weight, over the norm of the cross-entropy's. ``train_loss`` is that of the batch. A copy of
+        the model is looked at, so the training stays as it is.
         """
         learner = copy.copy(self.learner)
         learner.model = copy.deepcopy(self.learner.model)
@@ -161,11 +166,12 @@ class Training:
         with by_channel, by_activation:
             part = slice(0, self.batch)
             task, penalty = learner.losses(self.data.train_x[part], self.data.train_y[part])
+        seen["train_loss"] = float(task.detach())
         for unit, monitor in (("channel", by_channel), ("activation", by_activation)):
             for name in ("variance", "constancy"):
                 seen[f"{name}_by_{unit}"] = [row[name] for row in monitor.rows]
         if learner.handle is not None:
-            seen["beta"] = [row["beta"] for row in by_channel.rows]
+            seen |= {name: [row[name] for row in by_channel.rows] for name in ("beta", "beta_least")}
             weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)][: len(by_channel.rows)]
             of_task = torch.autograd.grad(task, weights, retain_graph=True)
             of_vcl = torch.autograd.grad(penalty, weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from .. import results
 from ..comparisons import Comparison, cell, judge, paired
 from ..methods import IMAGE_METHODS, VCL, redundant
 from ..work import Record
-from .markdown import OTHERS, asked_for, made, none_yet, table
+from .markdown import OTHERS, asked_for, linked, made, none_yet, table
 
 Case = tuple[str, str, int, str]  # network, activation, batch, method
 
@@ -19,7 +20,7 @@ Case = tuple[str, str, int, str]  # network, activation, batch, method
 def verdicts(folder: Path) -> Iterator[tuple[str, str, str]]:
     """Yield study, other method and verdict of each comparison of a VCL with no normalisation or batch norm."""
     for name in image_studies(folder):
-        for (_, other), found in image_comparisons(image_errors(results.read(name, folder))).items():
+        for (_, other), found in image_comparisons(name, folder).items():
             yield name.replace("-", ", ", 1), other, found.verdict
 
 
@@ -46,7 +47,7 @@ def image_study(name: str, folder: Path) -> list[str]:
     rows, asked = results.read(name, folder), json.loads((folder / f"{name}.json").read_text())["settings"]
     seen, costs = image_errors(rows), {_case(row): row for row in rows}
     likelihoods = image_errors(rows, "nll") if "nll" in rows[0] else {}
-    compared = image_comparisons(seen)
+    compared = image_comparisons(name, folder)
     lines = []
     for case, same in seen.items():
         network, activation, batch, method = case
@@ -65,6 +66,9 @@ def image_study(name: str, folder: Path) -> list[str]:
     header = ["network", "method", "seeds", "test error, %", "difference from none", "from batch norm"]
     header += ["negative log-likelihood"] if likelihoods else []
     text = [made(f"images {asked_for(asked)}", name), *remarks(rows)]
+    for earlier, cases in repeated(name, folder).items():
+        batches = ", ".join(str(batch) for batch in sorted({case[2] for case in cases}))
+        text.append(f"Runs in batches of {batches} that {linked(earlier)} has too are judged there.")
     images = f"{rows[0]['images']} training images, " if rows[0]["images"] else ""
     title = f"### {rows[0]['dataset']}, {images}{rows[0]['epochs']} epochs"
     return [title, "", " ".join(text), "", *table([*header, "step, ms", "saved for backward, MB"], lines)]
@@ -92,18 +96,32 @@ def image_errors(rows: list[Record], column: str = "error") -> dict[Case, dict[i
     found: dict[Case, dict[int, float]] = {}
     for row in rows:
         if not redundant(row["method"], row["batch"]):
-            found.setdefault(_case(row), {})[row["seed"]] = row[column]
+            found.setdefault(_case(row), {})[row["seed"]] = math.nan if row[column] == "" else row[column]
     return found
 
 
-def image_comparisons(seen: dict[Case, dict[int, float]]) -> dict[tuple[Case, str], Comparison]:
-    """Return each VCL of a study beside no normalisation and batch norm."""
+def image_comparisons(name: str, folder: Path) -> dict[tuple[Case, str], Comparison]:
+    """Return each VCL of a study beside no normalisation and batch norm, but for what an earlier study judges."""
+    seen = image_errors(results.read(name, folder))
+    elsewhere = {case for cases in repeated(name, folder).values() for case in cases}
     family = {
         (case, other): paired(errors, seen.get((*case[:-1], other), {}))
         for case, errors in seen.items()
-        for other in (OTHERS if case[-1] in VCL else ())
+        for other in (OTHERS if case[-1] in VCL and case not in elsewhere else ())
     }
     return judge({key: found for key, found in family.items() if found is not None})
+
+
+def repeated(name: str, folder: Path) -> dict[str, set[Case]]:
+    """Return, for each earlier study, the cases of VCL in which ``name`` has the same runs."""
+    rows, studies = results.read(name, folder), image_studies(folder)
+    found = {}
+    for earlier in studies[: studies.index(name)]:
+        others = results.read(earlier, folder)
+        if others and all(others[0][column] == rows[0][column] for column in ("dataset", "images", "epochs")):
+            a, b = image_errors(rows), image_errors(others)
+            found[earlier] = {case for case in a if case[-1] in VCL and a[case] == b.get(case)}
+    return {earlier: cases for earlier, cases in found.items() if cases}
 
 
 def _case(row: Record) -> Case:
