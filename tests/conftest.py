@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -51,6 +52,15 @@ UNITS = ("channel", "activation")
 def seeded() -> None:
     """Draw the same numbers in every test, whichever ran before; drawn on the CPU, the same on every machine."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the studies run: one thread, so that small networks do not wait for each other's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def device_of(backend: str) -> str:

@@ -40,13 +40,7 @@ from benchmarks.demo.learner import initialise
 from vcl_kernels import VCLActivation
 
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(tmp_path, *arguments):

@@ -16,15 +16,10 @@ from benchmarks.demo.errors import DataError
 from benchmarks.demo.learner import parameter_groups
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # the paper's 2x2 kernels
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),  # the paper's 2x2 kernels
+]
 
 
 def test_the_network_is_the_authors():

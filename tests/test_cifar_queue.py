@@ -21,15 +21,10 @@ from benchmarks.accuracy.page import cifar as page
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # the paper's 2x2 kernels
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),  # the paper's 2x2 kernels
+]
 
 
 ERRORS = {0.02: 30.0, 0.05: 20.0, 0.1: 25.0}  # of stage 0, by learning rate
