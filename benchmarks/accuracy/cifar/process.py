@@ -1,4 +1,4 @@
-"""What a command needs that may be stopped at any time: a flag that signals set, a lock on its folder."""
+"""What a long command needs: a flag that signals set, a lock on its folder, lines for a log."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from rich.console import Console
 
 from ...demo.errors import DataError
 
@@ -20,6 +22,11 @@ class Stop:
 
     def ask(self, *_: object) -> None:
         self.asked = True
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is, without breaks or colours."""
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from ..work import begin
 from . import machine
 from .agenda import Agenda
 from .files import Store
-from .process import Stop, only_one, stop_signals
+from .process import Stop, only_one, say, stop_signals
 from .records import epochs_of, progress
 from .runs import Run
 from .training import CPU, Stopped, Training
@@ -55,10 +55,6 @@ def run(options: argparse.Namespace, console: Console) -> None:
             say(console, f"{name} {reason}")
         if failed:
             raise DataError(f"{', '.join(failed)} failed; see above")
-
-
-def say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, soft_wrap=True)
 
 
 class Queue:

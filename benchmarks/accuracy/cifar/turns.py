@@ -17,8 +17,7 @@ from ...demo import data as datasets
 from ...demo.errors import DataError
 from . import machine
 from .files import Store
-from .process import only_one, stop_signals
-from .queue import say
+from .process import only_one, say, stop_signals
 from .records import epochs_of, progress
 from .runs import BASE, Run
 from .training import Training

@@ -21,7 +21,7 @@ def section(folder: Path) -> list[str]:
     return [
         "## CIFAR",
         "",
-        "The paper's network at a quarter of its width with the authors' recipe over 60 epochs, in bfloat16, by "
+        "The paper's network at a quarter of its width with the authors' recipe over 60 epochs, by "
         f"[a plan]({PLAN}) that was written before the first run. `{COMMAND}` makes a file for each run. The results "
         "of a stage stand here once all its runs are finished.",
         "",
