@@ -177,7 +177,7 @@ def wait_until(condition, seconds=90):
 
 def test_the_queue_can_be_stopped_and_started_again(tmp_path, capsys, monkeypatch):
     keep_environment(monkeypatch)
-    write_packed(tmp_path / "data", 10, training=6000, tested=100)
+    write_packed(tmp_path / "data", 10, training=2500, tested=100)
     name = "0-cifar10-vcl-rate0.1-seed0"
     asked = command(tmp_path, "--runs", name, "--workers", "1")
     resumed = []
@@ -198,7 +198,7 @@ def test_the_queue_can_be_stopped_and_started_again(tmp_path, capsys, monkeypatc
     found = record_of(tmp_path, name)
     assert found["resumed_after_epochs"] == resumed
     assert len(found["epochs"]["test_error"]) == 6
-    assert (found["images"]["training"], found["images"]["scored"]) == (4800, 1200)
+    assert (found["images"]["training"], found["images"]["scored"]) == (2000, 500)
     assert main([*map(str, asked[5:]), "--status"]) == 0
     assert f"{name}: epoch 6 of 6" in capsys.readouterr().out
 
@@ -241,7 +241,7 @@ def test_a_run_that_fails_is_named(tmp_path, capfd, monkeypatch):
 
 def test_no_worker_outlives_a_queue_that_ends_by_an_error(tmp_path, monkeypatch):
     keep_environment(monkeypatch)
-    write_packed(tmp_path / "data", 10, training=6000)
+    write_packed(tmp_path / "data", 10, training=100)
     stored = files.Store(tmp_path / "results", tmp_path / "state")
     at_work = queue.Queue(agenda.Agenda(stored, ["0-*-vcl-rate0.1-*"], quick=True), tmp_path / "data", 1, None)
 

@@ -27,7 +27,7 @@ from .records import epochs_of, progress
 from .runs import Run
 from .training import CPU, Stopped, Training
 
-POLL = 1.0  # seconds between two looks at the workers
+POLL = 0.2  # seconds between two looks at the workers
 LEAST_PRIORITY = 19
 # glibc returns large blocks to the system; faulting them in again costs more than many kernels
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
