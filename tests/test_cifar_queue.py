@@ -175,7 +175,7 @@ def wait_until(condition, seconds=90):
         time.sleep(0.05)
 
 
-def test_the_queue_can_be_stopped_and_started_again(tmp_path, capsys, monkeypatch):
+def test_the_queue_can_be_stopped_and_started_again_and_names_a_run_that_fails(tmp_path, capfd, monkeypatch):
     keep_environment(monkeypatch)
     write_packed(tmp_path / "data", 10, training=2500, tested=100)
     name = "0-cifar10-vcl-rate0.1-seed0"
@@ -194,13 +194,22 @@ def test_the_queue_can_be_stopped_and_started_again(tmp_path, capsys, monkeypatc
         resumed.append(epochs_begun(tmp_path, name))
         assert f"{name}: epoch {resumed[-1]} of 6" in printed
         assert record_of(tmp_path, name) is None
-    assert main(list(map(str, asked[5:]))) == 0
+    fails = "0-cifar10-bn-rate0.1-seed0"
+    checkpoint = tmp_path / "state" / fails / "checkpoint.pt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"cut off")
+    both = command(tmp_path, "--runs", name, fails, "--workers", "2")
+    assert main(list(map(str, both[5:]))) == 2
+    printed = capfd.readouterr().err
+    assert f"{fails} failed" in printed
+    assert f"{name} failed" not in printed
+    assert f"{checkpoint} cannot be resumed; delete its folder" in printed
     found = record_of(tmp_path, name)
     assert found["resumed_after_epochs"] == resumed
     assert len(found["epochs"]["test_error"]) == 6
     assert (found["images"]["training"], found["images"]["scored"]) == (2000, 500)
     assert main([*map(str, asked[5:]), "--status"]) == 0
-    assert f"{name}: epoch 6 of 6" in capsys.readouterr().out
+    assert f"{name}: epoch 6 of 6" in capfd.readouterr().out
 
 
 def keep_environment(monkeypatch):
@@ -225,18 +234,6 @@ def test_what_keeps_a_queue_from_starting_is_said_before_any_worker(tmp_path, ca
     assert main(["cifar", "--quick", "--state", str(tmp_path / "state")]) == 2
     assert "--data-dir" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
-
-
-def test_a_run_that_fails_is_named(tmp_path, capfd, monkeypatch):
-    keep_environment(monkeypatch)
-    write_packed(tmp_path / "data", 10, training=100)
-    checkpoint = tmp_path / "state" / "0-cifar10-bn-rate0.1-seed0" / "checkpoint.pt"
-    checkpoint.parent.mkdir(parents=True)
-    checkpoint.write_bytes(b"cut off")
-    assert main(list(map(str, command(tmp_path, "--runs", "0-cifar10-bn-rate0.1*")[5:]))) == 2
-    printed = capfd.readouterr().err
-    assert "0-cifar10-bn-rate0.1-seed0 failed" in printed
-    assert f"{checkpoint} cannot be resumed; delete its folder" in printed
 
 
 def test_no_worker_outlives_a_queue_that_ends_by_an_error(tmp_path, monkeypatch):
