@@ -1,7 +1,8 @@
-"""Helpers of the tests: layouts of a tensor, and errors measured against a float64 oracle."""
+"""Helpers of the tests: layouts of a tensor, errors measured against a float64 oracle, waiting."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from unittest import mock
 
@@ -73,3 +74,11 @@ def assert_within_budget(actual: Tensor, eager: list[Tensor], exact: Tensor) -> 
         of_eager = 1e-13 * exact.abs().max()
     rounding = torch.finfo(actual.dtype).eps * exact.abs().max() + torch.finfo(actual.dtype).tiny
     assert error <= 2 * of_eager + rounding, f"error {error:.3g}, eager {of_eager:.3g}, rounding {rounding:.3g}"
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
+    """Wait for what another process does."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)

@@ -5,13 +5,13 @@ import math
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from common import wait_until
 from rich.console import Console
 from scipy import stats
 from torch import nn
@@ -153,13 +153,6 @@ def test_workers_end_with_a_process_that_is_killed(tmp_path):
             process.kill()
     for worker in (int(path.name) for path in folder.iterdir() if path.name.isdigit()):
         wait_until(lambda worker=worker: not running(worker))
-
-
-def wait_until(condition, seconds=60):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 def running(pid):

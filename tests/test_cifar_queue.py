@@ -5,16 +5,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from cifar_files import write_packed
+from common import wait_until
 
 from benchmarks.accuracy.__main__ import main
-from benchmarks.accuracy.cifar import agenda, files, machine, queue, runs, training, turns
+from benchmarks.accuracy.cifar import agenda, files, machine, queue, records, runs, training, turns
 from benchmarks.accuracy.cifar.process import Stop, only_one
 from benchmarks.accuracy.options import RESULTS, parse
 from benchmarks.accuracy.page import cifar as page
@@ -34,10 +34,10 @@ def write(store, run, epochs=None, error=50.0, nll=1.0, machine_=None):
     """The record of a run that is finished, or was begun and has some epochs."""
     path = store.results / f"{run.name}.json" if epochs is None else store.state / run.name / "record.json"
     done = run.epochs if epochs is None else epochs
-    columns = {column: [1.0] * done for column in training.COLUMNS} | {"test_error": [error] * done}
+    columns = {column: [1.0] * done for column in records.COLUMNS} | {"test_error": [error] * done}
     record = {
         "run": asdict(run),
-        "machine": machine_ or machine.describe(CPU),
+        "machine": machine_ or machine.describe(CPU, machine.dtype(CPU)),
         "diverged": False,
         "epochs": columns | {"test_nll": [nll] * done, "cpu_seconds": [36.0] * done},
     }
@@ -158,9 +158,10 @@ def test_the_kind_of_cpu_and_its_dtype(tmp_path, monkeypatch, flags, dtype):
     assert machine.dtype(CPU) == torch.float32
 
 
-def command(tmp_path, *arguments):
+def asked(tmp_path, *more):
+    """The arguments of a queue on tiny networks."""
     folders = ["--state", tmp_path / "state", "--results", tmp_path / "results", "--data-dir", tmp_path / "data"]
-    return [sys.executable, "-W", "ignore", "-m", "benchmarks.accuracy", "cifar", "--quick", *folders, *arguments]
+    return list(map(str, ["cifar", "--quick", *folders, *more]))
 
 
 def record_of(tmp_path, name):
@@ -168,22 +169,16 @@ def record_of(tmp_path, name):
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def wait_until(condition, seconds=90):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
-
-
 def test_the_queue_can_be_stopped_and_started_again_and_names_a_run_that_fails(tmp_path, capfd, monkeypatch):
     keep_environment(monkeypatch)
     write_packed(tmp_path / "data", 10, training=2500, tested=100)
     name = "0-cifar10-vcl-rate0.1-seed0"
-    asked = command(tmp_path, "--runs", name, "--workers", "1")
+    alone = asked(tmp_path, "--runs", name, "--workers", "1")
+    program = [sys.executable, "-W", "ignore", "-m", "benchmarks.accuracy"]
     resumed = []
     for number, to_all in ((signal.SIGTERM, False), (signal.SIGINT, True)):  # the second as Ctrl-C does
         started = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
-        with subprocess.Popen(asked, **started) as process:
+        with subprocess.Popen([*program, *alone], **started) as process:
             least = len(resumed) + 1
             wait_until(lambda least=least: epochs_begun(tmp_path, name) >= least)
             (os.killpg if to_all else os.kill)(process.pid, number)
@@ -198,8 +193,7 @@ def test_the_queue_can_be_stopped_and_started_again_and_names_a_run_that_fails(t
     checkpoint = tmp_path / "state" / fails / "checkpoint.pt"
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_bytes(b"cut off")
-    both = command(tmp_path, "--runs", name, fails, "--workers", "2")
-    assert main(list(map(str, both[5:]))) == 2
+    assert main(asked(tmp_path, "--runs", name, fails, "--workers", "2")) == 2
     printed = capfd.readouterr().err
     assert f"{fails} failed" in printed
     assert f"{name} failed" not in printed
@@ -208,7 +202,7 @@ def test_the_queue_can_be_stopped_and_started_again_and_names_a_run_that_fails(t
     assert found["resumed_after_epochs"] == resumed
     assert len(found["epochs"]["test_error"]) == 6
     assert (found["images"]["training"], found["images"]["scored"]) == (2000, 500)
-    assert main([*map(str, asked[5:]), "--status"]) == 0
+    assert main([*alone, "--status"]) == 0
     assert f"{name}: epoch 6 of 6" in capfd.readouterr().out
 
 
@@ -224,7 +218,7 @@ def epochs_begun(tmp_path, name):
 
 
 def test_what_keeps_a_queue_from_starting_is_said_before_any_worker(tmp_path, capsys):
-    arguments = list(map(str, command(tmp_path, "--runs", "0-cifar10-bn-rate0.1*")[5:]))
+    arguments = asked(tmp_path, "--runs", "0-cifar10-bn-rate0.1*")
     assert main(arguments) == 2
     assert "data_batch_1 is missing" in capsys.readouterr().err
     write_packed(tmp_path / "data", 10)
@@ -319,8 +313,8 @@ def test_a_record_of_other_settings_is_not_taken_for_the_run(tmp_path, capsys):
 
 
 def test_a_rehearsal_has_folders_of_its_own():
-    asked = ["cifar-gpu", "--budget", "1", "--data-dir", "data"]
-    real, rehearsal = parse(asked), parse([*asked, "--device", "cpu"])
+    given = ["cifar-gpu", "--budget", "1", "--data-dir", "data"]
+    real, rehearsal = parse(given), parse([*given, "--device", "cpu"])
     assert real.results == RESULTS / "cifar-gpu"
     assert RESULTS not in rehearsal.results.parents
     assert real.state != rehearsal.state

@@ -29,7 +29,7 @@ class Comparison(NamedTuple):
     def __str__(self) -> str:
         """The difference in error, with its interval; then p and verdict, where there are."""
         said = f", {self.verdict}" if self.verdict else ""
-        p = f", p = {self.p:.2g}" if self.verdict in ("better", "worse", "the same", "undecided") else ""
+        p = f", p = {self.p:.2g}" if self.verdict not in ("", "too few seeds") else ""
         return f"{-self.gain:+.2f} ± {self.half:.2f}{p}{said}"
 
 

@@ -18,7 +18,7 @@ class Agenda:
 
     def __init__(self, store: Store, patterns: list[str], *, quick: bool = False) -> None:
         self.store, self.patterns, self.quick = store, patterns, quick
-        self.here = machine.describe(CPU)
+        self.here = machine.describe(CPU, machine.dtype(CPU))
 
     def plan(self) -> list[Run]:
         """Return every run, with the learning rates chosen so far."""
@@ -64,8 +64,8 @@ class Agenda:
 
         By the CPU time of past epochs; a method not yet seen takes the mean of the others.
         """
-        elsewhere = {name for name, reason in self.waiting().items() if "waits for stage 0" not in reason}
-        runs = [run for run in self.wanted() if run.name not in elsewhere]
+        waiting = self.waiting()
+        runs = [run for run in self.wanted() if run.learning_rate is None or run.name not in waiting]
         records = {run.name: record for run in runs if (record := self.store.record(run)) is not None}
         times: dict[str, list[float]] = {}
         for run in runs:

@@ -38,9 +38,9 @@ def kind(device: torch.device) -> str:
     return ", ".join(known) or platform.processor() or platform.machine()
 
 
-def describe(device: torch.device) -> dict[str, str]:
-    """Return what a record says of the machine."""
-    return {"kind": kind(device), "dtype": str(dtype(device)).removeprefix("torch.")}
+def describe(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Return what a record says of the machine, for a training in ``dtype``."""
+    return {"kind": kind(device), "dtype": str(dtype).removeprefix("torch.")}
 
 
 def dtype(device: torch.device) -> torch.dtype:

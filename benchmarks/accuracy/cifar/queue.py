@@ -69,9 +69,12 @@ class Queue:
         """Do what is possible here; return the names of the runs that failed."""
         os.environ |= KEEP_MEMORY
         failed: list[str] = []
+        at_work: set[str] | None = None
         try:
             while not stop.asked:
-                self._start({*self.workers, *failed})
+                if self.workers.keys() != at_work:  # what can run changes only when a run ends
+                    self._start({*self.workers, *failed})
+                    at_work = set(self.workers)
                 if not self.workers:
                     break
                 time.sleep(POLL)

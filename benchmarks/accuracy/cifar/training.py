@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 import zlib
 from collections.abc import Callable
@@ -52,7 +53,7 @@ class Training:
         self.dropout = self._dropout()
         self.record: Record = {
             "run": asdict(run),
-            "machine": {"kind": machine.kind(device), "dtype": str(dtype).removeprefix("torch.")},
+            "machine": machine.describe(device, dtype),
             "versions": report.versions(),
             "parameters": {"network": plain, "vcl": sum(p.numel() for p in model.parameters()) - plain},
             "images": {
@@ -104,7 +105,7 @@ class Training:
         seconds = time.process_time() - began
         for column, value in zip(COLUMNS, (100 * (1 - accuracy), nll, task, penalty, rate, seconds), strict=True):
             self.record["epochs"][column].append(value)
-        self.record["diverged"] = task != task or abs(task) == float("inf")
+        self.record["diverged"] = not math.isfinite(task)
         if self.done in looked_at(self.run.epochs):
             self._look()
 

@@ -72,8 +72,9 @@ def methods(options: argparse.Namespace, seed: int) -> list[Run]:
 def ended(store: Store, run: Run) -> bool:
     """Whether the results have every epoch of this very run: those of one that is not finished are there too."""
     record = store.record(run)
-    same = record is not None and record["run"] == asdict(run)
-    return record is not None and same and (record["diverged"] or epochs_of(record) == run.epochs)
+    if record is None or record["run"] != asdict(run):
+        return False
+    return record["diverged"] or epochs_of(record) == run.epochs
 
 
 def last_epochs(store: Store, options: argparse.Namespace) -> dict[str, float]:
