@@ -42,7 +42,7 @@ def recorded(job: Job) -> list[Recorded]:
 
 
 # An axis of a tile, and the size that it covers
-AXES = {"SB": "splits", "KB": "K", "NB": "n", "MB": "M", "UB": "U", "PB": "P", "EB": "E"}
+AXES = {"SB": "splits", "KB": "K", "NB": "n", "RB": "M", "MB": "M", "UB": "U", "FB": "run", "EB": "E"}
 
 
 def tile_of(launch: Launch) -> dict[str, int]:
@@ -51,12 +51,26 @@ def tile_of(launch: Launch) -> dict[str, int]:
 
 
 def values_of(one: Recorded) -> dict[str, Any]:
-    """The arguments by name, and P and M, which some kernels are not given."""
+    """The arguments by name, and U, M and the length of a run, which some kernels are not given."""
+    constants = one.launch.constants
     found = dict(zip(one.launch.kernel.arg_names, one.args, strict=False))
-    found.setdefault("P", found.get("P_run_time"))
+    if "to_pos" in found:
+        found["U"] = found["to_pos"] * constants["ALIGNED"]
     if "n" in found:
         found.setdefault("M", found["n"] * found["P"])
+    if "FB" in constants:
+        found["run"] = min(constants.get("UB", found.get("UB")), found["U"]) * found["P"]
     return found
+
+
+def elements_of_tile(one: Recorded) -> int:
+    """Elements of a tile, without padding."""
+    tile, sizes = tile_of(one.launch), values_of(one)
+    if "RB" in tile:
+        tile["MB"] *= tile.pop("RB")
+    if "FB" in tile:
+        tile.pop("UB", None)  # a run has the elements of all its units
+    return math.prod(min(size, sizes[AXES[axis]]) for axis, size in tile.items())
 
 
 def spec_of(x: Tensor, form: str, unit: str = "channel", n: int | None = None) -> LossSpec:

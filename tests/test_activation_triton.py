@@ -12,7 +12,6 @@ from conftest import GPU
 from torch import Tensor
 
 from vcl_kernels import reference
-from vcl_kernels.backends.triton import launch as launching
 from vcl_kernels.geometry import empty_rows, in_layout
 from vcl_kernels.spec import ACTIVATIONS, FORMS, NO_MINIMUM, Activation, LossSpec
 
@@ -129,17 +128,6 @@ def test_several_tiles(shape, channels_last):
     if channels_last and len(shape) == 4:
         x = x.to(memory_format=torch.channels_last)
     assert_all_within_budget(x, spec("ratio", x), act("elu"), True, True)
-
-
-def test_run_time_positions_give_the_same(monkeypatch):
-    x, _ = sample("contiguous", torch.float32)
-    given, chosen = spec("ratio", x), act("elu")
-    dy, g, results = torch.randn_like(x), torch.tensor(3.0, device=DEVICE), []
-    for seen in (set(), set(range(-16, 0))):
-        monkeypatch.setattr(launching, "_constant_positions", seen)
-        y, loss, mean, scale, _, rows = forward(x, given, chosen, True)
-        results.append((y, loss, rows, backward(x, y, rows, mean, scale, dy, g, given, chosen, True)))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def assert_like_eager(actual: Tensor, wanted: Tensor, x: Tensor) -> None:

@@ -4,32 +4,35 @@ import pytest
 import torch
 from conftest import GPU
 
-import vcl_kernels as vk
-from vcl_kernels.backends.triton import launch as launching
+from benchmarks.launches import activation_jobs, loss_jobs, recorded, spec_of
+from benchmarks.structure.build import specialise
 from vcl_kernels.checks import check_loss
 
 pytestmark = pytest.mark.skipif(GPU, reason="its tensors are on the CPU, which takes the interpreter")
 
 
-def test_changing_positions_share_a_kernel_in_the_end(monkeypatch):
-    monkeypatch.setattr(launching, "_constant_positions", set())
-    constants = [launching.positions_constant(P) for P in range(100, 160)]
-    assert constants[0] == 100
-    assert set(constants[20:]) == {0}
-    assert launching.positions_constant(100) == 100
+def kernels_of(shapes, form="relative_variance", dtype=torch.float32):
+    """What is compiled for a loss and an activation, forward and backward, of tensors of these shapes."""
+    found = set()
+    for shape in shapes:
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        spec = spec_of(x, form)
+        for job in {**loss_jobs(x, spec), **activation_jobs(x, spec, "gelu")}.values():
+            found |= {specialise(one) for one in recorded(job)}
+    return found
 
 
-def test_run_time_positions_give_the_same(monkeypatch):
-    x = torch.randn(20, 3, 9, 11, requires_grad=True)
-    results = []
-    for seen in (set(), set(range(-16, 0))):
-        monkeypatch.setattr(launching, "_constant_positions", seen)
-        for options in ({}, {"form": "variance"}):
-            loss = vk.vcl_loss(x, backend="triton", **options)
-            results.append((loss.detach(), *torch.autograd.grad(loss, x)))
-    for constant, run_time in zip(results[:2], results[2:], strict=True):
-        assert torch.equal(constant[0], run_time[0])
-        assert torch.equal(constant[1], run_time[1])
+def test_changing_sizes_share_kernels():
+    """Images of any size, and any number of channels: P, n, U and distances are given at run time."""
+    few = kernels_of((32, 64, size, size) for size in (36, 44))
+    many = kernels_of((32, 64, size, size + 4 * more) for size in range(36, 64, 4) for more in range(4))
+    assert many == few
+    wide = kernels_of((32, channels, 40, 40) for channels in range(520, 1000, 8))
+    assert len(wide) == len(kernels_of([(32, 520, 40, 40)]))
+
+
+def test_odd_sizes_have_kernels_by_their_alignment():
+    assert len(kernels_of((32, 16, size, size) for size in range(33, 97, 2))) == len(kernels_of([(32, 16, 33, 33)]))
 
 
 def test_one_pass_of_what_does_not_fit_in_the_layout_that_a_compiler_chose():

@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 class Traffic:
-    """Addresses of every element that was read or written."""
+    """Addresses of every element that was read or written, once for each access of a program's."""
 
     def __init__(self) -> None:
         self._seen: list[tuple[str, np.ndarray]] = []
 
     def add(self, kind: str, addresses: np.ndarray) -> None:
-        self._seen.append((kind, addresses))
+        self._seen.append((kind, np.unique(addresses)))  # what lanes have in common is fetched once
 
     def of(self, kind: str, tensor: Tensor) -> int:
         """Elements of ``tensor``, dense in memory, that were "read" or "write"n; each as often as it was."""
@@ -39,11 +39,11 @@ def counted() -> Iterator[Traffic]:
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
     def counting_load(self, ptrs, mask, *rest):
-        traffic.add("read", ptrs.data[mask.data])
+        traffic.add("read", ptrs.data[mask.data.astype(bool)])
         return load(self, ptrs, mask, *rest)
 
     def counting_store(self, ptrs, value, mask, *rest):
-        traffic.add("write", ptrs.data[mask.data])
+        traffic.add("write", ptrs.data[mask.data.astype(bool)])
         return store(self, ptrs, value, mask, *rest)
 
     with (

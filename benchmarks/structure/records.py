@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.launches import AXES, Recorded, tile_of, values_of
+from benchmarks.launches import Recorded, elements_of_tile, tile_of, values_of
 
 from .build import Specialised, build, specialise
 from .code import Code
@@ -19,7 +19,6 @@ from .shapes import Look, launches
 from .targets import TARGETS, occupancy
 
 Record = dict[str, Any]
-# An axis of a tile, and what it covers.
 _pending: list[tuple[Any, Specialised, str, bool]] = []  # that worker processes inherit
 
 
@@ -84,28 +83,22 @@ def _tensors_read(one: Recorded) -> list[Any]:
         with_saved = activation if given["dy_ptr"] is not None else given["mean_ptr"] is not None
         return [given["dy_ptr"]] * (given["dy_ptr"] is not None) + [given["saved_ptr"]] * with_saved
     if kernel == "finalise":
-        return [given["partial_ptr"]] * (1 if one.launch.constants["WHOLE"] else 2)
+        return [given["partial_ptr"]] * (1 if given["splits"] == 1 else 2)
     return [given["dx_ptr" if kernel == "multiply" else "x_ptr"]]
 
 
 def bytes_of_tile(one: Recorded) -> int:
     """Bytes that a program reads at once: its tile without padding, of each tensor read."""
-    given = values_of(one)
-    elements = math.prod(min(size, given[AXES[axis]]) for axis, size in tile_of(one.launch).items())
-    return elements * sum(t.element_size() for t in _tensors_read(one) if t is not None)
+    return elements_of_tile(one) * sum(t.element_size() for t in _tensors_read(one) if t is not None)
 
 
 def allows_128_bits(one: Recorded) -> bool:
     """Whether a row of the tile, and every distance between rows, is a multiple of 16 bytes."""
-    given, launch = values_of(one), one.launch
-    if launch.kernel.__name__ in ("finalise", "multiply"):
-        return launch.kernel.__name__ == "multiply"
-    spatial = launch.kernel.__name__.endswith("_spatial")
-    if spatial and not launch.constants["P_CONSTANT"]:
-        return False
+    constants = one.launch.constants
+    if "ALIGNED" not in constants:
+        return one.launch.kernel.__name__ == "multiply"
     size = min(t.element_size() for t in _tensors_read(one) if t is not None)
-    steps = [value for name, value in given.items() if name.endswith(("_row", "_unit", "_pos")) and value != 1]
-    return all(step * size % 16 == 0 for step in [given["P" if spatial else "U"], *steps])
+    return constants["ALIGNED"] * size % 16 == 0 and constants.get("FB", constants.get("UB")) * size % 16 == 0
 
 
 def _for_target(target: str, row: Record, code: Code, sass: Any) -> Record:

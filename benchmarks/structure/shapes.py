@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import NamedTuple
-from unittest import mock
 
 from benchmarks.cases import CONVNEXT, ELU_11, RESNET_50, VIT, Case
 from benchmarks.launches import Recorded, activation_jobs, loss_jobs, moments_jobs, recorded, spec_of
-from vcl_kernels.backends.triton import launch as launching
 from vcl_kernels.spec import ACTIVATIONS
 
 EVERY_DTYPE = ("float32", "bfloat16", "float16")
@@ -16,18 +14,16 @@ MLP = [(N, C) for N in (128, 1024, 4096) for C in (64, 1024, 8192)]
 
 
 class Look(NamedTuple):
-    """A case and which calls on it; ``constant_positions``: P is known when kernels are compiled."""
+    """A case and which calls on it."""
 
     case: Case
     forms: tuple[str, ...] = ("ratio", "relative_variance")
     unit: str = "channel"
     activations: tuple[str, ...] = ("elu",)
     moments: bool = False
-    constant_positions: bool = True
 
     def __str__(self) -> str:
-        notes = ["per activation"] * (self.unit == "activation") + ["run-time P"] * (not self.constant_positions)
-        return ", ".join([str(self.case), *notes])
+        return ", ".join([str(self.case), *(["per activation"] * (self.unit == "activation"))])
 
 
 def every_look() -> list[Look]:
@@ -44,7 +40,6 @@ def every_look() -> list[Look]:
         found += [Look(Case(shape, "tokens", dtype), activations=("gelu",)) for shape in VIT]
         found += [Look(Case((64, 256, 56, 56), layout, dtype), activations=ACTIVATIONS) for layout in layouts]
         found += [Look(Case((64, 512, 28, 28), layout, dtype), moments=True) for layout in layouts]
-        found += [Look(Case(shape, dtype=dtype), constant_positions=False) for shape in resnet[1:5:3]]
     return found
 
 
@@ -59,22 +54,20 @@ def sample_looks() -> list[Look]:
         Look(Case((64, 96, 56, 56), "channels_last"), every, moments=True),
         Look(Case((64, 768, 197), "tokens", "bfloat16"), every, activations=("gelu",)),
         Look(Case((250, 260, 8, 8)), ratio, "activation"),
-        Look(Case((64, 512, 7, 7), dtype="bfloat16"), every, activations=("leaky_relu",), constant_positions=False),
+        Look(Case((64, 512, 7, 7), dtype="bfloat16"), every, activations=("leaky_relu",)),
     ]
 
 
 def launches(look: Look) -> Iterator[tuple[str, Recorded]]:
     """Yield each launch with what it is launched for."""
     x = look.case.tensor("meta")
-    seen = set[int]() if look.constant_positions else set(range(-16, 0))
-    with mock.patch.object(launching, "_constant_positions", seen):
-        for form in look.forms:
-            spec = spec_of(x, form, look.unit)
-            jobs = loss_jobs(x, spec)
-            for name in look.activations:
-                jobs |= activation_jobs(x, spec, name)
-            if look.moments:
-                jobs |= moments_jobs(x, spec)
-            for name, job in jobs.items():
-                for one in recorded(job):
-                    yield f"{form}: {name}", one
+    for form in look.forms:
+        spec = spec_of(x, form, look.unit)
+        jobs = loss_jobs(x, spec)
+        for name in look.activations:
+            jobs |= activation_jobs(x, spec, name)
+        if look.moments:
+            jobs |= moments_jobs(x, spec)
+        for name, job in jobs.items():
+            for one in recorded(job):
+                yield f"{form}: {name}", one

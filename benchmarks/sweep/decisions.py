@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
@@ -12,12 +13,12 @@ from torch import Tensor
 from benchmarks.cases import Case
 from benchmarks.launches import AXES, Job, Recorded, activation_jobs, loss_jobs, recorded, spec_of, tile_of, values_of
 from vcl_kernels.backends.triton import apply, finalise, fused, moments, multiply
-from vcl_kernels.backends.triton.launch import Settings, power_of_2
+from vcl_kernels.backends.triton.launch import Settings, cdiv, power_of_2
 
 FREE = {  # axes of a tile that a launch can choose
-    moments: ("NB", "MB", "UB", "PB"),
-    apply: ("MB", "UB", "PB"),
-    fused: ("UB",),
+    moments: ("NB", "RB", "MB", "UB", "FB"),
+    apply: ("NB", "RB", "MB", "UB", "FB"),
+    fused: ("UB", "FB"),
     finalise: ("SB", "UB"),
     multiply: ("EB",),
 }
@@ -96,8 +97,16 @@ def rehearsed() -> list[Decision]:
 
 def chosen(one: Recorded, module: ModuleType) -> Settings:
     """The settings of a launch as a plain value."""
-    splits = values_of(one)["splits"] if module is moments else 1
-    return Settings(tile_of(one.launch), one.launch.warps, splits)
+    values, tile = values_of(one), tile_of(one.launch)
+    if "UB" in values:
+        tile["UB"] = values["UB"]
+    splits = values["splits"] if module is moments else 1
+    if module is apply:
+        total, of_tile = (values["n"], tile["NB"]) if "NB" in tile else (values["M"], tile["RB"] * tile["MB"])
+        splits = cdiv(cdiv(total, of_tile), cdiv(values["rows"], of_tile))
+    if module is finalise:
+        splits = 1 if one.launch.constants["REDUCE"] else 2
+    return Settings(tile, one.launch.warps, splits)
 
 
 def neighbours(one: Recorded, module: ModuleType) -> list[Settings]:
@@ -112,7 +121,7 @@ def neighbours(one: Recorded, module: ModuleType) -> list[Settings]:
             for other in axes:
                 if other != axis and factor == 2:
                     found.append(rule._replace(tile={**tile, other: tile[other] // 2}))
-    if module is moments:
+    if module in (moments, apply):
         found += [rule._replace(splits=splits) for splits in (2 * rule.splits, rule.splits // 2)]
     return [
         settings for index, settings in enumerate(found) if settings not in found[:index] and _fits(settings, sizes)
@@ -120,15 +129,21 @@ def neighbours(one: Recorded, module: ModuleType) -> list[Settings]:
 
 
 def _doubled_and_halved(tile: dict[str, int], axis: str) -> list[dict[str, int]]:
-    return [{**tile, axis: 2 * tile[axis]}, {**tile, axis: tile[axis] // 2}]
+    together = (axis, "FB") if axis == "UB" and "FB" in tile else (axis,)  # units share a run
+    return [
+        {**tile, **{name: 2 * tile[name] for name in together}},
+        {**tile, **{name: tile[name] // 2 for name in together}},
+    ]
 
 
 def _fits(settings: Settings, sizes: dict[str, Any]) -> bool:
-    elements = 1
-    for axis, size in settings.tile.items():
-        elements *= size
-        if not 1 <= size <= max(power_of_2(sizes[AXES[axis]]), 1):
-            return False
-    if settings.tile.get("NB", 1) > 1 and settings.tile["PB"] < sizes["P"]:
-        return False  # several rows of a part of the positions
+    tile = settings.tile
+    most = {axis: sizes[AXES[axis]] for axis in tile}
+    if "FB" in tile:
+        most["FB"] = tile["UB"] * sizes["P"]
+        if tile["UB"] > 1 and tile["FB"] < most["FB"]:
+            return False  # units that share a tile have it whole
+    if not all(1 <= size <= max(power_of_2(most[axis]), 1) for axis, size in tile.items()):
+        return False
+    elements = math.prod(size for axis, size in tile.items() if axis != "UB" or "FB" not in tile)
     return elements <= MOST_ELEMENTS and 1 <= settings.warps <= MOST_WARPS and settings.splits >= 1

@@ -27,15 +27,15 @@ def activate(x, parameter, ACTIVATION: tl.constexpr, HALF: tl.constexpr):
     elif ACTIVATION == "elu":
         return tl.where(x <= 0, parameter * expm1(tl.minimum(x, 0.0), HALF), x)
     elif ACTIVATION == "gelu":
-        return x * normal_cdf(x)
+        return x * normal_cdf(x, HALF)
     elif ACTIVATION == "gelu_tanh":
-        share, _ = sigmoid(gelu_tanh_argument(saturated(x)))
+        share, _ = sigmoid(gelu_tanh_argument(saturated(x)), HALF)
         return x * share
     elif ACTIVATION == "silu":
-        share, _ = sigmoid(x)
+        share, _ = sigmoid(x, HALF)
         return x * share
     else:  # tanh
-        return hyperbolic_tangent(x)
+        return hyperbolic_tangent(x, HALF)
 
 
 @triton.jit
@@ -54,14 +54,14 @@ def times_derivative(dy, saved, parameter, ACTIVATION: tl.constexpr, FROM_OUTPUT
     elif ACTIVATION == "gelu":
         near = saturated(saved)
         density = 0.3989422804014327 * tl.exp(-0.5 * near * near)
-        return dy * (normal_cdf(saved) + saved * density)
+        return dy * (normal_cdf(saved, False) + saved * density)
     elif ACTIVATION == "gelu_tanh":
         near = saturated(saved)
-        share, rest = sigmoid(gelu_tanh_argument(near))
+        share, rest = sigmoid(gelu_tanh_argument(near), False)
         inner = 1.5957691216057308 * (1.0 + 0.134145 * near * near)
         return dy * (share + saved * (share * rest) * inner)
     elif ACTIVATION == "silu":
-        share, rest = sigmoid(saved)
+        share, rest = sigmoid(saved, False)
         return dy * share * (1.0 + saved * rest)
     elif FROM_OUTPUT:  # tanh
         return dy * (1.0 - saved * saved)
@@ -73,8 +73,8 @@ def times_derivative(dy, saved, parameter, ACTIVATION: tl.constexpr, FROM_OUTPUT
 @triton.jit
 def expm1(x, HALF: tl.constexpr):
     """exp(x) - 1 for x <= 0: near 0 the series, whose next term is below a rounding of x (HALF: of 16 bits)."""
-    NEAR: tl.constexpr = -0.125 if HALF else -0.5
-    TERMS: tl.constexpr = 4 if HALF else 15 if x.dtype == tl.float64 else 8
+    NEAR: tl.constexpr = -0.015625 if HALF else -0.5
+    TERMS: tl.constexpr = 2 if HALF else 15 if x.dtype == tl.float64 else 8
     near = tl.where(x > NEAR, x, 0.0)
     series = tl.full(x.shape, INVERSE_FACTORIAL[TERMS], x.dtype)
     for j in tl.static_range(TERMS - 1, 0, -1):
@@ -83,11 +83,14 @@ def expm1(x, HALF: tl.constexpr):
 
 
 @triton.jit
-def hyperbolic_tangent(x):
+def hyperbolic_tangent(x, HALF: tl.constexpr):
     """tanh(x). In float32 a GPU's exp and quotient are off by some roundings: far from 0 they are in a small term."""
     NEAR: tl.constexpr = 0.57
     size = tl.abs(x)
-    if x.dtype == tl.float64:
+    if HALF:  # near 0, where 1 - e cancels, x - x³ / 3
+        e = tl.exp2(size * -2.8853900817779268)
+        found = tl.where(size < 0.015625, size - size * (size * size) * 0.33333333, (1.0 - e) * inverse(1.0 + e, HALF))
+    elif x.dtype == tl.float64:
         negative = expm1(-2.0 * size, False)
         found = -negative / (2.0 + negative)
     else:
@@ -103,18 +106,36 @@ def hyperbolic_tangent(x):
 
 
 @triton.jit
-def sigmoid(x):
+def inverse(x, HALF: tl.constexpr):
+    """1 / x for x > 0. To 16 bits: a quotient takes three times the instructions of a root."""
+    if HALF:
+        root = tl.rsqrt(x)
+        return root * root
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def sigmoid(x, HALF: tl.constexpr):
     """σ(x) and 1 - σ(x), neither by cancellation."""
     e = tl.exp(-tl.abs(x))
-    more = 1.0 / (1.0 + e)
+    more = inverse(1.0 + e, HALF)
     less = e * more
     return tl.where(x < 0, less, more), tl.where(x < 0, more, less)
 
 
 @triton.jit
-def normal_cdf(x):
-    """Φ(x) of the standard normal distribution."""
-    return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+def normal_cdf(x, HALF: tl.constexpr):
+    """Φ(x) of the standard normal distribution. To 16 bits without erf, which takes one branch or the other."""
+    if HALF:  # Φ(-|x|) = exp(-x²/2) · t · (a polynomial of t), t = 1 / (1 + 0.2316419 |x|): Abramowitz & Stegun 26.2.17
+        size = tl.abs(x)
+        t = inverse(1.0 + 0.2316418882 * size, HALF)
+        tail = 0.5307027146 * t - 0.7265760135
+        tail = ((tail * t + 0.7107068705) * t - 0.142248368) * t + 0.127414796
+        tail = tail * t * tl.exp2(x * x * -0.7213475204444817)
+        return tl.where(x < 0, tail, 1.0 - tail)
+    else:
+        return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
 
 
 @triton.jit

@@ -10,9 +10,14 @@ import triton.language as tl
 
 from ...geometry import Geometry
 from .activations import times_derivative
-from .launch import RUN_TIME, Launch, Settings, cdiv, dense_units, fitting, positions_constant, power_of_2, warps_for
+from .launch import RUN_TIME, WARPS, Launch, Settings, alignment, cdiv, even, power_of_2
+from .moments import value_at
+from .runs import run_length, run_steps, run_tile, unit_in_run, value_steps
 
-TILE = 4096
+TILES = 4  # at most for which a program reads coefficients once
+ROWS = 4  # of a tile, which one thread has
+ELEMENTS = 8  # neighbouring ones of a row, which one thread has; of float64 half as many
+UNIT_WARPS = 4  # of a program by unit, where it has so many values
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -30,53 +35,69 @@ def apply_spatial(
     K,
     n,
     U,
-    P_run_time,
-    saved_row,
-    saved_unit,
-    dx_row,
-    dx_unit,
-    P_CONSTANT: tl.constexpr,
-    SAVED_DENSE: tl.constexpr,
-    DX_DENSE: tl.constexpr,
+    P,
+    x_row,
+    x_step,
+    to_row,
+    to_step,
+    rows,
+    UB,
+    ALIGNED: tl.constexpr,
+    SHARED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     FROM_OUTPUT: tl.constexpr,
     ACC: tl.constexpr,
-    UB: tl.constexpr,
-    PB: tl.constexpr,
+    NB: tl.constexpr,
+    FB: tl.constexpr,
 ):
-    """Program: tile [channel, position] of one row. x is in rows or, without them, what was saved."""
-    P = P_CONSTANT if P_CONSTANT else P_run_time
-    saved_step = P if SAVED_DENSE else saved_unit
-    dx_step = P if DX_DENSE else dx_unit
-    by_pos = tl.cdiv(P, PB)
+    """Program: tiles [row, element of a run of UB units] of some rows of a sub-batch, or of as many past the last.
+
+    x is in rows or, without them, what was saved.
+    """
+    i = tl.arange(0, NB)[:, None]
+    f = tl.arange(0, FB)
+    by_pos = 1 if SHARED else tl.cdiv(P, FB)
+    groups = tl.cdiv(U, UB)
+    parts = tl.cdiv(n, rows)
     pid = tl.program_id(0)
-    position = pid % by_pos * PB + tl.arange(0, PB)[None, :]
-    blocks = tl.cdiv(U, UB)
-    first = (pid // by_pos % blocks).to(tl.int64) * UB
-    k = pid // by_pos // blocks // n
-    row = (pid // by_pos // blocks).to(tl.int64)
-    u = tl.arange(0, UB)[:, None]
-    valid = first + u < U
-    mask = valid & (position < P)
-    saved_u = u * P if SAVED_DENSE else u.to(tl.int64) * saved_unit  # a distance between channels may be large
-    dx_u = u * P if DX_DENSE else u.to(tl.int64) * dx_unit
-    saved_at = row * saved_row + first * saved_step + (saved_u + position)
-    dx_at = row * dx_row + first * dx_step + (dx_u + position)
-    dx = tl.zeros([UB, PB], ACC)
-    if dy_ptr is not None:
-        dx = tl.load(dy_ptr + dx_at, mask=mask, other=0.0).to(ACC)
-        if ACTIVATION != "identity":
-            saved = tl.load(saved_ptr + saved_at, mask=mask, other=0.0).to(ACC)
+    rest = pid // by_pos
+    position = (pid - rest * by_pos).to(P.dtype) * FB + f
+    part = rest // groups
+    group = (rest - part * groups).to(tl.int64)
+    k = part // parts
+    begin = (part - k * parts) * rows
+    end = tl.minimum(tl.minimum(begin + rows, n), N - k * n)
+    units = group * UB + (unit_in_run(f, P) if SHARED else tl.arange(0, 1))
+    valid = position < run_length(group, U, P, UB, ALIGNED)
+    saved_at = ((k * n).to(tl.int64) * x_row + group * x_step) * ALIGNED + position[None, :]
+    dx_at = ((k * n).to(tl.int64) * to_row + group * to_step) * ALIGNED + position[None, :]
+    if mean_ptr is not None:
+        taken = (units < U) & (k < K)
+        at = k.to(tl.int64) * U + units
+        mean = tl.load(mean_ptr + at, mask=taken, other=0.0)
+        scale, shift = given_coefficients(scale_ptr, shift_ptr, g_ptr, at, taken)
+    for first in range(begin, end, NB):
+        sample = first + i
+        mask = (sample < end) & valid[None, :]
+        from_at = saved_at + sample.to(tl.int64) * x_row * ALIGNED
+        to_at = dx_at + sample.to(tl.int64) * to_row * ALIGNED
+        dx = tl.zeros([NB, FB], ACC)
+        if dy_ptr is not None:
+            dx = tl.load(dy_ptr + to_at, mask=mask, other=0.0).to(ACC)
+        if dy_ptr is not None and ACTIVATION != "identity":
+            saved = tl.load(saved_ptr + from_at, mask=mask, other=0.0).to(ACC)
             dx = times_derivative(dx, saved, parameter, ACTIVATION, FROM_OUTPUT)
-    if mean_ptr is not None and k < K:
-        if rows_ptr is not None:
-            x = tl.load(rows_ptr + row * U * P + first * P + (u * P + position), mask=mask, other=0.0).to(ACC)
-        elif dy_ptr is not None and ACTIVATION != "identity":
-            x = saved
-        else:
-            x = tl.load(saved_ptr + saved_at, mask=mask, other=0.0).to(ACC)
-        dx += loss_gradient(x, mean_ptr, scale_ptr, shift_ptr, g_ptr, k.to(tl.int64) * U + first + u, valid)
-    tl.store(dx_ptr + dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if mean_ptr is not None and k < K:
+            if rows_ptr is not None:
+                x = tl.load(rows_ptr + to_at, mask=mask, other=0.0).to(ACC)
+            elif dy_ptr is not None and ACTIVATION != "identity":
+                x = saved
+            else:
+                x = tl.load(saved_ptr + from_at, mask=mask, other=0.0).to(ACC)
+            dx += scale[None, :] * (x - mean[None, :])
+            if shift_ptr is not None:
+                dx += shift[None, :]
+        tl.store(dx_ptr + to_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -93,92 +114,120 @@ def apply_unit(
     N,
     K,
     n,
-    U,
     P,
-    saved_row,
-    saved_pos,
-    dx_row,
-    dx_pos,
+    x_row,
+    x_pos,
+    to_pos,
+    M,
+    rows,
+    ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,
     ACTIVATION: tl.constexpr,
     FROM_OUTPUT: tl.constexpr,
     ACC: tl.constexpr,
+    RB: tl.constexpr,
     MB: tl.constexpr,
     UB: tl.constexpr,
 ):
-    """Program: tile [value, unit] of n rows: a sub-batch, or as many rows past the last."""
+    """Program: tiles [RB, MB, UB] of RB · MB values, of some ``rows`` of those of a sub-batch or past the last."""
+    U = to_pos * ALIGNED
+    m = tl.arange(0, RB)[:, None, None] * MB + tl.arange(0, MB)[None, :, None]
     blocks = tl.cdiv(U, UB)
-    tiles = tl.cdiv(n * P, MB)
+    parts = tl.cdiv(M, rows)
     pid = tl.program_id(0)
-    u = (pid % blocks).to(tl.int64) * UB + tl.arange(0, UB)[None, :]
-    t = pid // blocks % tiles
-    k = pid // blocks // tiles
-    m = t * MB + tl.arange(0, MB)[:, None]
-    row = (k * n + m // P).to(tl.int64)
-    position = (m % P).to(tl.int64)
+    part = pid // blocks
+    u = (pid - part * blocks).to(tl.int64) * UB + tl.arange(0, UB)[None, :]
     valid = u < U
-    mask = valid & (m < n * P) & (row < N)
-    saved_at = row * saved_row + position * saved_pos + u
-    dx_at = row * dx_row + position * dx_pos + u
-    dx = tl.zeros([MB, UB], ACC)
-    if dy_ptr is not None:
-        dx = tl.load(dy_ptr + dx_at, mask=mask, other=0.0).to(ACC)
-        if ACTIVATION != "identity":
-            saved = tl.load(saved_ptr + saved_at, mask=mask, other=0.0).to(ACC)
+    k = part // parts
+    begin = (part - k * parts) * rows
+    k = k.to(tl.int64)
+    end = tl.minimum(tl.minimum(begin + rows, M), (N - k * n) * P)
+    x_at = k * n * x_row * ALIGNED
+    of_k = k * M * to_pos * ALIGNED
+    if mean_ptr is not None:
+        taken = valid & (k < K)
+        mean = tl.load(mean_ptr + k * U + u, mask=taken, other=0.0)
+        scale, shift = given_coefficients(scale_ptr, shift_ptr, g_ptr, k * U + u, taken)
+    for start in range(begin, end, RB * MB):
+        value = start + m
+        mask = (value < end) & valid[None, :, :]
+        from_at = x_at + value_at(value, P, x_row, x_pos, EVEN) * ALIGNED + u[None, :, :]
+        to_at = of_k + value.to(tl.int64) * to_pos * ALIGNED + u[None, :, :]
+        dx = tl.zeros([RB, MB, UB], ACC)
+        if dy_ptr is not None:
+            dx = tl.load(dy_ptr + to_at, mask=mask, other=0.0).to(ACC)
+        if dy_ptr is not None and ACTIVATION != "identity":
+            saved = tl.load(saved_ptr + from_at, mask=mask, other=0.0).to(ACC)
             dx = times_derivative(dx, saved, parameter, ACTIVATION, FROM_OUTPUT)
-    if mean_ptr is not None and k < K:
-        if rows_ptr is not None:
-            x = tl.load(rows_ptr + (row * P + position) * U + u, mask=mask, other=0.0).to(ACC)
-        elif dy_ptr is not None and ACTIVATION != "identity":
-            x = saved
-        else:
-            x = tl.load(saved_ptr + saved_at, mask=mask, other=0.0).to(ACC)
-        dx += loss_gradient(x, mean_ptr, scale_ptr, shift_ptr, g_ptr, k.to(tl.int64) * U + u, valid)
-    tl.store(dx_ptr + dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if mean_ptr is not None and k < K:
+            if rows_ptr is not None:
+                x = tl.load(rows_ptr + to_at, mask=mask, other=0.0).to(ACC)
+            elif dy_ptr is not None and ACTIVATION != "identity":
+                x = saved
+            else:
+                x = tl.load(saved_ptr + from_at, mask=mask, other=0.0).to(ACC)
+            dx += scale[None, :, :] * (x - mean[None, :, :])
+            if shift_ptr is not None:
+                dx += shift[None, :, :]
+        tl.store(dx_ptr + to_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def loss_gradient(x, mean_ptr, scale_ptr, shift_ptr, g_ptr, at, valid):
-    """g · (scale · (x - mean) + shift), of coefficients found at ``at``."""
-    mean = tl.load(mean_ptr + at, mask=valid, other=0.0)
+def given_coefficients(scale_ptr, shift_ptr, g_ptr, at, valid):
+    """Scale and shift (0 if there is none) at ``at``, times the upstream gradient."""
     scale = tl.load(scale_ptr + at, mask=valid, other=0.0)
-    if g_ptr is not None:
-        scale *= tl.load(g_ptr)
-    dx = scale * (x - mean)
+    shift = tl.zeros_like(scale)
     if shift_ptr is not None:
         shift = tl.load(shift_ptr + at, mask=valid, other=0.0)
-        if g_ptr is not None:
-            shift *= tl.load(g_ptr)
-        dx += shift
-    return dx
+    if g_ptr is not None:
+        g = tl.load(g_ptr)
+        scale *= g
+        shift *= g
+    return scale, shift
 
 
 @functools.lru_cache(maxsize=1024)
 def rule(saved: Geometry, dx: Geometry, itemsize: int) -> Settings:
-    """Choose settings: a thread has 16 elements of each of four tensors.
+    """Choose settings."""
+    lanes = 32 * ELEMENTS // (2 if itemsize == 8 else 1)
+    if dx.spatial:
+        UB, FB = run_tile(saved, 256, 512, (512, 512))
+        tile, warps = {"NB": min(power_of_2(dx.n), ROWS), "UB": UB, "FB": FB}, max(1, FB // lanes)
+    else:
+        RB = ROWS // 2 if dx.M in (5, 6) else ROWS  # of which 6 are covered with less
+        UB = min(power_of_2(dx.U), 64 if dx.M >= 64 else lanes)
+        MB = min(power_of_2(cdiv(dx.M, 2 * RB)), UNIT_WARPS * lanes // UB)
+        tile, warps = {"RB": RB, "MB": MB, "UB": UB}, max(1, MB * UB // lanes)
+    tiles = tiles_of(dx, tile)
+    return Settings(tile, warps, max(cdiv(tiles, TILES), min(tiles, cdiv(WARPS, programs_of(dx, tile) * warps))))
 
-    8 where coefficients take as many registers: in float64, of many units, and by unit in two bytes.
-    """
-    weight = 4 if itemsize == 8 or (dx.P <= 16 if saved.spatial else itemsize == 2) else 2
-    if saved.spatial:
-        PB = fitting(dx.P, 1024)
-        UB = min(power_of_2(dx.U), TILE // PB)
-        return Settings({"UB": UB, "PB": PB}, warps_for(weight * UB * PB))
-    UB = min(power_of_2(dx.U), 128, 512 // itemsize)
-    MB = min(power_of_2(dx.M), max(1, TILE // UB))
-    return Settings({"MB": MB, "UB": UB}, warps_for(weight * MB * UB))
+
+def tiles_of(x: Geometry, tile: dict[str, int]) -> int:
+    """Return how many tiles cover a sub-batch of the units and positions that a program has."""
+    return cdiv(x.n, tile["NB"]) if x.spatial else cdiv(x.M, tile["RB"] * tile["MB"])
 
 
-def plan(saved: Geometry, dx: Geometry, itemsize: int, settings: Settings | None = None) -> Launch:
-    """Decide the launch; ``dx.N`` rows are written."""
-    tile, warps, _ = settings or rule(saved, dx, itemsize)
-    blocks = cdiv(dx.U, tile["UB"])
-    if saved.spatial:
-        constants = {
-            "P_CONSTANT": positions_constant(dx.P),
-            "SAVED_DENSE": dense_units(saved),
-            "DX_DENSE": dense_units(dx),
-            **tile,
-        }
-        return Launch(apply_spatial, (cdiv(dx.P, tile["PB"]) * blocks * dx.N,), constants, warps)
-    groups = cdiv(dx.N, dx.n)  # sub-batches, and as many more as hold the remaining rows
-    return Launch(apply_unit, (blocks * cdiv(dx.M, tile["MB"]) * groups,), dict(tile), warps)
+def programs_of(x: Geometry, tile: dict[str, int]) -> int:
+    """Return how many programs there are if each has a sub-batch, or as many rows past the last."""
+    by_pos = cdiv(x.P, tile["FB"]) if x.spatial and tile["UB"] == 1 else 1
+    return by_pos * cdiv(x.U, tile["UB"]) * cdiv(x.N, x.n)
+
+
+def plan(
+    saved: Geometry, dx: Geometry, itemsize: int, settings: Settings | None = None
+) -> tuple[Launch, tuple[int, ...]]:
+    """Decide the launch, of ``dx.N`` rows, and its shape arguments; distances are in units of its alignment."""
+    tile, warps, splits = settings or rule(saved, dx, itemsize)
+    of_tile, total = (tile["NB"], dx.n) if dx.spatial else (tile["RB"] * tile["MB"], dx.M)
+    rows = min(total, cdiv(tiles_of(dx, tile), splits) * of_tile)
+    grid = (programs_of(dx, tile) * cdiv(total, rows),)
+    if dx.spatial:
+        UB, of_thread = tile["UB"], {"NB": tile["NB"], "FB": tile["FB"]}
+        steps = run_steps(saved, UB)
+        by = alignment(*steps)
+        launch = Launch(apply_spatial, grid, {"ALIGNED": by, "SHARED": UB > 1, **of_thread}, warps)
+        return launch, (dx.N, dx.K, dx.n, dx.U, dx.P, *(step // by for step in steps), rows, UB)
+    steps = value_steps(saved)
+    by = alignment(*steps)
+    launch = Launch(apply_unit, grid, {"ALIGNED": by, "EVEN": even(saved), **tile}, warps)
+    return launch, (dx.N, dx.K, dx.n, dx.P, *(step // by for step in steps), dx.M, rows)

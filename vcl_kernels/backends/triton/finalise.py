@@ -9,9 +9,9 @@ from ...geometry import Geometry
 from .formulas import coefficients
 from .launch import RUN_TIME, Launch, Settings, cdiv, power_of_2, warps_for
 
-ONE_PROGRAM = 2048  # values (K, U) that the threads of one program hold in registers, in float64
-AT_ONCE = 512  # values (split, K, U) that it reads before it merges them
-READ_BY_ONE = 16384  # such values that one program reads rather than that another launch adds the units
+ONE_PROGRAM = 2048  # values (K, units) of a tile of 16 warps, in float64
+SEVERAL = 128  # of a tile of one of several programs
+READ_BY_ONE = 16384  # values (split, K, U) that one program reads rather than that another launch adds the units
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -35,61 +35,66 @@ def finalise(
     BETA: tl.constexpr,
     REDUCE: tl.constexpr,
     ACC: tl.constexpr,
-    WHOLE: tl.constexpr,
     SB: tl.constexpr,
     KB: tl.constexpr,
     UB: tl.constexpr,
 ):
-    """Program: UB units, all sub-batches, SB splits at a time. REDUCE: it is the only one, and sums over units too.
+    """Program: UB units at a time, all sub-batches, SB splits at a time. REDUCE: it is the only one, and adds units.
 
-    WHOLE: nothing was split; there is m2 alone to read, and the means are where they belong.
+    Where nothing was split there is m2 alone to read, and the means are where they belong.
     """
-    units = tl.program_id(0).to(tl.int64) * UB + tl.arange(0, UB)
+    first = tl.program_id(0).to(tl.int64) * UB
+    end = U if REDUCE else tl.minimum(first + UB, U)
     k = tl.arange(0, KB)[:, None]
-    mask = (k < K) & (units[None, :] < U)
-    out = k.to(tl.int64) * U + units[None, :]
-    if WHOLE:
-        m2 = tl.load(partial_ptr + out, mask=mask, other=0.0)
-    else:
-        # the parts in three planes, mean - pilot, m2 and pilot, and then how many values each has
-        mean = tl.zeros([KB, UB], tl.float64)
-        m2 = tl.zeros([KB, UB], tl.float64)
-        s = tl.arange(0, SB)[:, None, None]
-        for start in range(0, splits, SB):
-            here = partial_ptr + out[None, :, :] + (start + s).to(tl.int64) * (K * U)
-            real = mask[None, :, :] & (start + s < splits)
-            count = tl.load(partial_ptr + 3 * plane + start + s, mask=start + s < splits, other=0.0)
-            mean += tl.sum(count * tl.load(here, mask=real, other=0.0), 0)
-        mean *= 1.0 / tl.full([], M, tl.float64)
-        for start in range(0, splits, SB):
-            here = partial_ptr + out[None, :, :] + (start + s).to(tl.int64) * (K * U)
-            real = mask[None, :, :] & (start + s < splits)
-            count = tl.load(partial_ptr + 3 * plane + start + s, mask=start + s < splits, other=0.0)
-            d = tl.load(here, mask=real, other=0.0) - mean[None, :, :]
-            m2 += tl.sum(count * (d * d) + tl.load(here + plane, mask=real, other=0.0), 0)
-        if mean_ptr is not None:
-            pilot = tl.load(partial_ptr + 2 * plane + out, mask=mask, other=0.0)
-            tl.store(mean_ptr + out, (pilot + mean).to(ACC), mask=mask)
-    if FORM is None:
-        tl.store(var_ptr + out, (m2 * (1.0 / tl.full([], M - 1, tl.float64))).to(ACC), mask=mask)
-    else:
-        loss, scale, dbeta = coefficients(
-            m2, k, K, M, units, units < U, beta_ptr, beta_value, beta_min, factor, FORM, BETA, ACC, KB, UB
-        )
-        store_units(loss_ptr, loss, units, U, REDUCE)
-        if scale_ptr is not None:
-            tl.store(scale_ptr + out, scale, mask=mask)
-        if dbeta_ptr is not None:
-            store_units(dbeta_ptr, dbeta, units, U, REDUCE and BETA == 1)
-
-
-@triton.jit
-def store_units(ptr, value, units, U, REDUCE: tl.constexpr):
-    """Store a value for each unit, or their sum."""
+    s = tl.arange(0, SB)[:, None, None]
+    total = tl.zeros([UB], tl.float64)
+    total_dbeta = tl.zeros([UB], tl.float64)
+    for block in range(first, end, UB):
+        units = block + tl.arange(0, UB)
+        mask = (k < K) & (units[None, :] < U)
+        out = k.to(tl.int64) * U + units[None, :]
+        m2 = tl.load(partial_ptr + plane + out, mask=mask, other=0.0)
+        if splits > 1:
+            # parts in two planes, mean and m2, and then how many values each has; means are counted off one of them
+            one = tl.load(partial_ptr + out, mask=mask, other=0.0)
+            mean = tl.zeros([KB, UB], tl.float64)
+            for start in range(0, splits, SB):
+                here = partial_ptr + out[None, :, :] + (start + s).to(tl.int64) * (K * U)
+                real = mask[None, :, :] & (start + s < splits)
+                count = tl.load(partial_ptr + 2 * plane + start + s, mask=start + s < splits, other=0.0)
+                part = tl.load(here, mask=real, other=0.0) - one[None, :, :]
+                mean += tl.sum(tl.where(real, count * part, 0.0), 0)
+            mean = one + mean * (1.0 / tl.full([], M, tl.float64))
+            m2 = tl.zeros([KB, UB], tl.float64)
+            for start in range(0, splits, SB):
+                here = partial_ptr + out[None, :, :] + (start + s).to(tl.int64) * (K * U)
+                real = mask[None, :, :] & (start + s < splits)
+                count = tl.load(partial_ptr + 2 * plane + start + s, mask=start + s < splits, other=0.0)
+                d = tl.load(here, mask=real, other=0.0) - mean[None, :, :]
+                m2 += tl.sum(count * (d * d) + tl.load(here + plane, mask=real, other=0.0), 0)
+            if mean_ptr is not None:
+                tl.store(mean_ptr + out, mean.to(ACC), mask=mask)
+        if FORM is None:
+            tl.store(var_ptr + out, (m2 * (1.0 / tl.full([], M - 1, tl.float64))).to(ACC), mask=mask)
+        else:
+            loss, scale, dbeta = coefficients(
+                m2, k, K, M, units, units < U, beta_ptr, beta_value, beta_min, factor, FORM, BETA, ACC, KB, UB
+            )
+            if scale_ptr is not None:
+                tl.store(scale_ptr + out, scale, mask=mask)
+            if REDUCE:
+                total += tl.where(units < U, loss, 0.0)
+            else:
+                tl.store(loss_ptr + units, loss, mask=units < U)
+            if dbeta_ptr is not None:
+                if REDUCE and BETA == 1:
+                    total_dbeta += tl.where(units < U, dbeta, 0.0)
+                else:
+                    tl.store(dbeta_ptr + units, dbeta, mask=units < U)
     if REDUCE:
-        tl.store(ptr, tl.sum(tl.where(units < U, value, 0.0), 0))
-    else:
-        tl.store(ptr + units, value, mask=units < U)
+        tl.store(loss_ptr, tl.sum(total, 0))
+        if dbeta_ptr is not None and BETA == 1:
+            tl.store(dbeta_ptr, tl.sum(total_dbeta, 0))
 
 
 def arguments(x: Geometry, splits: int) -> tuple[int, ...]:
@@ -98,32 +103,30 @@ def arguments(x: Geometry, splits: int) -> tuple[int, ...]:
 
 
 def plane(x: Geometry, splits: int) -> int:
-    """Return the distance between what is kept of parts: mean - pilot, m2, pilot, and then their counts."""
+    """Return the distance between what is kept of parts: mean, m2, and then their counts."""
     return 0 if splits == 1 else splits * x.K * x.U
 
 
 def partial_size(x: Geometry, splits: int) -> int:
-    """Return how many values are read: m2 of each sub-batch, or of parts three planes and a count for each split."""
-    return x.K * x.U if splits == 1 else 3 * plane(x, splits) + splits
+    """Return how many values are read: m2 of each sub-batch, or of parts two planes and a count for each split."""
+    return x.K * x.U if splits == 1 else 2 * plane(x, splits) + splits
 
 
 @functools.lru_cache(maxsize=1024)
 def rule(x: Geometry, splits: int, reduce: bool) -> Settings:
-    """Choose settings: one program where its sum over units is wanted and there is little to read."""
-    KB, UB = power_of_2(x.K), power_of_2(x.U)
-    in_one = reduce and KB * UB <= ONE_PROGRAM and KB * UB * splits <= READ_BY_ONE
-    if not in_one:
-        few = 128 if splits == 1 else 16  # float64 takes many registers
-        least = max(1, min(4, ONE_PROGRAM // KB))  # 4 units of float64 are the least that memory moves
-        UB = min(UB, max(least, min(few, 8 * few // KB)))
-    SB = min(power_of_2(splits), AT_ONCE // (KB * UB))
-    SB = SB if SB >= 4 else 1
-    return Settings({"SB": SB, "KB": KB, "UB": UB}, warps_for((8 if in_one else 16) * SB * KB * UB))
+    """Choose settings: one program where the sum over units is wanted and there is little to read.
+
+    Tiles depend on K alone: a network's layers share kernels.
+    """
+    KB = power_of_2(x.K)
+    if reduce and KB * x.U * splits <= READ_BY_ONE:
+        return Settings({"SB": 1, "KB": KB, "UB": max(1, ONE_PROGRAM // KB)}, 16)
+    UB = max(4, SEVERAL // KB)  # 4 units of float64 are the least that memory moves
+    return Settings({"SB": 4, "KB": KB, "UB": UB}, warps_for(64 * KB * UB), 2)
 
 
 def plan(x: Geometry, splits: int, reduce: bool, settings: Settings | None = None) -> Launch:
     """Decide the launch. ``reduce``: wanted is the sum over units; REDUCE says whether the launch gives it."""
-    tile, warps, _ = settings or rule(x, splits, reduce)
-    programs = cdiv(x.U, tile["UB"])
-    constants = {**tile, "REDUCE": reduce and programs == 1, "WHOLE": splits == 1}
-    return Launch(finalise, (programs,), constants, warps)
+    tile, warps, programs = settings or rule(x, splits, reduce)
+    one = reduce and programs == 1
+    return Launch(finalise, (1 if one else cdiv(x.U, tile["UB"]),), {**tile, "REDUCE": one}, warps)

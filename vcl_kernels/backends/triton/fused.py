@@ -7,10 +7,12 @@ import triton.language as tl
 
 from ...geometry import Geometry
 from .formulas import coefficients
-from .launch import RUN_TIME, Launch, Settings, cdiv, dense_units, positions_constant, power_of_2, warps_for
+from .launch import RUN_TIME, Launch, Settings, alignment, cdiv, even, power_of_2, warps_for
+from .moments import merged, value_at
+from .runs import by_unit, of_unit, run_length, run_steps, run_tile, unit_in_run, value_steps
 
 # Elements of a tile, padding included, of which 16 warps hold 32 or 16 a thread in registers: where units are
-# contiguous, or P is odd, addresses take as many again, and more would spill.
+# contiguous addresses take as many again, and more would spill.
 MOST_SPATIAL = 16384
 MOST_UNIT = 8192
 
@@ -29,60 +31,78 @@ def one_pass_spatial(
     K,
     n,
     U,
-    P_run_time,
+    P,
     x_row,
-    x_unit,
-    dx_row,
-    dx_unit,
-    P_CONSTANT: tl.constexpr,
-    X_DENSE: tl.constexpr,
-    DX_DENSE: tl.constexpr,
+    x_step,
+    to_row,
+    to_step,
+    ALIGNED: tl.constexpr,
     FORM: tl.constexpr,
     BETA: tl.constexpr,
     ACC: tl.constexpr,
-    KB: tl.constexpr,
     NB: tl.constexpr,
+    KB: tl.constexpr,
     UB: tl.constexpr,
-    PB: tl.constexpr,
+    FB: tl.constexpr,
 ):
-    """Tile [sub-batch, sample, channel, position]; the program of a channel holds all of its values."""
-    P = P_CONSTANT if P_CONSTANT else P_run_time
-    x_step = P if X_DENSE else x_unit
-    dx_step = P if DX_DENSE else dx_unit
-    k = tl.arange(0, KB)[:, None, None, None]
-    i = tl.arange(0, NB)[None, :, None, None]
-    first = tl.program_id(0).to(tl.int64) * UB
-    u = tl.arange(0, UB)[None, None, :, None]
-    p = tl.arange(0, PB)[None, None, None, :]
-    row = (k * n + i).to(tl.int64)
-    mask = (k < K) & (i < n) & (first + u < U) & (p < P)
-    x_u = u * P if X_DENSE else u.to(tl.int64) * x_unit  # a distance between channels may be large
-    x = tl.load(x_ptr + first * x_step + row * x_row + (x_u + p), mask=mask, other=0.0).to(ACC)
+    """Tile [row, sub-batch, element of a run]: the program of UB units holds all of their values."""
+    PB: tl.constexpr = FB // UB
+    group = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, NB)[:, None, None]
+    k = tl.arange(0, KB)[:, None]
+    f = tl.arange(0, FB)[None, :]
+    p = tl.arange(0, PB)[None, :, None]
+    units = group * UB + tl.arange(0, UB)
+    unit = tl.minimum(unit_in_run(f, P), UB - 1)
+    row = k * n + i
+    there = (k < K) & (f < run_length(group, U, P, UB, ALIGNED))
+    mask = (i < n) & there[None, :, :]
+    x_at = x_ptr + group * x_step * ALIGNED
+    to = dx_ptr + group * to_step * ALIGNED + f
+    at = x_at + row.to(tl.int64) * x_row * ALIGNED + f
+    x = tl.load(at, mask=mask, other=0.0).to(ACC)
+    # its first value is taken off all others of an element: |mean| >> std costs nothing
+    first = first_row(x, i)
+    d = tl.where(i < n, x - first[None, :, :], 0.0)
 
-    M = n * P
-    mean = quotient(tl.sum(tl.sum(x, 3), 1), M)
-    d = tl.where(mask, x - mean[:, None, :, None], 0.0)
-    error = quotient(tl.sum(tl.sum(d, 3), 1), M)  # the rounding of the mean
-    d = tl.where(mask, d - error[:, None, :, None], 0.0)
-    m2 = tl.sum(tl.sum(d * d, 3), 1)
-
-    units = first + tl.arange(0, UB)
+    own = tl.sum(d, 0) * (1.0 / n.to(ACC))
+    own_m2 = sum_of_squares(tl.where(i < n, d - own[None, :, :], 0.0), 0)
+    mean = by_unit(first.to(tl.float64) + own.to(tl.float64), P, KB, UB, FB)
+    m2 = tl.where(p < P, by_unit(own_m2, P, KB, UB, FB), 0.0)
+    mean, m2 = merged(mean, m2, tl.where(p < P, n, 0), (n * P).to(tl.float64), 1, ACC)
     loss, scale, dbeta = coefficients(
-        m2, tl.arange(0, KB)[:, None], K, M, units, units < U, beta_ptr, beta_value, beta_min, factor,
-        FORM, BETA, ACC, KB, UB,
-    )  # fmt: skip
+        m2, k, K, n * P, units, units < U, beta_ptr, beta_value, beta_min, factor, FORM, BETA, ACC, KB, UB
+    )
     tl.store(loss_ptr + units, loss, mask=units < U)
     if dbeta_ptr is not None:
         tl.store(dbeta_ptr + units, dbeta, mask=units < U)
-    dx = (scale[:, None, :, None] * d).to(dx_ptr.dtype.element_ty)
-    dx_u = u * P if DX_DENSE else u.to(tl.int64) * dx_unit
-    at = dx_ptr + first * dx_step + (dx_u + p)
-    tl.store(at + row * dx_row, dx, mask=mask)
-    one = tl.arange(0, 1)[:, None, None, None]
+    shift = (first.to(tl.float64) - of_unit(mean, unit, KB, UB, FB)).to(ACC)
+    dx = of_unit(scale, unit, KB, UB, FB)[None, :, :] * (d + shift[None, :, :])
+    tl.store(to + row.to(tl.int64) * to_row * ALIGNED, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    one = tl.arange(0, 1)[None, :, None]
     for start in range(K * n, N, NB):  # rows that take no part
-        rest = (start + one + i).to(tl.int64)
-        tail = (rest < N) & (first + u < U) & (p < P)
-        tl.store(at + rest * dx_row, tl.zeros([1, NB, UB, PB], dx_ptr.dtype.element_ty), mask=tail)
+        rest = start + one + i
+        tail = (rest < N) & (f < run_length(group, U, P, UB, ALIGNED))
+        rest_at = to + rest.to(tl.int64) * to_row * ALIGNED
+        tl.store(rest_at, tl.zeros([NB, 1, FB], dx_ptr.dtype.element_ty), mask=tail)
+
+
+@triton.jit
+def first_row(x, i):
+    """Row 0 of x [NB, KB, FB], by its bits: adding zeros to those costs nothing where a thread has all rows."""
+    bits = tl.int64 if x.dtype == tl.float64 else tl.int32
+    return tl.sum(tl.where(i == 0, x.to(bits, bitcast=True), 0), 0).to(bits).to(x.dtype, bitcast=True)
+
+
+@triton.jit
+def sum_of_squares(d, AXIS: tl.constexpr):
+    """Σ d² along ``AXIS``, in float64, also where squares are past float32's range."""
+    squares = tl.sum(d * d, AXIS).to(tl.float64)
+    if d.dtype == tl.float32:  # noqa: SIM102  # known to the compiler, the other not
+        if tl.max(squares) == float("inf"):
+            less = d * 2.0**-80
+            squares = tl.where(squares < float("inf"), squares, tl.sum(less * less, AXIS).to(tl.float64) * 2.0**160)
+    return squares
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -98,12 +118,13 @@ def one_pass_unit(
     N,
     K,
     n,
-    U,
     P,
     x_row,
     x_pos,
-    dx_row,
-    dx_pos,
+    to_pos,
+    M,
+    ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,
     FORM: tl.constexpr,
     BETA: tl.constexpr,
     ACC: tl.constexpr,
@@ -112,21 +133,20 @@ def one_pass_unit(
     UB: tl.constexpr,
 ):
     """Tile [sub-batch, value, unit], units contiguous; value m of a sub-batch is (sample m // P, position m % P)."""
-    M = n * P
+    U = to_pos * ALIGNED
     k = tl.arange(0, KB)[:, None, None]
     m = tl.arange(0, MB)[None, :, None]
     units = tl.program_id(0).to(tl.int64) * UB + tl.arange(0, UB)
     u = units[None, None, :]
-    row = (k * n + m // P).to(tl.int64)
-    position = (m % P).to(tl.int64)
     mask = (k < K) & (m < M) & (u < U)
-    x = tl.load(x_ptr + row * x_row + position * x_pos + u, mask=mask, other=0.0).to(ACC)
+    at = (k * n).to(tl.int64) * x_row + value_at(m, P, x_row, x_pos, EVEN)
+    x = tl.load(x_ptr + at * ALIGNED + u, mask=mask, other=0.0).to(ACC)
 
     mean = quotient(tl.sum(x, 1), M)
     d = tl.where(mask, x - mean[:, None, :], 0.0)
     error = quotient(tl.sum(d, 1), M)  # the rounding of the mean
     d = tl.where(mask, d - error[:, None, :], 0.0)
-    m2 = tl.sum(d * d, 1)
+    m2 = sum_of_squares(d, 1)
 
     loss, scale, dbeta = coefficients(
         m2, tl.arange(0, KB)[:, None], K, M, units, units < U, beta_ptr, beta_value, beta_min, factor,
@@ -136,14 +156,13 @@ def one_pass_unit(
     if dbeta_ptr is not None:
         tl.store(dbeta_ptr + units, dbeta, mask=units < U)
     dx = (scale[:, None, :] * d).to(dx_ptr.dtype.element_ty)
-    tl.store(dx_ptr + row * dx_row + position * dx_pos + u, dx, mask=mask)
+    tl.store(dx_ptr + (k * M + m).to(tl.int64) * to_pos * ALIGNED + u, dx, mask=mask)
     one = tl.arange(0, 1)[:, None, None]
-    for start in range(0, (N - K * n) * P, MB):  # rows that take no part
-        t = start + one + m
-        rest = (K * n + t // P).to(tl.int64)
-        tail = (rest < N) & (u < U)
-        at = dx_ptr + rest * dx_row + (t % P).to(tl.int64) * dx_pos + u
-        tl.store(at, tl.zeros([1, MB, UB], dx_ptr.dtype.element_ty), mask=tail)
+    end = N.to(tl.int64) * P
+    for start in range(K * M, end, MB):  # rows that take no part
+        rest = (start + one + m).to(tl.int64)
+        rest_at = dx_ptr + rest * to_pos * ALIGNED + u
+        tl.store(rest_at, tl.zeros([1, MB, UB], dx_ptr.dtype.element_ty), mask=(rest < end) & (u < U))
 
 
 @triton.jit
@@ -151,7 +170,8 @@ def quotient(total, M):
     """Total / M, to nearest, which a GPU's usual division in float32 is not: equal values have deviations of 0."""
     if total.dtype == tl.float64:
         return total / M
-    return tl.div_rn(total, M.to(tl.float32))
+    else:  # what follows a return is compiled too
+        return tl.div_rn(total, M.to(tl.float32))
 
 
 def padded_sample(g: Geometry) -> int:
@@ -164,7 +184,7 @@ def padded_sample(g: Geometry) -> int:
 def fits(g: Geometry, itemsize: int) -> bool:
     """Whether a unit, or 32 bytes of contiguous units, fits on chip."""
     if g.spatial:
-        return padded_sample(g) <= MOST_SPATIAL // (1 + g.P % 2)
+        return padded_sample(g) <= MOST_SPATIAL
     return padded_sample(g) * min(32 // itemsize, power_of_2(g.U)) <= MOST_UNIT
 
 
@@ -173,20 +193,28 @@ def rule(x: Geometry, itemsize: int) -> Settings:
     """Choose settings for a unit that fits: of them UB and warps are free."""
     sample, KB = padded_sample(x), power_of_2(x.K)
     if x.spatial:
-        UB = min(power_of_2(x.U), max(1, 4096 // sample))
-        warps = warps_for(sample * UB * (1 + x.P % 2))
-        return Settings({"KB": KB, "NB": power_of_2(x.n), "UB": UB, "PB": power_of_2(x.P)}, warps)
+        UB, _ = run_tile(x, 256, min(512, MOST_SPATIAL // sample * power_of_2(x.P)), (1, 1))
+        FB = UB * power_of_2(x.P)
+        warps = max(1 if UB == 1 else 2, min(8, warps_for(sample * UB)))
+        return Settings({"NB": power_of_2(x.n), "KB": KB, "UB": UB, "FB": FB}, warps)
     # coefficients are float64, [KB, UB] of them
     UB = min(power_of_2(x.U), max(32 // itemsize, min(128, 8192 // sample, 256 // KB)))
     warps = max(4, min(16, KB * UB // min(16 * itemsize, 64)), warps_for(sample * UB))
     return Settings({"KB": KB, "MB": power_of_2(x.M), "UB": UB}, warps)
 
 
-def plan(x: Geometry, dx: Geometry, itemsize: int, settings: Settings | None = None) -> Launch:
+def plan(x: Geometry, itemsize: int, settings: Settings | None = None) -> Launch:
     """Decide the launch for a unit that fits."""
     tile, warps, _ = settings or rule(x, itemsize)
     grid = (cdiv(x.U, tile["UB"]),)
-    if not x.spatial:
-        return Launch(one_pass_unit, grid, dict(tile), warps)
-    constants = {"P_CONSTANT": positions_constant(x.P), "X_DENSE": dense_units(x), "DX_DENSE": dense_units(dx), **tile}
-    return Launch(one_pass_spatial, grid, constants, warps)
+    if x.spatial:
+        return Launch(one_pass_spatial, grid, {"ALIGNED": alignment(*run_steps(x, tile["UB"])), **tile}, warps)
+    return Launch(one_pass_unit, grid, {"ALIGNED": alignment(*value_steps(x)), "EVEN": even(x), **tile}, warps)
+
+
+def arguments(x: Geometry, launch: Launch) -> tuple[int, ...]:
+    """Return the shape arguments of ``launch``; distances in units of its alignment."""
+    by = launch.constants["ALIGNED"]
+    if x.spatial:
+        return x.N, x.K, x.n, x.U, x.P, *(s // by for s in run_steps(x, launch.constants["UB"]))
+    return x.N, x.K, x.n, x.P, *(s // by for s in value_steps(x)), x.M

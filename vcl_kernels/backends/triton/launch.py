@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -9,8 +10,13 @@ import torch
 
 from ...geometry import Geometry
 
-# Arguments that change from batch to batch, the last of an epoch being shorter: kernels are not specialised for them.
-RUN_TIME = ("N", "K", "n", "splits", "tiles_per_split")
+# Arguments that no kernel is specialised for: shapes and distances. How far distances are aligned is a constant.
+RUN_TIME = (
+    *("N", "K", "n", "U", "P", "M", "E", "x_row", "x_step", "x_pos", "to_row", "to_step", "to_pos"),
+    *("plane", "splits", "tiles_per_split", "rows", "UB"),
+)
+
+WARPS = 2048  # wanted of a launch at least: what an H100 holds of 128 registers
 
 
 class Launch(NamedTuple):
@@ -50,12 +56,12 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def fitting(size: int, most: int) -> int:
-    """Return the power of two from 512 to ``most`` whose multiples cover ``size`` with the least padding.
+def fitting(size: int, least: int, most: int) -> int:
+    """Return the power of two from ``least`` to ``most`` whose multiples cover ``size`` with the least padding.
 
     The largest of equals; for a small ``size`` the power that covers it.
     """
-    powers = [2**e for e in range(power_of_2(min(size, most)).bit_length() - 1, 8, -1)]
+    powers = [2**e for e in range(most.bit_length() - 1, least.bit_length() - 2, -1) if 2**e < 2 * size]
     return min(powers or [power_of_2(size)], key=lambda power: cdiv(size, power) * power)
 
 
@@ -64,29 +70,11 @@ def warps_for(elements: int) -> int:
     return min(16, max(1, power_of_2(cdiv(elements, 1024))))
 
 
-_MOST_CONSTANT_POSITIONS = 16
-_constant_positions: set[int] = set()
+def alignment(*distances: int) -> int:
+    """Return the greatest power of two that divides all ``distances``; 16 at most, all that an access can use."""
+    return math.gcd(16, *distances)
 
 
-def positions_constant(P: int) -> int:
-    """Return P for a kernel specialised on it (which keeps accesses 128 bits wide), or 0 for a run-time P.
-
-    The first sizes that a process meets get kernels of their own. Where sizes keep changing (detection,
-    audio), the rest share one, instead of compiling without end.
-    """
-    if P not in _constant_positions and len(_constant_positions) >= _MOST_CONSTANT_POSITIONS:
-        return 0
-    _constant_positions.add(P)
-    return P
-
-
-def dense_units(g: Geometry) -> bool:
-    """Whether channels follow one another without a gap, so that their distance is P."""
-    return g.unit_stride == g.P
-
-
-def arguments(x: Geometry, to: Geometry) -> tuple[int, ...]:
-    """Return the shape arguments of a kernel from ``x`` to ``to``: in the layout of x, and of the rows of ``to``."""
-    if x.spatial:
-        return to.N, x.K, x.n, x.U, x.P, x.row_stride, x.unit_stride, to.row_stride, to.unit_stride
-    return to.N, x.K, x.n, x.U, x.P, x.row_stride, x.pos_stride, to.row_stride, to.pos_stride
+def even(x: Geometry) -> bool:
+    """Whether all values of a unit lie one distance apart, across rows too."""
+    return x.P == 1 or x.row_stride == x.P * x.pos_stride

@@ -12,7 +12,6 @@ from ...geometry import Geometry, accumulation_dtype, empty_rows, empty_units, i
 from ...spec import ACTIVATIONS, FORMS, NO_MINIMUM
 from . import apply, finalise, fused, multiply
 from . import moments as partial_moments
-from .launch import arguments
 
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -43,12 +42,11 @@ def loss_dx(
         loss, mean, scale, by_beta, _ = loss_coefficients(x, *given, beta_grad, False)
         return loss, moments_dx(x, mean, scale, None, None, n, x.shape[0], per_activation), by_beta
     dx = empty_rows(x, x.shape[0])
-    to = _seen(dx, n, K, per_activation)
     per_unit = empty_units(x, per_activation)
     dbeta = empty_units(x, per_activation) if beta_grad else None
-    launch = fused.plan(g, to, x.element_size())
+    launch = fused.plan(g, x.element_size())
     launch.constants.update(FORM=FORMS[form], BETA=_beta_kind(beta), ACC=_accumulation(x))
-    launch(x, dx, per_unit, dbeta, beta, beta_value, beta_min, factor, *arguments(g, to))
+    launch(x, dx, per_unit, dbeta, beta, beta_value, beta_min, factor, *fused.arguments(g, launch))
     if dbeta is not None and reduce and _beta_kind(beta) == 1:
         dbeta = _may_only_rise(_reduced(dbeta, True), beta, beta_min)
     return _reduced(per_unit, reduce), dx, _no_dbeta(x) if dbeta is None else dbeta
@@ -138,11 +136,11 @@ def _moments(x, mean, n, K, per_activation, y=None, rows=None, activation=None, 
     Where sub-batches are split, what finalise makes both of. Also return how many parts each was split into.
     """
     g = _seen(x, n, K, per_activation)
-    to = None if y is None else _seen(y, n, K, per_activation)
-    launch, splits, per_split = partial_moments.plan(g, to, x.element_size(), keep_rows=rows is not None)
+    launch, splits, per_split = partial_moments.plan(g, y is not None, x.element_size())
     partial = torch.empty(finalise.partial_size(g, splits), dtype=torch.float64, device=x.device)
     launch.constants.update(ACTIVATION=activation, ACC=_accumulation(x))
-    launch(x, y, rows, partial, mean, parameter, *arguments(g, to or g), finalise.plane(g, splits), splits, per_split)
+    shape = partial_moments.arguments(g, launch, finalise.plane(g, splits), splits, per_split)
+    launch(x, y, rows, partial, mean, parameter, *shape)
     return partial, splits
 
 
@@ -177,9 +175,9 @@ def _apply(
     mean, scale, shift = (None if t is None else in_unit_order(t, dx, per_activation) for t in (mean, scale, shift))
     to = _seen(dx, n, K, per_activation)
     x = to if saved is None else _seen(saved, n, K, per_activation)
-    launch = apply.plan(x, to, dx.element_size())
+    launch, shape = apply.plan(x, to, dx.element_size())
     launch.constants.update(ACTIVATION=activation, FROM_OUTPUT=from_output, ACC=_accumulation(dx))
-    launch(saved, rows, dy, dx, mean, scale, shift, g, parameter, *arguments(x, to))
+    launch(saved, rows, dy, dx, mean, scale, shift, g, parameter, *shape)
 
 
 def _seen(x: Tensor, n: int, K: int, per_activation: bool) -> Geometry:

@@ -4,7 +4,6 @@ With an activation, the same pass over x also writes y, for all rows, and keeps 
 """
 
 import functools
-import math
 from typing import Any
 
 import triton
@@ -12,11 +11,12 @@ import triton.language as tl
 
 from ...geometry import Geometry
 from .activations import activate
-from .launch import RUN_TIME, Launch, Settings, cdiv, dense_units, fitting, positions_constant, power_of_2, warps_for
+from .launch import RUN_TIME, WARPS, Launch, Settings, alignment, cdiv, even, power_of_2
+from .runs import by_unit, run_length, run_steps, run_tile, value_steps
 
-TILE = 2048
-FEW = 256  # values of a unit in a sub-batch at most whose errors do not average out: one tile, squares in float64
-PROGRAMS = 1024  # wanted at least: several for each of a GPU's multiprocessors
+ROWS = 8  # of a tile, which one thread has: as many loads are on their way at once
+FEW = 256  # values of a unit in a sub-batch at most whose errors do not average out: summed in float64
+SHRUNK = tl.constexpr(2.0**-80)  # so that squares of the largest values of float32 are within its range
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -31,92 +31,120 @@ def moments_spatial(
     K,
     n,
     U,
-    P_run_time,
+    P,
     x_row,
-    x_unit,
-    y_row,
-    y_unit,
+    x_step,
+    to_row,
+    to_step,
     plane,
     splits,
     tiles_per_split,
-    P_CONSTANT: tl.constexpr,
-    X_DENSE: tl.constexpr,
-    Y_DENSE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     ACTIVATION: tl.constexpr,  # or None: moments alone
     ACC: tl.constexpr,
-    SQUARES: tl.constexpr,
-    ONE_TILE: tl.constexpr,
-    WHOLE: tl.constexpr,
+    SUMS: tl.constexpr,
     NB: tl.constexpr,
     UB: tl.constexpr,
-    PB: tl.constexpr,
+    FB: tl.constexpr,
 ):
-    """Program (units, sub-batch, split): tiles [row, unit, position], whose elements each follow their own moments.
+    """Program (units, sub-batch, split): tiles [row, element of a run], a run being what UB units have of a row.
 
-    They are merged at the end. With an activation, programs after those do a tile each of the rows past the last
-    sub-batch.
+    Each element of the run has sums of its own, over rows. They are merged at the end. With an activation, programs
+    after those do a tile each of the rows past the last sub-batch.
     """
-    GROUP: tl.constexpr = PB // 4 if PB > 4 else PB  # squares summed in SQUARES; sums of groups in float64
     HALF: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
-    P = P_CONSTANT if P_CONSTANT else P_run_time
-    x_step = P if X_DENSE else x_unit
-    y_step = P if Y_DENSE else y_unit
-    i = tl.arange(0, NB)[:, None, None]
-    u = tl.arange(0, UB)[None, :, None]
-    p = tl.arange(0, PB)[None, None, :]
-    x_u = u * P if X_DENSE else u.to(tl.int64) * x_unit  # a distance between channels may be large
-    y_u = u * P if Y_DENSE else u.to(tl.int64) * y_unit
-    by_pos = tl.cdiv(P, PB)
-    blocks = tl.cdiv(U, UB)
+    i = tl.arange(0, NB)[:, None]
+    f = tl.arange(0, FB)
+    groups = tl.cdiv(U, UB)
+    by_pos = tl.cdiv(P, FB) if UB == 1 else 1
     pid = tl.program_id(0)
-    if pid < blocks * K * splits:
-        split = pid % splits
-        k = pid // splits % K
-        first = (pid // splits // K).to(tl.int64) * UB
-        units = first + tl.arange(0, UB)
+    if pid < groups * K * splits:
+        split, k, group = part_of(pid, K, splits)
         by_row = tl.cdiv(n, NB)
         begin = split * tiles_per_split
         end = tl.minimum(begin + tiles_per_split, by_row * by_pos)
-        # one value of each sub-batch is taken off first: |mean| >> std costs nothing
-        pilot_at = x_ptr + (k * n).to(tl.int64) * x_row + units * x_step
-        pilot = tl.load(pilot_at, mask=units < U, other=0.0).to(ACC)
-        mean = tl.zeros([NB, UB, PB], ACC)
-        m2 = tl.zeros([NB, UB, PB], ACC)
-        for t in range(begin, begin + 1 if ONE_TILE else end):
-            sample = t % by_row * NB + i
-            position = t // by_row * PB + p
-            mask = (sample < n) & (first + u < U) & (position < P)
-            row = (k * n + sample).to(tl.int64)
-            given = tl.load(x_ptr + first * x_step + row * x_row + (x_u + position), mask=mask, other=0.0)
-            if ACTIVATION is not None:
-                y = activate(given.to(ACC), parameter, ACTIVATION, HALF).to(y_ptr.dtype.element_ty)
-                tl.store(y_ptr + first * y_step + row * y_row + (y_u + position), y, mask=mask)
-            if rows_ptr is not None:
-                tl.store(rows_ptr + first * P + row * U * P + (u * P + position), given, mask=mask)
-            mean, m2 = followed(mean, m2, given.to(ACC) - pilot[None, :, None], mask, t - begin, ONE_TILE)
-        # an element's tiles are the first of all: it has several rows, or several positions, never both
-        its_tiles = tl.cdiv(n - i, NB) * tl.cdiv(P - p, PB)
-        count = tl.maximum(tl.minimum(its_tiles, end) - begin, 0).to(ACC)
-        total = tl.sum(tl.sum(count, 2), 0)
-        centre = tl.sum(tl.sum(count * mean, 2), 0) / total
-        d = mean - centre[None, :, None]
-        error = tl.sum(tl.sum(count * d, 2), 0) / total
-        squares = spread_out(m2, d, error[None, :, None], count, SQUARES, ONE_TILE)
-        groups = tl.reshape(squares, [NB, UB, PB // GROUP, GROUP])
-        spread = tl.sum(tl.sum(tl.sum(groups, 3).to(tl.float64), 2), 0)
+        length = run_length(group, U, P, UB, ALIGNED)
+        x_at = x_ptr + ((k * n).to(tl.int64) * x_row + group.to(tl.int64) * x_step) * ALIGNED
+        of_k = ((k * n).to(tl.int64) * to_row + group.to(tl.int64) * to_step) * ALIGNED
+        # rows that the last elements of a unit have, and those that others have besides
+        in_last, before = n, n * (by_pos - 1)
+        if splits > 1:
+            last = tl.maximum(begin, (by_pos - 1) * by_row)
+            in_last = tl.maximum(rows_before(end, by_row, n, NB) - rows_before(last, by_row, n, NB), 0)
+            before = rows_before(end, by_row, n, NB) - rows_before(begin, by_row, n, NB) - in_last
+        if UB == 1:
+            inside = length - (by_pos - 1) * FB
+            values = in_last.to(tl.float64) * inside + before.to(tl.float64) * FB
+            count = before + tl.where(f < inside, in_last, 0)
+            inverse = 1.0 / tl.maximum(before, 1).to(SUMS)
+            inverse = tl.where(f < inside, 1.0 / (before + in_last).to(SUMS), inverse)
+        else:
+            values = in_last.to(tl.float64) * P
+            count = tl.where(tl.arange(0, FB // UB)[:, None] < P, in_last, 0)
+            inverse = 1.0 / in_last.to(SUMS)
+        # its first value is taken off all others of an element: |mean| >> std costs nothing
+        start = (begin // by_row).to(P.dtype) * FB + f
+        start_at = x_at + (begin % by_row * NB).to(tl.int64) * x_row * ALIGNED + start
+        first = tl.load(start_at, mask=start < length, other=0.0)
+        mean, m2, shrink, again = not_yet(UB, SUMS)
+        while again:
+            total = tl.zeros([FB], SUMS)
+            squares = tl.zeros([FB], SUMS)
+            less = first.to(SUMS) * shrink
+            of_tile, position = begin % by_row * NB, start
+            for t in range(begin, end):
+                sample = of_tile + i
+                mask = (sample < n) & (position < length)[None, :]
+                unread = mask & ((i > 0) | (t > begin))
+                here = x_at + sample.to(tl.int64) * x_row * ALIGNED + position[None, :]
+                x = tl.load(here, mask=unread, other=first[None, :])
+                to = of_k + sample.to(tl.int64) * to_row * ALIGNED + position[None, :]
+                if ACTIVATION is not None:
+                    y = activate(x.to(ACC), parameter, ACTIVATION, HALF)
+                    tl.store(y_ptr + to, y.to(y_ptr.dtype.element_ty), mask=mask)
+                if rows_ptr is not None:
+                    tl.store(rows_ptr + to, x, mask=mask)
+                d = x.to(SUMS) * shrink - less[None, :]
+                total += tl.sum(d, 0)
+                squares += tl.sum(d * d, 0)
+                of_tile += NB
+                position += tl.where(of_tile < n, 0, FB)
+                of_tile = tl.where(of_tile < n, of_tile, 0)
+            own, own_m2 = own_moments(first, total, squares, inverse, shrink)
+            if UB > 1:
+                own, own_m2 = columns(own, P, UB, FB), columns(own_m2, P, UB, FB)
+                own_m2 = tl.where(count > 0, own_m2, 0.0)
+            found, found_m2 = merged(own, own_m2, count, values, 0, ACC)
+            mean, m2 = tl.where(m2 < float("inf"), mean, found), tl.where(m2 < float("inf"), m2, found_m2)
+            again, shrink = too_large(m2, shrink), tl.full([], SHRUNK, SUMS)
+        units = group.to(tl.int64) * UB + tl.arange(0, UB)
         at = (split.to(tl.int64) * K + k) * U + units
-        store_moments(partial_ptr, mean_ptr, at, plane, units < U, centre + error, spread, pilot, WHOLE)
-        if not WHOLE and pid < splits:  # the same for every unit and sub-batch
-            tl.store(partial_ptr + 3 * plane + split + tl.arange(0, 1), total)
+        store_moments(partial_ptr, mean_ptr, at, plane, units < U, mean, m2, splits)
+        if splits > 1 and pid < splits:  # the same for every unit and sub-batch
+            tl.store(partial_ptr + 2 * plane + split + tl.arange(0, 1), values)
     elif ACTIVATION is not None:
-        t = pid - blocks * K * splits
-        position = t % by_pos * PB + p
-        first = (t // by_pos % blocks).to(tl.int64) * UB
-        row = K * n + (t // by_pos // blocks).to(tl.int64) * NB + i
-        mask = (row < N) & (first + u < U) & (position < P)
-        x = tl.load(x_ptr + first * x_step + row * x_row + (x_u + position), mask=mask, other=0.0).to(ACC)
-        y = activate(x, parameter, ACTIVATION, HALF).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + first * y_step + row * y_row + (y_u + position), y, mask=mask)
+        t = pid - groups * K * splits
+        of_rows = t // by_pos
+        group = of_rows % groups
+        row = (K * n + of_rows // groups * NB + i).to(tl.int64)
+        position = ((t - of_rows * by_pos).to(P.dtype) * FB + f)[None, :]
+        mask = (row < N) & (position < run_length(group, U, P, UB, ALIGNED))
+        here = (row * x_row + group.to(tl.int64) * x_step) * ALIGNED + position
+        to = (row * to_row + group.to(tl.int64) * to_step) * ALIGNED + position
+        x = tl.load(x_ptr + here, mask=mask, other=0.0).to(ACC)
+        tl.store(y_ptr + to, activate(x, parameter, ACTIVATION, HALF).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def columns(a, P, UB: tl.constexpr, FB: tl.constexpr):
+    """[FB // UB, UB] of the elements of a run [FB]."""
+    return tl.reshape(by_unit(a[None, :], P, 1, UB, FB), [FB // UB, UB])
+
+
+@triton.jit
+def rows_before(tile, by_row, n, NB: tl.constexpr):
+    """Rows of tiles before ``tile``: of n rows at each position, NB at a time."""
+    return tile // by_row * n + tile % by_row * NB
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -130,165 +158,226 @@ def moments_unit(
     N,
     K,
     n,
-    U,
     P,
     x_row,
     x_pos,
-    y_row,
-    y_pos,
+    to_pos,
+    M,
     plane,
     splits,
     tiles_per_split,
+    ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,
     ACTIVATION: tl.constexpr,  # or None: moments alone
     ACC: tl.constexpr,
-    SQUARES: tl.constexpr,
-    ONE_TILE: tl.constexpr,
-    WHOLE: tl.constexpr,
+    SUMS: tl.constexpr,
+    RB: tl.constexpr,
     MB: tl.constexpr,
     UB: tl.constexpr,
 ):
-    """Program (units, sub-batch, split): likewise with tiles [value, unit]."""
+    """Program (units, sub-batch, split): likewise with tiles [RB, MB, UB] of RB · MB values, of UB units each.
+
+    EVEN: values lie one distance apart, across rows too. They do in y and in the rows that are kept.
+    """
     HALF: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
-    m = tl.arange(0, MB)[:, None]
+    STEP: tl.constexpr = RB * MB
+    U = to_pos * ALIGNED
+    r = tl.arange(0, RB)[:, None, None]
+    m = r * MB + tl.arange(0, MB)[None, :, None]
     blocks = tl.cdiv(U, UB)
     pid = tl.program_id(0)
     if pid < blocks * K * splits:
-        split = pid % splits
-        k = pid // splits % K
-        units = (pid // splits // K).to(tl.int64) * UB + tl.arange(0, UB)
-        u = units[None, :]
-        M = n * P
+        split, k, block = part_of(pid, K, splits)
+        units = block.to(tl.int64) * UB + tl.arange(0, UB)
+        valid = units < U
+        u = units[None, None, :]
         begin = split * tiles_per_split
-        end = tl.minimum(begin + tiles_per_split, tl.cdiv(M, MB))
-        # one value of each sub-batch is taken off first: |mean| >> std costs nothing
-        pilot_at = x_ptr + (k * n).to(tl.int64) * x_row + units
-        pilot = tl.load(pilot_at, mask=units < U, other=0.0).to(ACC)
-        mean = tl.zeros([MB, UB], ACC)
-        m2 = tl.zeros([MB, UB], ACC)
-        for t in range(begin, begin + 1 if ONE_TILE else end):
-            value = t * MB + m
-            mask = (value < M) & (u < U)
-            row = (k * n + value // P).to(tl.int64)
-            position = (value % P).to(tl.int64)
-            given = tl.load(x_ptr + row * x_row + position * x_pos + u, mask=mask, other=0.0)
-            if ACTIVATION is not None:
-                y = activate(given.to(ACC), parameter, ACTIVATION, HALF).to(y_ptr.dtype.element_ty)
-                tl.store(y_ptr + row * y_row + position * y_pos + u, y, mask=mask)
-            if rows_ptr is not None:
-                tl.store(rows_ptr + (row * P + position) * U + u, given, mask=mask)
-            mean, m2 = followed(mean, m2, given.to(ACC) - pilot[None, :], mask, t - begin, ONE_TILE)
-        count = tl.maximum(tl.minimum(tl.cdiv(M - m, MB), end) - begin, 0).to(ACC)
-        total = tl.sum(count, 0)
-        centre = tl.sum(count * mean, 0) / total
-        d = mean - centre[None, :]
-        error = tl.sum(count * d, 0) / total
-        squares = spread_out(m2, d, error[None, :], count, SQUARES, ONE_TILE)
-        spread = tl.sum(squares.to(tl.float64), 0)
+        end = tl.minimum(begin + tiles_per_split, tl.cdiv(M, STEP))
+        x_at = x_ptr + (k * n).to(tl.int64) * x_row * ALIGNED
+        of_k = k.to(tl.int64) * M * to_pos * ALIGNED
+        seen = tl.minimum(tl.cdiv(M - tl.arange(0, MB)[:, None], MB), end * RB) - begin * RB
+        count = tl.maximum(seen, 0)
+        inverse = 1.0 / tl.maximum(count, 1).to(SUMS)
+        values = (tl.minimum(M, end * STEP) - begin * STEP).to(tl.float64)
+        m_first = begin.to(M.dtype) * STEP + tl.arange(0, MB)[:, None]
+        start_at = x_at + value_at(m_first, P, x_row, x_pos, EVEN) * ALIGNED + units[None, :]
+        first = tl.load(start_at, mask=(m_first < M) & valid[None, :], other=0.0)
+        mean, m2, shrink, again = not_yet(UB, SUMS)
+        while again:
+            total = tl.zeros([MB, UB], SUMS)
+            squares = tl.zeros([MB, UB], SUMS)
+            less = first.to(SUMS) * shrink
+            value = begin.to(M.dtype) * STEP + m
+            here = x_at + value_at(value, P, x_row, x_pos, EVEN) * ALIGNED + u
+            to = of_k + value.to(tl.int64) * to_pos * ALIGNED + u
+            for t in range(begin, end):
+                mask = (value < M) & valid[None, None, :]
+                unread = mask & ((r > 0) | (t > begin))
+                x = tl.load(here, mask=unread, other=first[None, :, :])
+                if ACTIVATION is not None:
+                    y = activate(x.to(ACC), parameter, ACTIVATION, HALF)
+                    tl.store(y_ptr + to, y.to(y_ptr.dtype.element_ty), mask=mask)
+                if rows_ptr is not None:
+                    tl.store(rows_ptr + to, x, mask=mask)
+                value += STEP
+                to += to_pos.to(tl.int64) * (STEP * ALIGNED)
+                if EVEN:
+                    here += x_pos.to(tl.int64) * (STEP * ALIGNED)
+                else:
+                    here = x_at + value_at(value, P, x_row, x_pos, EVEN) * ALIGNED + u
+                d = x.to(SUMS) * shrink - less[None, :, :]
+                total += tl.sum(d, 0)
+                squares += tl.sum(d * d, 0)
+            own, own_m2 = own_moments(first, total, squares, inverse, shrink)
+            found, found_m2 = merged(own, own_m2, count, values, 0, ACC)
+            mean, m2 = tl.where(m2 < float("inf"), mean, found), tl.where(m2 < float("inf"), m2, found_m2)
+            again, shrink = too_large(m2, shrink), tl.full([], SHRUNK, SUMS)
         at = (split.to(tl.int64) * K + k) * U + units
-        store_moments(partial_ptr, mean_ptr, at, plane, units < U, centre + error, spread, pilot, WHOLE)
-        if not WHOLE and pid < splits:  # the same for every unit and sub-batch
-            tl.store(partial_ptr + 3 * plane + split + tl.arange(0, 1), total)
+        store_moments(partial_ptr, mean_ptr, at, plane, valid, mean, m2, splits)
+        if splits > 1 and pid < splits:  # the same for every unit and sub-batch
+            tl.store(partial_ptr + 2 * plane + split + tl.arange(0, 1), values)
     elif ACTIVATION is not None:
         t = pid - blocks * K * splits
-        u = (t % blocks).to(tl.int64) * UB + tl.arange(0, UB)[None, :]
-        start = (t // blocks).to(tl.int64) * MB
-        value = (start % P).to(tl.int32) + m  # counted from the start of a row: a 32-bit division
-        row = K * n + start // P + value // P
-        position = (value % P).to(tl.int64)
-        mask = (row < N) & (u < U)
-        x = tl.load(x_ptr + row * x_row + position * x_pos + u, mask=mask, other=0.0).to(ACC)
-        y = activate(x, parameter, ACTIVATION, HALF).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + row * y_row + position * y_pos + u, y, mask=mask)
+        u = (t % blocks).to(tl.int64) * UB + tl.arange(0, UB)[None, None, :]
+        value = (t // blocks).to(tl.int64) * STEP + m
+        mask = (value < (N - K * n).to(tl.int64) * P) & (u < U)
+        here = (K * n).to(tl.int64) * x_row + value_at(value, P, x_row, x_pos, EVEN)
+        to = ((K * n).to(tl.int64) * P + value) * to_pos * ALIGNED + u
+        x = tl.load(x_ptr + here * ALIGNED + u, mask=mask, other=0.0).to(ACC)
+        tl.store(y_ptr + to, activate(x, parameter, ACTIVATION, HALF).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def followed(mean, m2, d, mask, before, ONE_TILE: tl.constexpr):
-    """Welford's update by d of elements that have seen ``before`` values each, where mask."""
-    if ONE_TILE:
-        return tl.where(mask, d, 0.0), m2
-    delta = tl.where(mask, d - mean, 0.0)
-    mean += delta * (1.0 / (before + 1).to(d.dtype))
-    return mean, m2 + delta * (d - mean)
-
-
-@triton.jit
-def spread_out(m2, d, error, count, SQUARES: tl.constexpr, ONE_TILE: tl.constexpr):
-    """Σ (x - mean)² of what each element followed: m2 about its own mean, which is d - error from the mean of all."""
-    d = d.to(SQUARES) - error.to(SQUARES)
-    if ONE_TILE:
-        d = tl.where(count > 0, d, 0.0)
-        return d * d
-    return m2 + count * (d * d)
-
-
-@triton.jit
-def store_moments(partial_ptr, mean_ptr, at, plane, valid, mean, m2, pilot, WHOLE: tl.constexpr):
-    """Store mean and m2 of a whole sub-batch; of a part of it mean - pilot, m2 and pilot, in three planes."""
-    if WHOLE:
-        if mean_ptr is not None:
-            mean = pilot.to(tl.float64) + mean
-            tl.store(mean_ptr + at, mean.to(mean_ptr.dtype.element_ty), mask=valid)
-        tl.store(partial_ptr + at, m2, mask=valid)
+def value_at(value, P, x_row, x_pos, EVEN: tl.constexpr):
+    """Where a value of a unit lies, counted from the row of value 0: it is at position value % P of a row."""
+    if EVEN:
+        return value.to(tl.int64) * x_pos
     else:
+        row = value // P
+        return row.to(tl.int64) * x_row + (value - row * P).to(tl.int64) * x_pos
+
+
+@triton.jit
+def part_of(pid, K, splits):
+    """Which split, sub-batch and units a program has."""
+    split = 0 * pid
+    k = pid
+    if splits > 1:
+        k = pid // splits
+        split = pid - k * splits
+    block = k // K
+    return split, k - block * K, block
+
+
+@triton.jit
+def own_moments(first, total, squares, inverse, shrink):
+    """Mean and Σ (x - mean)² of an element, from its first value and the sums of d = shrink · (x - first) and of d².
+
+    The first being one of the 1 / ``inverse`` values, few digits cancel. d² past float32's range give an infinite m2.
+    """
+    grow = 1.0 / shrink.to(tl.float64)
+    mean = total * inverse
+    m2 = tl.where(squares < float("inf"), squares - mean * total, squares)
+    return first.to(tl.float64) + mean.to(tl.float64) * grow, m2.to(tl.float64) * (grow * grow)
+
+
+@triton.jit
+def merged(mean, m2, count, values, AXIS: tl.constexpr, ACC: tl.constexpr):
+    """Mean and Σ (x - mean)² of all elements along ``AXIS`` (Chan et al.), which have ``values`` in all.
+
+    Of equal means it is that mean: sums of float32 values are exact here, those of float64 are corrected.
+    """
+    count = count.to(tl.float64)
+    centre = tl.sum(count * mean, AXIS, keep_dims=True) / values
+    d = mean - centre
+    if tl.float64 == ACC:
+        error = tl.sum(count * d, AXIS, keep_dims=True) / values
+        centre += error
+        d -= error
+    return tl.sum(centre, AXIS), tl.sum(m2 + count * (d * d), AXIS)
+
+
+@triton.jit
+def not_yet(UB: tl.constexpr, SUMS: tl.constexpr):
+    """Mean, m2, what x is multiplied by, and whether to go on, before moments are found."""
+    mean = tl.zeros([UB], tl.float64)
+    return mean, mean + float("inf"), tl.full([], 1.0, SUMS), tl.full([], 1, tl.int1)
+
+
+@triton.jit
+def too_large(m2, shrink):
+    """Whether squares were past float32's range, and are not yet of values SHRUNK."""
+    if shrink.dtype == tl.float64:
+        return tl.full([], 0, tl.int1)
+    else:
+        return (shrink == 1.0) & (tl.max(m2, 0) == float("inf"))
+
+
+@triton.jit
+def store_moments(partial_ptr, mean_ptr, at, plane, valid, mean, m2, splits):
+    """Store mean and m2: of a whole sub-batch where they are wanted, of a part of it in two planes."""
+    tl.store(partial_ptr + plane + at, m2, mask=valid)
+    if splits > 1:
         tl.store(partial_ptr + at, mean, mask=valid)
-        tl.store(partial_ptr + at + plane, m2, mask=valid)
-        tl.store(partial_ptr + at + 2 * plane, pilot, mask=valid)
+    elif mean_ptr is not None:
+        tl.store(mean_ptr + at, mean.to(mean_ptr.dtype.element_ty), mask=valid)
 
 
 @functools.lru_cache(maxsize=1024)
 def rule(x: Geometry, writes: bool, itemsize: int) -> Settings:
-    """Choose settings: a thread has 16 elements; 8 where addresses take registers too.
-
-    Those of an odd P do, and of values of two bytes that are written by unit.
-    """
-    most = TILE if writes or itemsize > 2 else 2 * TILE
+    """Choose settings. Activations take registers: a thread has fewer rows."""
+    rows = ROWS // 2 if writes else ROWS
+    lanes = 32 * elements_of_thread(itemsize)
     if x.spatial:
-        PB = fitting(x.P, most)
-        NB = min(power_of_2(x.n), most // PB) if PB >= x.P else 1
-        tile = {"NB": NB, "UB": min(power_of_2(x.U), most // (NB * PB)), "PB": PB}
-    elif x.M <= FEW:
-        UB = min(power_of_2(x.U), 256 // itemsize, max(32 // itemsize, most // power_of_2(x.M)))
-        tile = {"MB": power_of_2(x.M), "UB": UB}
+        UB, FB = run_tile(x, 64, 2 * lanes, (lanes, lanes))
+        tile = {"NB": min(power_of_2(x.n), rows), "UB": UB, "FB": FB}
+        warps = 1 if UB == 1 else max(2, FB // lanes)  # what warps exchange goes by shared memory
+    elif x.M <= ROWS:
+        UB = min(power_of_2(x.U), lanes if writes else 512 // itemsize)
+        tile, warps = {"RB": min(power_of_2(x.M), rows), "MB": 1, "UB": UB}, 1
     else:
-        UB = min(power_of_2(x.U), 64)
-        tile = {"MB": min(power_of_2(x.M), most // UB), "UB": UB}
-    splits = max(1, PROGRAMS // (cdiv(x.U, tile["UB"]) * x.K))
-    addresses = x.P % 2 if x.spatial else writes and itemsize == 2
-    return Settings(tile, warps_for(math.prod(tile.values()) * (4 if addresses else 2)), splits)
+        UB, most = min(power_of_2(x.U), 128 // itemsize), 1 if x.M <= FEW else 4
+        MB = min(power_of_2(cdiv(x.M, rows)), most * lanes // UB)
+        tile, warps = {"RB": rows, "MB": MB, "UB": UB}, max(1, MB * UB // lanes)
+    return Settings(tile, warps, max(1, WARPS // (cdiv(x.U, tile["UB"]) * x.K * warps)))
 
 
-def squares_in_float64(x: Geometry, itemsize: int) -> bool:
+def elements_of_thread(itemsize: int) -> int:
+    """Return how many neighbouring elements of a row a thread has sums of: those of 8 or 16 bytes."""
+    return 2 if itemsize == 8 else 4
+
+
+def sums_in_float64(x: Geometry, itemsize: int) -> bool:
     """Whether a sub-batch has so few values of a unit that their rounding errors do not average out."""
     return itemsize == 8 or x.M <= FEW
 
 
-def plan(
-    x: Geometry, y: Geometry | None, itemsize: int, settings: Settings | None = None, *, keep_rows: bool = False
-) -> tuple[Launch, int, int]:
-    """Decide the launch, for moments (and the rows) alone if y is None; also return splits and tiles in each."""
-    tile, warps, splits = settings or rule(x, y is not None or keep_rows, itemsize)
-    rest = 0 if y is None else x.N - x.K * x.n
+def plan(x: Geometry, writes: bool, itemsize: int, settings: Settings | None = None) -> tuple[Launch, int, int]:
+    """Decide the launch, of moments alone or (``writes``) with y of all rows; also return splits and tiles in each."""
+    tile, warps, splits = settings or rule(x, writes, itemsize)
+    rest = x.N - x.K * x.n if writes else 0
     constants: dict[str, Any] = dict(tile)
     if x.spatial:
-        by_pos = cdiv(x.P, tile["PB"])
-        if by_pos > 1 < tile["NB"]:
-            raise ValueError(f"a tile of several rows must span all {x.P} positions; got {tile}")
+        by_pos = cdiv(x.P, tile["FB"]) if tile["UB"] == 1 else 1
         tiles, rest_tiles = cdiv(x.n, tile["NB"]) * by_pos, cdiv(rest, tile["NB"]) * by_pos
         kernel = moments_spatial
-        constants |= {
-            "P_CONSTANT": positions_constant(x.P),
-            "X_DENSE": dense_units(x),
-            "Y_DENSE": dense_units(y or x),
-        }
+        constants |= {"ALIGNED": alignment(*run_steps(x, tile["UB"]))}
     else:
-        tiles, rest_tiles = cdiv(x.M, tile["MB"]), cdiv(rest * x.P, tile["MB"])
+        step = tile["RB"] * tile["MB"]
+        tiles, rest_tiles = cdiv(x.M, step), cdiv(rest * x.P, step)
         kernel = moments_unit
-    per_split = cdiv(tiles, min(tiles, splits))
+        constants |= {"ALIGNED": alignment(*value_steps(x)), "EVEN": even(x)}
+    per_split = cdiv(tiles, min(max(1, tiles // 2), splits))  # merging takes as long as a tile
     splits = cdiv(tiles, per_split)
-    constants |= {
-        "SQUARES": tl.float64 if squares_in_float64(x, itemsize) else tl.float32,
-        "ONE_TILE": per_split == 1,
-        "WHOLE": splits == 1,
-    }
+    constants |= {"SUMS": tl.float64 if sums_in_float64(x, itemsize) else tl.float32}
     grid = (cdiv(x.U, tile["UB"]) * (x.K * splits + rest_tiles),)
     return Launch(kernel, grid, constants, warps), splits, per_split
+
+
+def arguments(x: Geometry, launch: Launch, plane: int, splits: int, per_split: int) -> tuple[int, ...]:
+    """Return the shape arguments of ``launch``; distances in units of its alignment."""
+    by = launch.constants["ALIGNED"]
+    parts = plane, splits, per_split
+    if x.spatial:
+        return x.N, x.K, x.n, x.U, x.P, *(s // by for s in run_steps(x, launch.constants["UB"])), *parts
+    return x.N, x.K, x.n, x.P, *(s // by for s in value_steps(x)), x.M, *parts
