@@ -59,7 +59,7 @@ def values_of(one: Recorded) -> dict[str, Any]:
     if "n" in found:
         found.setdefault("M", found["n"] * found["P"])
     if "FB" in constants:
-        found["run"] = min(constants.get("UB", found.get("UB")), found["U"]) * found["P"]
+        found["run"] = min(constants.get("UB", found.get("run_units")), found["U"]) * found["P"]
     return found
 
 

@@ -98,8 +98,8 @@ def rehearsed() -> list[Decision]:
 def chosen(one: Recorded, module: ModuleType) -> Settings:
     """The settings of a launch as a plain value."""
     values, tile = values_of(one), tile_of(one.launch)
-    if "UB" in values:
-        tile["UB"] = values["UB"]
+    if "run_units" in values:
+        tile["UB"] = values["run_units"]
     splits = values["splits"] if module is moments else 1
     if module is apply:
         total, of_tile = (values["n"], tile["NB"]) if "NB" in tile else (values["M"], tile["RB"] * tile["MB"])

@@ -41,7 +41,7 @@ def apply_spatial(
     to_row,
     to_step,
     rows,
-    UB,
+    run_units,
     ALIGNED: tl.constexpr,
     SHARED: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -50,14 +50,14 @@ def apply_spatial(
     NB: tl.constexpr,
     FB: tl.constexpr,
 ):
-    """Program: tiles [row, element of a run of UB units] of some rows of a sub-batch, or of as many past the last.
+    """Program: tiles [row, element of a run of run_units units] of some rows of a sub-batch, or of as many past the last.
 
     x is in rows or, without them, what was saved.
     """
     i = tl.arange(0, NB)[:, None]
     f = tl.arange(0, FB)
     by_pos = 1 if SHARED else tl.cdiv(P, FB)
-    groups = tl.cdiv(U, UB)
+    groups = tl.cdiv(U, run_units)
     parts = tl.cdiv(n, rows)
     pid = tl.program_id(0)
     rest = pid // by_pos
@@ -67,8 +67,8 @@ def apply_spatial(
     k = part // parts
     begin = (part - k * parts) * rows
     end = tl.minimum(tl.minimum(begin + rows, n), N - k * n)
-    units = group * UB + (unit_in_run(f, P) if SHARED else tl.arange(0, 1))
-    valid = position < run_length(group, U, P, UB, ALIGNED)
+    units = group * run_units + (unit_in_run(f, P) if SHARED else tl.arange(0, 1))
+    valid = position < run_length(group, U, P, run_units, ALIGNED)
     saved_at = ((k * n).to(tl.int64) * x_row + group * x_step) * ALIGNED + position[None, :]
     dx_at = ((k * n).to(tl.int64) * to_row + group * to_step) * ALIGNED + position[None, :]
     if mean_ptr is not None:

@@ -110,11 +110,11 @@ def moments_spatial(
                 of_tile += NB
                 position += tl.where(of_tile < n, 0, FB)
                 of_tile = tl.where(of_tile < n, of_tile, 0)
-            own, own_m2 = own_moments(first, total, squares, inverse, shrink)
+            own, own_m2, grown = own_moments(first, total, squares, inverse, shrink)
             if UB > 1:
                 own, own_m2 = columns(own, P, UB, FB), columns(own_m2, P, UB, FB)
                 own_m2 = tl.where(count > 0, own_m2, 0.0)
-            found, found_m2 = merged(own, own_m2, count, values, 0, ACC)
+            found, found_m2 = merged(own, own_m2, grown, count, values, 0, ACC)
             mean, m2 = tl.where(m2 < float("inf"), mean, found), tl.where(m2 < float("inf"), m2, found_m2)
             again, shrink = too_large(m2, shrink), tl.full([], SHRUNK, SUMS)
         units = group.to(tl.int64) * UB + tl.arange(0, UB)
@@ -228,8 +228,8 @@ def moments_unit(
                 d = x.to(SUMS) * shrink - less[None, :, :]
                 total += tl.sum(d, 0)
                 squares += tl.sum(d * d, 0)
-            own, own_m2 = own_moments(first, total, squares, inverse, shrink)
-            found, found_m2 = merged(own, own_m2, count, values, 0, ACC)
+            own, own_m2, grown = own_moments(first, total, squares, inverse, shrink)
+            found, found_m2 = merged(own, own_m2, grown, count, values, 0, ACC)
             mean, m2 = tl.where(m2 < float("inf"), mean, found), tl.where(m2 < float("inf"), m2, found_m2)
             again, shrink = too_large(m2, shrink), tl.full([], SHRUNK, SUMS)
         at = (split.to(tl.int64) * K + k) * U + units
@@ -278,11 +278,11 @@ def own_moments(first, total, squares, inverse, shrink):
     grow = 1.0 / shrink.to(tl.float64)
     mean = total * inverse
     m2 = tl.where(squares < float("inf"), squares - mean * total, squares)
-    return first.to(tl.float64) + mean.to(tl.float64) * grow, m2.to(tl.float64) * (grow * grow)
+    return first.to(tl.float64) + mean.to(tl.float64) * grow, m2, grow * grow
 
 
 @triton.jit
-def merged(mean, m2, count, values, AXIS: tl.constexpr, ACC: tl.constexpr):
+def merged(mean, m2, grown, count, values, AXIS: tl.constexpr, ACC: tl.constexpr):
     """Mean and Σ (x - mean)² of all elements along ``AXIS`` (Chan et al.), which have ``values`` in all.
 
     Of equal means it is that mean: sums of float32 values are exact here, those of float64 are corrected.
@@ -294,7 +294,7 @@ def merged(mean, m2, count, values, AXIS: tl.constexpr, ACC: tl.constexpr):
         error = tl.sum(count * d, AXIS, keep_dims=True) / values
         centre += error
         d -= error
-    return tl.sum(centre, AXIS), tl.sum(m2 + count * (d * d), AXIS)
+    return tl.sum(centre, AXIS), tl.sum(count * (d * d) + m2.to(tl.float64) * grown, AXIS)
 
 
 @triton.jit
@@ -326,19 +326,19 @@ def store_moments(partial_ptr, mean_ptr, at, plane, valid, mean, m2, splits):
 @functools.lru_cache(maxsize=1024)
 def rule(x: Geometry, writes: bool, itemsize: int) -> Settings:
     """Choose settings. Activations take registers: a thread has fewer rows."""
-    rows = ROWS // 2 if writes else ROWS
-    lanes = 32 * elements_of_thread(itemsize)
     if x.spatial:
+        lanes = 32 * elements_of_thread(itemsize)
         UB, FB = run_tile(x, 64, 2 * lanes, (lanes, lanes))
-        tile = {"NB": min(power_of_2(x.n), rows), "UB": UB, "FB": FB}
+        tile = {"NB": min(power_of_2(x.n), ROWS // 2 if writes else ROWS), "UB": UB, "FB": FB}
         warps = 1 if UB == 1 else max(2, FB // lanes)  # what warps exchange goes by shared memory
-    elif x.M <= ROWS:
-        UB = min(power_of_2(x.U), lanes if writes else 512 // itemsize)
-        tile, warps = {"RB": min(power_of_2(x.M), rows), "MB": 1, "UB": UB}, 1
     else:
-        UB, most = min(power_of_2(x.U), 128 // itemsize), 1 if x.M <= FEW else 4
-        MB = min(power_of_2(cdiv(x.M, rows)), most * lanes // UB)
-        tile, warps = {"RB": rows, "MB": MB, "UB": UB}, max(1, MB * UB // lanes)
+        elements = 16 // itemsize  # of one access
+        lanes = 32 * elements
+        RB = min(power_of_2(x.M), (16 if writes else 32) // elements)
+        few = x.M <= ROWS
+        UB = min(power_of_2(x.U), lanes if few else 128 // itemsize)
+        MB = 1 if few else min(power_of_2(cdiv(x.M, RB)), (1 if x.M <= FEW else 4) * lanes // UB)
+        tile, warps = {"RB": RB, "MB": MB, "UB": UB}, max(1, MB * UB // lanes)
     return Settings(tile, warps, max(1, WARPS // (cdiv(x.U, tile["UB"]) * x.K * warps)))
 
 
