@@ -50,7 +50,7 @@ def apply_spatial(
     NB: tl.constexpr,
     FB: tl.constexpr,
 ):
-    """Program: tiles [row, element of a run of run_units units] of some rows of a sub-batch, or of as many past the last.
+    """Program: tiles [row, element of a run of run_units units] of some rows of a sub-batch, or past the last.
 
     x is in rows or, without them, what was saved.
     """
