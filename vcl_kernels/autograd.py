@@ -129,17 +129,6 @@ class InjectLoss(torch.autograd.Function):
         return dy, ctx.injection.upstream(dy), None
 
 
-def activation_and_loss(
-    x: Tensor, activation: Activation, beta: Tensor | None, spec: LossSpec, backend: Any, injection: Injection | None
-) -> tuple[Tensor, Tensor]:
-    """Differentiable activation and loss of ``x``, which lies in a supported layout."""
-    if torch.compiler.is_compiling() and 4 * spec.K * spec.n <= x.shape[0]:
-        # a compiler fuses the bare activation with its neighbours, which saves more than a few rows cost
-        y, value = reference.activate(x, activation), loss(x[: spec.K * spec.n], beta, spec, backend)
-        return (y, value) if injection is None else injected(y, value, injection)
-    return ActivationAndLoss.apply(x, beta, (activation, spec, backend, injection))[:2]
-
-
 class ActivationAndLoss(torch.autograd.Function):
     """Activation and loss from one read of x; the loss's gradient rides on the activation's.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import autograd, ops, reference
+from . import autograd, differentiable, ops, reference
 from .backends import choose, interpreted_triton
 from .checks import check_activation, check_loss, check_moments
 from .geometry import in_layout
@@ -176,8 +176,8 @@ def weighted_activation(
     else:
         seen = in_layout(x, spec.per_activation)
         if activation != IDENTITY:
-            return autograd.activation_and_loss(seen, activation, beta, spec, implementation, injection)
-        y, loss = x, autograd.loss(seen, beta, spec, implementation)
+            return differentiable.activation_and_loss(seen, activation, beta, spec, implementation, injection)
+        y, loss = x, differentiable.loss(seen, beta, spec, implementation)
     return (y, loss) if injection is None else autograd.injected(y, loss, injection)
 
 
@@ -218,7 +218,7 @@ def sub_batch_moments(
     implementation = _implementation(x, backend)
     if implementation is None:
         return reference.moments(x, sub_batch_size, K, per_activation)
-    return autograd.Moments.apply(in_layout(x, per_activation), sub_batch_size, K, per_activation, implementation)
+    return differentiable.moments(in_layout(x, per_activation), sub_batch_size, K, per_activation, implementation)
 
 
 def _implementation(x: Tensor, backend: str | None) -> Any:

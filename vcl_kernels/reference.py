@@ -136,12 +136,11 @@ class LowerBound(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, beta: Tensor, least: float) -> Tensor:
         """Bound ``beta`` from below."""
-        ctx.save_for_backward(beta)
-        ctx.least = least
+        ctx.save_for_backward(beta >= least)  # not beta, which may be overwritten: compiled code does not check that
         return beta.clamp(min=least)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         """Pass ``g`` where beta is free to follow it."""
-        (beta,) = ctx.saved_tensors
-        return torch.where((beta >= ctx.least) | (g < 0), g, 0.0), None
+        (is_free,) = ctx.saved_tensors
+        return torch.where(is_free | (g < 0), g, 0.0), None
