@@ -10,17 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from . import reference
 from .geometry import accumulation_dtype, empty_rows
 from .spec import Activation, LossSpec
+from .transforms import in_functorch
 
 
 def loss(x: Tensor, beta: Tensor | None, spec: LossSpec, backend: Any) -> Tensor:
     """Differentiable loss of ``x``, which lies in a supported layout."""
     if not (torch.is_grad_enabled() and (x.requires_grad or (beta is not None and beta.requires_grad))):
-        _refuse_forward_mode(x, beta)
         return backend.loss(x, beta, *spec)
     if 2 * spec.K * spec.n <= x.shape[0]:
         return DeferredLoss.apply(x, beta, spec, backend, True)[0]
@@ -111,6 +110,8 @@ class Injection(NamedTuple):
 
 def injected(y: Tensor, loss: Tensor, injection: Injection) -> tuple[Tensor, Tensor]:
     """Put ``loss`` into the graph of ``y``; return y and the loss detached."""
+    if in_functorch():  # where a loss inside vmap does not tell whether it requires a gradient
+        return InjectLossInFunctorch.apply(y, loss, injection), loss.detach()
     return (InjectLoss.apply(y, loss, injection) if loss.requires_grad else y), loss.detach()
 
 
@@ -127,6 +128,22 @@ class InjectLoss(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         """Pass dy on."""
         return dy, ctx.injection.upstream(dy), None
+
+
+class InjectLossInFunctorch(InjectLoss):
+    """The same in the form that ``torch.func`` wants, which takes longer."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, loss: Tensor, injection: Injection) -> Tensor:  # type: ignore[override]
+        """Return y."""
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Injection], output: Tensor) -> None:
+        """Keep the injection."""
+        ctx.injection = inputs[2]
 
 
 class ActivationAndLoss(torch.autograd.Function):
@@ -235,12 +252,6 @@ def _differentiable(
     inputs = [t for t, wanted in zip((x, beta), needed, strict=False) if wanted and t is not None]
     found = iter(torch.autograd.grad(value, inputs, g, create_graph=True))
     return next(found) if needed[0] else None, next(found) if needed[1] else None
-
-
-def _refuse_forward_mode(*tensors: Tensor | None) -> None:
-    """Raise where an op would silently drop a tangent, as autograd functions do by themselves."""
-    if not torch.compiler.is_compiling() and any(t is not None and unpack_dual(t).tangent is not None for t in tensors):
-        raise RuntimeError('forward-mode derivatives are not supported by the kernels; backend="reference" has them')
 
 
 def _with_upstream(scale: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

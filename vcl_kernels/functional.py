@@ -11,6 +11,7 @@ from .backends import choose, interpreted_triton
 from .checks import check_activation, check_loss, check_moments
 from .geometry import in_layout
 from .spec import IDENTITY, NO_MINIMUM, Activation
+from .transforms import has_transform
 
 __all__ = ["sub_batch_moments", "vcl_activation", "vcl_loss"]
 
@@ -170,7 +171,7 @@ def weighted_activation(
     With an ``injection`` the loss, detached, is in the graph of y.
     """
     beta, spec = check_loss(x, beta, sub_batch_size, form, unit, num_sub_batches, reduction, weight, beta_min)
-    implementation = _implementation(x, backend)
+    implementation = _implementation(x, beta, backend)
     if implementation is None:
         y, loss = reference.activate(x, activation), reference.loss(x, beta, spec)
     else:
@@ -215,15 +216,22 @@ def sub_batch_moments(
             [8.]]))
     """
     K, per_activation = check_moments(x, sub_batch_size, unit, num_sub_batches)
-    implementation = _implementation(x, backend)
+    implementation = _implementation(x, None, backend)
     if implementation is None:
         return reference.moments(x, sub_batch_size, K, per_activation)
     return differentiable.moments(in_layout(x, per_activation), sub_batch_size, K, per_activation, implementation)
 
 
-def _implementation(x: Tensor, backend: str | None) -> Any:
+def _implementation(x: Tensor, beta: Tensor | None, backend: str | None) -> Any:
     """Return the namespace of ops that serves ``x``, or None for the reference."""
     chosen = choose(backend, x)
+    if chosen != "reference" and has_transform(x, beta):
+        if backend is not None:
+            raise RuntimeError(
+                f"backend={backend!r} has no torch.func transforms and no forward-mode derivatives; backend=None and "
+                'backend="reference" have them'
+            )
+        return None
     if chosen == "reference" or x.numel() == 0:
         return None
     if chosen == "triton" and x.device.type == "cpu":

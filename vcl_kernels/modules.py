@@ -22,6 +22,7 @@ from .checks import (
 from .functional import weighted_activation
 from .geometry import accumulation_dtype, unit_shape
 from .spec import FORMS, UNITS
+from .transforms import in_functorch
 
 __all__ = ["VCL", "VCLActivation"]
 
@@ -125,6 +126,11 @@ class VCLActivation(nn.Module):
         """Return the activation of x; in training, keep the loss of x."""
         if not self.training:
             return reference.activate(x, self.activation)
+        if torch.compiler.is_compiling() and in_functorch():
+            raise RuntimeError(
+                "a VCL module cannot be compiled inside a torch.func transform, for its loss outlives the transform; "
+                "compile vcl_loss or vcl_activation there, or transform the module in eager code"
+            )
         latest = self.latest
         latest.in_grad_mode = torch.is_grad_enabled()
         injection = Injection(self.grad_scaler) if self.inject else None

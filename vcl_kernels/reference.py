@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_activation, check_loss, check_moments
-from .spec import FORMS, Activation, LossSpec
+from .spec import FORMS, NO_MINIMUM, Activation, LossSpec
 
 __all__ = ["sub_batch_moments", "vcl_activation", "vcl_loss"]
 
@@ -82,7 +82,10 @@ def moments(x: Tensor, n: int, K: int, per_activation: bool) -> tuple[Tensor, Te
 def loss(x: Tensor, beta: Tensor | None, spec: LossSpec) -> Tensor:
     """``factor`` times the loss of each unit, or their sum if ``spec.reduce``."""
     _, var = moments(x, spec.n, spec.K, spec.per_activation)
-    least = spec.beta_value if beta is None else LowerBound.apply(beta, spec.beta_min)
+    least: Tensor | float = spec.beta_value if beta is None else beta
+    if beta is not None and spec.beta_min != NO_MINIMUM:
+        bound = LowerBound if torch.compiler.is_compiling() else LowerBoundInForwardMode
+        least = bound.apply(beta, spec.beta_min)[0]
     per_unit = loss_of_variances(var, least, FORMS[spec.form])
     return spec.factor * (per_unit.sum() if spec.reduce else per_unit)
 
@@ -133,14 +136,32 @@ def loss_of_variances(var: Tensor, beta: Tensor | float, form: str) -> Tensor:
 class LowerBound(torch.autograd.Function):
     """max(beta, least), whose gradient below the bound is kept where it raises beta (a projected gradient)."""
 
-    @staticmethod
-    def forward(ctx: Any, beta: Tensor, least: float) -> Tensor:
-        """Bound ``beta`` from below."""
-        ctx.save_for_backward(beta >= least)  # not beta, which may be overwritten: compiled code does not check that
-        return beta.clamp(min=least)
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    def forward(beta: Tensor, least: float) -> tuple[Tensor, Tensor]:
+        """Bound ``beta`` from below; return also where it is free to move."""
+        return beta.clamp(min=least), beta >= least
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+        """Save where beta is free, not beta: it may be overwritten, and compiled code makes no check of that."""
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+        ctx.save_for_forward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor, None]:
         """Pass ``g`` where beta is free to follow it."""
         (is_free,) = ctx.saved_tensors
         return torch.where(is_free | (g < 0), g, 0.0), None
+
+
+class LowerBoundInForwardMode(LowerBound):
+    """The same with a derivative in forward mode, which Dynamo cannot trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor, None]:
+        """Pass the tangent where beta acts."""
+        (is_free,) = ctx.saved_tensors
+        return torch.where(is_free, tangent, 0.0), None
