@@ -95,3 +95,12 @@ def test_command_line(capsys):
 
     main()
     assert "cpu:       available" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("n", [1, 7])
+def test_the_number_of_samples_that_moments_need(n):
+    vk.sub_batch_moments(X[:n], n)
+    with pytest.raises(ValueError, match=f"x has {n} samples; sub_batch_size={n + 1} with num_sub_batches=1 needs"):
+        vk.sub_batch_moments(X[:n], n + 1)
+    with pytest.raises(ValueError, match=f"x has {n} samples; sub_batch_size={n} with num_sub_batches=2 needs"):
+        vk.sub_batch_moments(X[:n], n, num_sub_batches=2)

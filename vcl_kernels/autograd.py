@@ -21,13 +21,13 @@ def loss(x: Tensor, beta: Tensor | None, spec: LossSpec, backend: Any) -> Tensor
     """Differentiable loss of ``x``, which lies in a supported layout."""
     if not (torch.is_grad_enabled() and (x.requires_grad or (beta is not None and beta.requires_grad))):
         return backend.loss(x, beta, *spec)
-    if 2 * spec.K * spec.n <= x.shape[0]:
+    if _chosen(2 * spec.K * spec.n <= x.shape[0]):
         return DeferredLoss.apply(x, beta, spec, backend, True)[0]
     # float16: scaling by the upstream gradient (a GradScaler's) must come before rounding, or small values
     # vanish. Units that do not fit on chip or in a cache: x is read twice in any case, and then once the upstream is
     # known.
     # Nor is dx made for a beta that alone is learnt.
-    deferred = x.dtype == torch.float16 or not x.requires_grad
+    deferred = x.dtype == torch.float16 or not x.requires_grad or torch.compiler.is_exporting()
     if deferred or not backend.one_pass(x, spec.n, spec.K, spec.per_activation):
         return DeferredLoss.apply(x, beta, spec, backend, False)[0]
     return OnePassLoss.apply(x, beta, spec, backend)
@@ -164,8 +164,7 @@ class ActivationAndLoss(torch.autograd.Function):
         """Return y, the loss, the rows that are kept, and y again where that is what is kept of an injected loss."""
         ctx.set_materialize_grads(False)
         activation, spec, backend, injection = ctx.how = how
-        few = spec.K * spec.n <= x.shape[0] // 2 or (spec.K == 2 and 2 * spec.n < x.shape[0])
-        ctx.keep_rows = ctx.needs_input_grad[0] and activation.from_output and few
+        ctx.keep_rows = ctx.needs_input_grad[0] and activation.from_output and _few(spec, x.shape[0])
         y, loss, mean, scale, dbeta, kept = backend.activation(
             x, beta, *spec, ctx.needs_input_grad[1], *activation, ctx.keep_rows
         )
@@ -252,6 +251,18 @@ def _differentiable(
     inputs = [t for t, wanted in zip((x, beta), needed, strict=False) if wanted and t is not None]
     found = iter(torch.autograd.grad(value, inputs, g, create_graph=True))
     return next(found) if needed[0] else None, next(found) if needed[1] else None
+
+
+def _few(spec: LossSpec, rows: int) -> bool:
+    """Whether rows that take part are few enough to be kept beside y."""
+    return _chosen(spec.K * spec.n <= rows // 2) or (_chosen(spec.K == 2) and _chosen(2 * spec.n < rows))
+
+
+def _chosen(condition: bool | torch.SymBool) -> bool:
+    """Take the path of ``condition``; an export with a symbolic size takes the other, which is right for all sizes."""
+    if type(condition) is bool:
+        return condition
+    return not torch.compiler.is_exporting() and bool(condition)
 
 
 def _with_upstream(scale: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

@@ -100,12 +100,13 @@ def _cut(x: Like, sub_batch_size: int, unit: str, num_sub_batches: int | None) -
             f"sub_batch_size={sub_batch_size} gives {M} value(s) to a sample variance for unit={unit!r} and x of shape "
             f"{tuple(x.shape)}; at least 2 are needed"
         )
-    K = x.shape[0] // sub_batch_size if num_sub_batches is None else num_sub_batches
-    if x.shape[0] < max(K, 1) * sub_batch_size:
+    least = 1 if num_sub_batches is None else num_sub_batches
+    if x.shape[0] < least * sub_batch_size:
         raise ValueError(
-            f"x has {x.shape[0]} samples; sub_batch_size={sub_batch_size} with num_sub_batches={max(K, 1)} "
-            f"needs at least {max(K, 1) * sub_batch_size}"
+            f"x has {x.shape[0]} samples; sub_batch_size={sub_batch_size} with num_sub_batches={least} "
+            f"needs at least {least * sub_batch_size}"
         )
+    K = x.shape[0] // sub_batch_size if num_sub_batches is None else num_sub_batches
     return K, per_activation
 
 

@@ -36,13 +36,16 @@ def activation_and_loss(
     x: Tensor, activation: Activation, beta: Tensor | None, spec: LossSpec, backend: Any, injection: Injection | None
 ) -> tuple[Tensor, Tensor]:
     """Differentiable activation and loss of ``x``, which lies in a supported layout."""
-    if torch.compiler.is_compiling() and 4 * spec.K * spec.n <= x.shape[0]:
+    # An export is for batches of any size, so that it chooses nothing by the number of rows
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and 4 * spec.K * spec.n <= x.shape[0]:
         # a compiler fuses the bare activation with its neighbours, which saves more than a few rows cost; x may be
         # overwritten afterwards where the activation allows it (a compiler leaves out the copy where nothing does)
         y, value = reference.activate(x, activation), loss(x[: spec.K * spec.n].clone(), beta, spec, backend)
         return (y, value) if injection is None else injected(y, value, injection)
+    if _in_graph(backend) and not _wants_gradient(x, beta):
+        return ops.activation(x, beta, *spec, False, *activation, False)[:2]
     scaled = injection is not None and injection.scaler is not None  # which no graph holds: it breaks there
-    if _in_graph(backend) and _wants_gradient(x, beta) and not scaled:
+    if _in_graph(backend) and not scaled:
         inject = injection is not None
         return torch.ops.vcl_kernels.activation_autograd.default(x, beta, *spec, *activation, inject)
     return autograd.ActivationAndLoss.apply(x, beta, (activation, spec, backend, injection))[:2]
