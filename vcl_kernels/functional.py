@@ -173,7 +173,7 @@ def weighted_activation(
     beta, spec = check_loss(x, beta, sub_batch_size, form, unit, num_sub_batches, reduction, weight, beta_min)
     implementation = _implementation(x, beta, backend)
     if implementation is None:
-        y, loss = reference.activate(x, activation), reference.loss(x, beta, spec)
+        y, loss = reference.activation_and_loss(x, activation, beta, spec)
     else:
         seen = in_layout(x, spec.per_activation)
         if activation != IDENTITY:
@@ -218,7 +218,7 @@ def sub_batch_moments(
     K, per_activation = check_moments(x, sub_batch_size, unit, num_sub_batches)
     implementation = _implementation(x, None, backend)
     if implementation is None:
-        return reference.moments(x, sub_batch_size, K, per_activation)
+        return reference.moments(reference.in_layout_of_gradient(x), sub_batch_size, K, per_activation)
     return differentiable.moments(in_layout(x, per_activation), sub_batch_size, K, per_activation, implementation)
 
 

@@ -120,11 +120,23 @@ def empty_units(x: Tensor, per_activation: bool, K: int | None = None) -> Tensor
     return x.new_empty_strided(shape, strides, dtype=accumulation_dtype(x.dtype))
 
 
+def dense_strides(x: Tensor) -> tuple[int, ...]:
+    """Return the strides of samples one after another, each laid out as x's are: those of its gradient."""
+    inner = x.stride()[1:]
+    if not _fills(x.shape[1:], inner, 1):
+        inner = torch.empty_like(x[:1]).stride()[1:]
+    return (math.prod(x.shape[1:]), *inner)
+
+
 def empty_rows(x: Tensor, rows: int) -> Tensor:
     """Return an empty tensor of ``rows`` samples, one after another, each laid out as x's are."""
     if x.is_contiguous():
         return x.new_empty((rows, *x.shape[1:]))
-    inner = x.stride()[1:]
-    if not _fills(x.shape[1:], inner, 1):
-        inner = torch.empty_like(x[:1]).stride()[1:]
-    return x.new_empty_strided((rows, *x.shape[1:]), (math.prod(x.shape[1:]), *inner))
+    return x.new_empty_strided((rows, *x.shape[1:]), dense_strides(x))
+
+
+def with_strides(t: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Return ``t``, or a copy that lies as a tensor of those strides; the copy is differentiable."""
+    if all(a == b for size, a, b in zip(t.shape, t.stride(), strides, strict=True) if size > 1):
+        return t
+    return t.new_empty_strided(t.shape, strides).copy_(t)

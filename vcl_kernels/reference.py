@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_activation, check_loss, check_moments
-from .spec import FORMS, NO_MINIMUM, Activation, LossSpec
+from .geometry import dense_strides, with_strides
+from .spec import FORMS, IDENTITY, NO_MINIMUM, Activation, LossSpec
+from .transforms import has_transform
 
 __all__ = ["sub_batch_moments", "vcl_activation", "vcl_loss"]
 
@@ -37,7 +39,7 @@ def vcl_loss(
 ) -> Tensor:
     """Variance constancy loss of ``x``: see :func:`vcl_kernels.vcl_loss`, which this defines."""
     beta, spec = check_loss(x, beta, sub_batch_size, form, unit, num_sub_batches, reduction)
-    return loss(x, beta, spec)
+    return loss(in_layout_of_gradient(x), beta, spec)
 
 
 def vcl_activation(
@@ -56,7 +58,7 @@ def vcl_activation(
 ) -> tuple[Tensor, Tensor]:
     """Activation of ``x`` and its loss: see :func:`vcl_kernels.vcl_activation`, which this defines."""
     beta, spec = check_loss(x, beta, sub_batch_size, form, unit, num_sub_batches, reduction)
-    return activate(x, check_activation(activation, alpha, negative_slope, approximate)), loss(x, beta, spec)
+    return activation_and_loss(x, check_activation(activation, alpha, negative_slope, approximate), beta, spec)
 
 
 def sub_batch_moments(
@@ -64,7 +66,7 @@ def sub_batch_moments(
 ) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance of each sub-batch: see :func:`vcl_kernels.sub_batch_moments`."""
     K, per_activation = check_moments(x, sub_batch_size, unit, num_sub_batches)
-    return moments(x, sub_batch_size, K, per_activation)
+    return moments(in_layout_of_gradient(x), sub_batch_size, K, per_activation)
 
 
 def moments(x: Tensor, n: int, K: int, per_activation: bool) -> tuple[Tensor, Tensor]:
@@ -88,6 +90,14 @@ def loss(x: Tensor, beta: Tensor | None, spec: LossSpec) -> Tensor:
         least = bound.apply(beta, spec.beta_min)[0]
     per_unit = loss_of_variances(var, least, FORMS[spec.form])
     return spec.factor * (per_unit.sum() if spec.reduce else per_unit)
+
+
+def activation_and_loss(
+    x: Tensor, activation: Activation, beta: Tensor | None, spec: LossSpec
+) -> tuple[Tensor, Tensor]:
+    """The bare activation, which is x itself if it is the identity, and the loss."""
+    inside = in_layout_of_gradient(x)
+    return x if activation == IDENTITY else activate(inside, activation), loss(inside, beta, spec)
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
@@ -131,6 +141,28 @@ def loss_of_variances(var: Tensor, beta: Tensor | float, form: str) -> Tensor:
     vbar = var.mean(0)
     variation = (var - vbar).square().sum(0) / (var.shape[0] - 1)
     return variation if form == "variance" else variation / (vbar + beta).square()
+
+
+def in_layout_of_gradient(x: Tensor) -> Tensor:
+    """Return ``x`` with a gradient that comes in x's memory format, where PyTorch's own is contiguous or lies as dy."""
+    if not (torch.is_grad_enabled() and x.requires_grad) or has_transform(x, None):
+        return x
+    return LayoutOfGradient.apply(x)
+
+
+class LayoutOfGradient(torch.autograd.Function):
+    """The identity, whose gradient lies as its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Return x."""
+        ctx.strides = dense_strides(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> Tensor:
+        """Copy dx if it lies otherwise."""
+        return with_strides(dx, ctx.strides)
 
 
 class LowerBound(torch.autograd.Function):
