@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .geometry import accumulation_dtype, unit_shape
 from .spec import ACTIVATIONS, DEFAULT_BETA, FORMS, NO_MINIMUM, REDUCTIONS, UNITS, Activation, LossSpec, sub_batches
@@ -71,21 +72,46 @@ class Like(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    layout: torch.layout
 
 
-def _seen(x: Tensor) -> Like:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a Tensor; got {type(x).__name__}")
-    return Like(x.shape, x.dtype, x.device)
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is a tensor that has a shape and whose strides say where values lie."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor; got {type(value).__name__}")
+    if type(value) in _SHAPELESS:
+        raise TypeError(f"{name} must be a Tensor with a shape; got {type(value).__name__}")
+    check_layout(name, torch.jagged if value.is_nested else value.layout)
+
+
+def check_layout(name: str, layout: torch.layout) -> None:
+    """Raise TypeError unless strides say where values lie."""
+    if layout is not torch.strided:
+        got = "a nested tensor" if layout is torch.jagged else f"one of layout {layout}"
+        raise TypeError(f"{name} must be a dense Tensor, of layout torch.strided; got {got}")
+
+
+_SHAPELESS = (UninitializedParameter, UninitializedBuffer)
+
+
+def _seen(name: str, value: Tensor) -> Like:
+    if not isinstance(value, Tensor):
+        check_tensor(name, value)
+    try:
+        return Like(value.shape, value.dtype, value.device, value.layout)
+    except RuntimeError:  # it has no shape
+        check_tensor(name, value)
+        raise
 
 
 def check_moments(x: Tensor, sub_batch_size: int, unit: str, num_sub_batches: int | None) -> tuple[int, bool]:
     """Check the arguments of ``sub_batch_moments``; return (number of sub-batches asked for or all, per_activation)."""
-    return _cut(_seen(x), sub_batch_size, unit, num_sub_batches)
+    return _cut(_seen("x", x), sub_batch_size, unit, num_sub_batches)
 
 
 def _cut(x: Like, sub_batch_size: int, unit: str, num_sub_batches: int | None) -> tuple[int, bool]:
     """Check what all functions share."""
+    check_layout("x", x.layout)
     if x.dtype not in FLOATING:
         raise TypeError(f"x must be float32, float64, bfloat16 or float16; got {x.dtype}")
     check_dimensions(x.shape)
@@ -122,8 +148,8 @@ def check_loss(
     beta_min: float = NO_MINIMUM,
 ) -> tuple[Tensor | None, LossSpec]:
     """Check the arguments of a loss; return beta as a tensor, if it is one, and everything else resolved."""
-    given = Like(beta.shape, beta.dtype, beta.device) if isinstance(beta, Tensor) else beta
-    arguments = (_seen(x), given, sub_batch_size, form, unit, num_sub_batches, reduction, weight, beta_min)
+    given = _seen("beta", beta) if isinstance(beta, Tensor) else beta
+    arguments = (_seen("x", x), given, sub_batch_size, form, unit, num_sub_batches, reduction, weight, beta_min)
     spec = None
     if not torch.compiler.is_compiling():
         try:
@@ -196,6 +222,7 @@ def _check_beta(x: Like, beta: float | Like | None, form: str, per_activation: b
         return float(beta)
     if not isinstance(beta, Like):
         raise TypeError(f"beta must be a float or a Tensor; got {type(beta).__name__}")
+    check_layout("beta", beta.layout)
     units = unit_shape(x.shape, per_activation)
     if beta.shape and tuple(beta.shape) != units:
         raise ValueError(f"beta must have shape () or {units}, one for each unit; got {tuple(beta.shape)}")

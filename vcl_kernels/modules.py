@@ -18,6 +18,7 @@ from .checks import (
     check_count,
     check_dimensions,
     check_number,
+    check_tensor,
 )
 from .functional import weighted_activation
 from .geometry import accumulation_dtype, unit_shape
@@ -134,6 +135,9 @@ class VCLActivation(nn.Module):
         latest = self.latest
         latest.in_grad_mode = torch.is_grad_enabled()
         injection = Injection(self.grad_scaler) if self.inject else None
+        check_tensor("x", x)
+        if not x.shape:
+            check_dimensions(x.shape)
         if x.shape[0] < 2 * self.sub_batch_size:
             loss = x.new_zeros((), dtype=accumulation_dtype(x.dtype))
             if self.beta is not None and not isinstance(self.beta, UninitializedParameter):
@@ -174,6 +178,8 @@ class VCLActivation(nn.Module):
             return max(self.beta_init, self.beta_min)
         if type(beta) is UninitializedParameter:  # isinstance would go through a metaclass
             check_dimensions(x.shape)
+            if x.device != beta.device and "meta" in (x.device.type, beta.device.type):
+                raise ValueError(f"beta must be on x's device, {x.device}; got {beta.device}")
             self._make(unit_shape(x.shape, self.unit == "activation"), x.device, accumulation_dtype(x.dtype))
         wide = accumulation_dtype(x.dtype)
         return beta if beta.dtype in (wide, x.dtype) else beta.to(wide)  # some of a bfloat16 model may be in float32

@@ -49,7 +49,7 @@ def choose(name: str | None, x: Tensor) -> str:
     """
     device = x.device.type
     if name is None:
-        if device == "cpu":
+        if device in ("cpu", "meta"):  # of meta tensors the ops' shapes and strides
             return "cpu" if cpu.reason() is None else "reference"
         return "triton" if device == "cuda" and triton.reason_not_installed() is None else "reference"
     if name not in NAMES:
@@ -67,6 +67,6 @@ def choose(name: str | None, x: Tensor) -> str:
 
 def one_pass(x: Tensor, n: int, K: int, per_activation: bool) -> bool:
     """Whether the backend of x's device computes loss and gradient from one read of memory."""
-    if x.device.type == "cpu":
+    if x.device.type in ("cpu", "meta"):
         return cpu.one_pass(x, n, K, per_activation)
     return triton.one_pass(x, n, K, per_activation)
