@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import vcl_kernels as vk
+from vcl_kernels.checks import check_activation, check_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -105,3 +106,16 @@ def test_a_changed_output_of_a_compiled_activation_is_an_error():
     for run in (step, torch.compile(step)):
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             run(x, torch.randn(20, 8)).backward()
+
+
+@pytest.mark.parametrize("rows", [16, 44])
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_opcheck_of_the_ops_with_autograd(rows, wants_gradient):
+    ops = torch.ops.vcl_kernels
+    for x in (torch.randn(rows, 5, 3, 4).to(memory_format=torch.channels_last), torch.randn(rows, 7)):
+        x.requires_grad_(wants_gradient)
+        for given in (0.5, (torch.rand(x.shape[1]) + 0.5).requires_grad_(wants_gradient)):
+            beta, spec = check_loss(x, given, 4, "ratio", "channel", None, "mean")
+            torch.library.opcheck(ops.loss_autograd.default, (x, beta, *spec))
+            torch.library.opcheck(ops.activation_autograd.default, (x, beta, *spec, *check_activation("elu"), False))
+        torch.library.opcheck(ops.moments_autograd.default, (x, 4, 3, False))
