@@ -51,17 +51,19 @@ def vcl_loss(
         num_sub_batches: K; default 2 for ``"ratio"``, all N // n for the others. An unpaired last sub-batch of
             ``"ratio"`` takes no part.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over units.
-        backend: ``"cpu"``, ``"triton"`` or ``"reference"``, which then never falls back; None picks the fastest.
+        backend: ``"cpu"``, ``"triton"`` or ``"reference"``, which then never falls back; None picks the fastest, and
+            under ``torch.func`` transforms and in forward mode the reference.
 
     Returns:
         The loss, ``()`` or one for each unit, ``(C,)`` or ``(C, *spatial)``; float32 for bfloat16 and float16 x,
         else x's dtype. Differentiable by x and beta, twice; the gradient of x has its dtype and memory format.
 
     Raises:
-        TypeError: x or beta is not a tensor (or float) of a supported dtype.
+        TypeError: x or beta is not a dense tensor (or float) of a supported dtype.
         ValueError: too few samples, fewer than two values in a sub-batch, a beta of another shape or device, an
             unknown form, unit, reduction or backend, or a beta for ``"variance"``.
-        RuntimeError: a named backend cannot run here.
+        RuntimeError: a named backend cannot run here, or has kernels and a ``torch.func`` transform or a forward-mode
+            derivative is taken.
 
     Source: Littwin & Wolf, "Regularizing by the Variance of the Activations' Sample-Variances", NeurIPS 2018.
 
