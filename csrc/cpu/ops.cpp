@@ -1,8 +1,12 @@
 // The CPU backend of the ops that vcl_kernels/ops.py defines: reads shapes, allocates results, cuts the work
 // into tasks. LibTorch stable ABI only.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-parameter"
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
+#pragma GCC diagnostic pop
 
 #include <algorithm>
 #include <cstdlib>
@@ -136,7 +140,7 @@ Tensor in_layout(const Tensor& x, bool per_activation) {
 
 Tensor empty(const Shape& s, int32_t dtype) {
   AtenTensorHandle out;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(s.dim, s.sizes, s.strides, dtype, aoti_torch_device_type_cpu(), 0, &out));
   return Tensor(out);
 }
@@ -156,7 +160,7 @@ Tensor scalar(int32_t dtype, DType t, double value) {
 
 int32_t dtype_code(const Tensor& x) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   return dtype;
 }
 
