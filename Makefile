@@ -1,13 +1,16 @@
 # make demo, make test: each makes its own environment first. PYTHON chooses the interpreter for it.
 PYTHON ?= python3
 BIN := .venv/bin
+# torch 2.11.0 is a CUDA build, which runs on a CPU too; the interpreter of its triton wants numpy below 2.4
+NEWEST := torch==2.13.0 triton==3.7.1
+OLDEST := torch==2.11.0 triton==3.6.0 "numpy<2.4"
 KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184  # glibc keeps freed memory
 
-.PHONY: demo test check bench gpu-check build clean
+.PHONY: demo test check oldest bench gpu-check build clean
 
 .venv/ready: pyproject.toml setup.py $(wildcard csrc/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q torch==2.13.0
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(NEWEST)
 	$(BIN)/pip install -q "setuptools>=77" ninja
 	$(BIN)/pip install -q --no-build-isolation -e ".[demo,test]"
 	touch $@
@@ -26,6 +29,19 @@ check: build
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+.venv-oldest/ready: pyproject.toml
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install -q $(OLDEST) "setuptools>=77" ninja
+	touch $@
+
+# Builds and tests a copy with the oldest versions: 5 GB of packages. The tree keeps the binary that it has.
+oldest: .venv-oldest/ready
+	rm -rf out/oldest && mkdir -p out/oldest
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t out/oldest
+	VCL_KERNELS_REQUIRE_NATIVE=1 .venv-oldest/bin/pip install -q --no-build-isolation -e "out/oldest[demo,test]" $(OLDEST)
+	cd out/oldest && $(CURDIR)/.venv-oldest/bin/python -m vcl_kernels
+	cd out/oldest && $(CURDIR)/.venv-oldest/bin/python -m pytest -n auto --dist loadfile $(ARGS)
+
 RESULTS ?= out
 
 bench: build
@@ -42,4 +58,4 @@ gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 clean:
-	rm -rf .venv build *.egg-info vcl_kernels/_C*.so out
+	rm -rf .venv .venv-oldest build *.egg-info vcl_kernels/_C*.so out
