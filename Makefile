@@ -6,7 +6,7 @@ NEWEST := torch==2.13.0 triton==3.7.1
 OLDEST := torch==2.11.0 triton==3.6.0 "numpy<2.4"
 KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184  # glibc keeps freed memory
 
-.PHONY: demo test check oldest bench gpu-check build clean
+.PHONY: demo test check oldest oldest-headers bench gpu-check build clean
 
 .venv/ready: pyproject.toml setup.py $(wildcard csrc/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -41,6 +41,20 @@ oldest: .venv-oldest/ready
 	VCL_KERNELS_REQUIRE_NATIVE=1 .venv-oldest/bin/pip install -q --no-build-isolation -e "out/oldest[demo,test]" $(OLDEST)
 	cd out/oldest && $(CURDIR)/.venv-oldest/bin/python -m vcl_kernels
 	cd out/oldest && $(CURDIR)/.venv-oldest/bin/python -m pytest -n auto --dist loadfile $(ARGS)
+
+# Whether the sources use only what the oldest torch declares, within seconds: its smallest wheel has the same headers.
+HEADERS := out/headers/$(subst ==,-,$(firstword $(OLDEST)))
+WHEEL := --no-deps --only-binary=:all: --platform macosx_11_0_arm64 --python-version 3.11 $(firstword $(OLDEST))
+
+$(HEADERS): | .venv/ready
+	rm -rf $@.partial
+	$(BIN)/pip download -q -d $@.partial $(WHEEL)
+	$(BIN)/python -m zipfile -e $@.partial/*.whl $@.partial
+	mv $@.partial/torch/include $@
+	rm -r $@.partial
+
+oldest-headers: $(HEADERS)
+	$(CXX) -std=c++20 -fsyntax-only -Wall -Wextra -Werror -I$(HEADERS) $$(grep -l "<torch/" csrc/cpu/*.cpp)
 
 RESULTS ?= out
 
