@@ -3,6 +3,7 @@
 import ctypes
 import glob
 import os
+import shlex
 import sys
 import sysconfig
 
@@ -43,6 +44,7 @@ def native():
     flags += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-ignored-attributes"]
     flags += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC 12 on its own AVX-512 headers
     flags += [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", f"-DPy_LIMITED_API={PYTHON_ABI}"]
+    flags += shlex.split(os.environ.get("VCL_KERNELS_CXXFLAGS", ""))
     mvec = vector_math()
     return CppExtension(
         "vcl_kernels._C",

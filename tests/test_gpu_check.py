@@ -165,6 +165,19 @@ def test_every_stage_has_a_command_that_exists_and_time(tmp_path, monkeypatch, r
     assert env["PYTHONPATH"].startswith(str(ROOT))
 
 
+def test_a_rehearsal_builds_beside_the_checkout_and_compiles_kernels(tmp_path):
+    real, rehearsed = ({s.name: s for s in stages(tmp_path, 480.0, rehearse)} for rehearse in (False, True))
+    assert real["build"].command(90.0)[-2:] == ["build_ext", "--inplace"]
+    command = rehearsed["build"].command(90.0)
+    assert "build_ext" in command
+    assert "--inplace" not in command
+    folders = [Path(command[command.index(name) + 1]) for name in ("--build-lib", "--build-temp")]
+    assert all(tmp_path in folder.parents for folder in folders)
+    assert real["compile"].unavailable
+    assert not rehearsed["compile"].unavailable
+    assert {**environment(True), **rehearsed["compile"].environment}["TRITON_INTERPRET"] != "1"
+
+
 def test_wrong_arguments_are_named(tmp_path):
     (tmp_path / "file").touch()
     for arguments, message in (

@@ -67,7 +67,8 @@ def stages(out: Path, budget: float, rehearse: bool) -> list[Stage]:
             environment=ONE_THREAD,
         ),
         *(_sanitizer(stage, tool, rehearse) for tool in ("memcheck", "racecheck")),
-        _build(stage, rehearse),  # the CPU's backend: no stage on the GPU needs it
+        _compiled(stage, rehearse),
+        _build(stage, out, rehearse),  # the CPU's backend: no stage on the GPU needs it
         *(benchmark(f"benchmark-{name}", ["benchmarks.run", name], *t, no_suites) for name, t in SUITES.items()),
         benchmark("launch-sweep", ["benchmarks.sweep"], 30, 120),
     ]
@@ -77,13 +78,24 @@ def _fixed(command: list[str]) -> Callable[[float], list[str]]:
     return lambda seconds: command
 
 
-def _build(stage: Callable[..., Stage], rehearse: bool) -> Stage:
-    """The native backend, in place. A rehearsal has setup.py read alone: others may be using what is built."""
-    command = [sys.executable, "setup.py", *(["--version"] if rehearse else ["build_ext", "--inplace"])]
+def _compiled(stage: Callable[..., Stage], rehearse: bool) -> Stage:
+    """In a rehearsal, whose other stages interpret the kernels: a sample of them, compiled for sm_90 without a GPU."""
+    command = [sys.executable, "-m", "benchmarks.structure", "--sample", "--targets", "sm_90"]
+    unavailable = "" if rehearse else "the stages on the GPU compile what they run"
+    return stage("compile", _fixed(command), 20, 120, unavailable=unavailable, environment={"TRITON_INTERPRET": "0"})
+
+
+def _build(stage: Callable[..., Stage], out: Path, rehearse: bool) -> Stage:
+    """The native backend, in place. A rehearsal builds into ``out``: others may be using the checkout's binary."""
+    require = {"VCL_KERNELS_REQUIRE_NATIVE": "1"}
+    folders = ["--inplace"]
+    if rehearse:
+        folders = ["--force", "--build-lib", str(out / "build"), "--build-temp", str(out / "build" / "temp")]
+        require["VCL_KERNELS_CXXFLAGS"] = "-O0"  # optimised, it takes two idle cores over a minute
     writable = os.access(ROOT, os.W_OK) and os.access(ROOT / "vcl_kernels", os.W_OK)
     reason = _lacking("setuptools", *([] if shutil.which("ninja") else ["ninja"]))
     reason = reason or ("" if writable or rehearse else f"{ROOT} is read-only")
-    require = {"VCL_KERNELS_REQUIRE_NATIVE": "1"}
+    command = [sys.executable, "setup.py", "build_ext", *folders]
     return stage("build", _fixed(command), 20, 90, unavailable=reason, environment=require)
 
 
