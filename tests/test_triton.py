@@ -4,35 +4,117 @@ import pytest
 import torch
 from conftest import GPU
 
-from benchmarks.launches import activation_jobs, loss_jobs, recorded, spec_of
-from benchmarks.structure.build import specialise
+import vcl_kernels as vk
+from benchmarks.launches import activation_jobs, loss_jobs, moments_jobs, recorded, spec_of, values_of
+from vcl_kernels.backends.triton.launch import RUN_TIME, Launch
 from vcl_kernels.checks import check_loss
 
 pytestmark = pytest.mark.skipif(GPU, reason="its tensors are on the CPU, which takes the interpreter")
 
 
-def kernels_of(shapes, form="relative_variance", dtype=torch.float32):
-    """What is compiled for a loss and an activation, forward and backward, of tensors of these shapes."""
+def launches_of(shape, dtype=torch.float32, memory_format=torch.contiguous_format, **spec):
+    """What a loss, an activation and moments launch, forward and backward, of a tensor of that shape."""
+    x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format)
+    given = spec_of(x, "relative_variance", **spec)
+    jobs = {**loss_jobs(x, given), **activation_jobs(x, given, "gelu"), **moments_jobs(x, given)}
+    return [one for job in jobs.values() for one in recorded(job)]
+
+
+def kernels_of(shapes):
+    """How many kernels that takes: integers are all given at run time, of 32 or 64 bits."""
     found = set()
     for shape in shapes:
-        x = torch.empty(shape, dtype=dtype, device="meta")
-        spec = spec_of(x, form)
-        for job in {**loss_jobs(x, spec), **activation_jobs(x, spec, "gelu")}.values():
-            found |= {specialise(one) for one in recorded(job)}
-    return found
+        for launch, args in launches_of(shape):
+            kinds = tuple(a.dtype if isinstance(a, torch.Tensor) else a is None or a > 2**31 for a in args)
+            found.add((launch.kernel.__name__, launch.warps, *launch.constants.items(), kinds))
+    return len(found)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(64, 40, 7, 7), (64, 64, 40, 40)])
+def test_no_kernel_is_specialised_for_an_integer(shape, memory_format):
+    for launch, args in launches_of(shape, memory_format=memory_format):
+        integers = {name for name, a in zip(launch.kernel.arg_names, args, strict=False) if type(a) is int}
+        assert integers <= set(RUN_TIME), launch.kernel.__name__
 
 
 def test_changing_sizes_share_kernels():
-    """Images of any size, and any number of channels: P, n, U and distances are given at run time."""
-    few = kernels_of((32, 64, size, size) for size in (36, 44))
-    many = kernels_of((32, 64, size, size + 4 * more) for size in range(36, 64, 4) for more in range(4))
-    assert many == few
-    wide = kernels_of((32, channels, 40, 40) for channels in range(520, 1000, 8))
-    assert len(wide) == len(kernels_of([(32, 520, 40, 40)]))
+    """Images of any size, and layers of any number of channels."""
+    one = kernels_of([(64, 64, 40, 40)])
+    assert kernels_of((64, 64, size, size + 4 * more) for size in range(36, 64, 4) for more in range(4)) <= one + 3
+    assert kernels_of((64, channels, 40, 40) for channels in range(264, 500, 8)) == kernels_of([(64, 264, 40, 40)])
+    assert kernels_of((64, 16, size, size) for size in range(33, 97, 2)) == kernels_of([(64, 16, 33, 33)])
 
 
-def test_odd_sizes_have_kernels_by_their_alignment():
-    assert len(kernels_of((32, 16, size, size) for size in range(33, 97, 2))) == len(kernels_of([(32, 16, 33, 33)]))
+def test_sizes_past_32_bits_reach_kernels_whole():
+    """n · P is 2^31: a product of 32 bits would be negative, and nothing would be written."""
+    huge = launches_of((64, 4, 8192, 8192), torch.bfloat16, torch.channels_last, n=32)
+    given = [values_of(one) for one in huge if one.launch.kernel.__name__ in ("moments_unit", "apply_unit", "finalise")]
+    assert len(given) > 5
+    assert {values["M"] for values in given} == {2**31}
+    for one in huge:
+        if one.launch.kernel.__name__ == "apply_unit":
+            values, tile = values_of(one), one.launch.constants
+            programs = -(-values["M"] // values["rows"]) * 2 * -(-values["U"] // tile["UB"])
+            assert one.launch.grid == (programs,)
+
+
+def test_a_unit_of_many_positions_has_a_run_of_its_own():
+    """Distances within a run are 32 bits wide."""
+    for launch, args in launches_of((3, 5, 1 << 15, 1 << 15), torch.bfloat16, n=1):
+        units = dict(zip(launch.kernel.arg_names, args, strict=False)).get("run_units", launch.constants.get("UB"))
+        assert units == 1 or not launch.kernel.__name__.endswith("_spatial")
+
+
+def test_more_programs_than_a_grid_holds_are_refused():
+    launch = Launch(None, (2**31,), {}, 1)
+    with pytest.raises(ValueError, match=r"x would take 2147483648 programs.*2147483647"):
+        launch(torch.zeros(1))
+
+
+LARGE = [(16, 4, 7, 7), (64, 8), (64, 3, 56, 56), (10, 3, 30, 30)]  # in one pass and in two, by runs and by unit
+
+
+OVERFLOWS = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # as they must
+
+
+@OVERFLOWS
+@pytest.mark.parametrize("size", [1e19, 1e25, 1e36])
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_squares_past_the_range_of_float32(backend, shape, size):
+    if vk.backends()[backend] != "available":
+        pytest.skip(vk.backends()[backend])
+    torch.manual_seed(0)
+    x = torch.randn(shape) * torch.rand(shape[0]).add(0.5).view(-1, *[1] * (len(shape) - 1))
+    settings = {"form": "relative_variance", "sub_batch_size": 4}
+    exact = vk.reference.vcl_loss((x * size).double(), **settings)
+    large = (x * size).requires_grad_()
+    loss = vk.vcl_loss(large, backend=backend, **settings)
+    (dx,) = torch.autograd.grad(loss, large)
+    torch.testing.assert_close(loss.double(), exact, rtol=2e-6, atol=0)
+    assert dx.isfinite().all()  # of the order of 1 / size²: float32 has less and less of it
+    y, loss = vk.vcl_activation(large.detach(), "relu", backend=backend, **settings)
+    torch.testing.assert_close(loss.double(), exact, rtol=2e-6, atol=0)
+    assert torch.equal(y, large.detach().relu())
+
+
+@OVERFLOWS
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_large_and_small_units_in_one_tile(channels_last):
+    """Only what passed the range is taken again: a small neighbour keeps its digits."""
+    torch.manual_seed(0)
+    x = torch.randn(20, 6, 7, 7)
+    x[:, 2] *= 1e25
+    x[:, 4] *= 1e-10
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    _, var = vk.sub_batch_moments(x, 4, backend="triton")
+    _, exact = vk.reference.sub_batch_moments(x.double(), 4)
+    torch.testing.assert_close(var.double()[:, [0, 1, 3, 4, 5]], exact[:, [0, 1, 3, 4, 5]], rtol=1e-6, atol=0)
+    for form in ("ratio", "relative_variance"):
+        each = {"form": form, "sub_batch_size": 4, "reduction": "none"}
+        loss = vk.vcl_loss(x, 0.0, backend="triton", **each)
+        torch.testing.assert_close(loss.double(), vk.reference.vcl_loss(x.double(), 0.0, **each), rtol=1e-5, atol=0)
 
 
 def test_one_pass_of_what_does_not_fit_in_the_layout_that_a_compiler_chose():

@@ -18,6 +18,8 @@ RUN_TIME = (
 
 WARPS = 2048  # wanted of a launch at least: what an H100 holds of 128 registers
 
+MOST_PROGRAMS = 2**31 - 1
+
 
 class Launch(NamedTuple):
     """A kernel, its grid, what it is specialised for and how many warps run it."""
@@ -29,6 +31,8 @@ class Launch(NamedTuple):
 
     def __call__(self, *args: Any) -> None:
         """Run the kernel on the device of its tensors."""
+        if self.grid[0] > MOST_PROGRAMS:
+            raise ValueError(f"x would take {self.grid[0]} programs; a launch has at most {MOST_PROGRAMS}")
         device = next(a for a in args if isinstance(a, torch.Tensor)).device
         elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
         with torch.cuda.device(device) if elsewhere else nullcontext():
