@@ -13,7 +13,7 @@ from typing import Any
 def dumped(record: dict[str, Any]) -> str:
     """JSON with a kernel on each line, so that a change shows in a diff."""
     kernels = ",\n".join(json.dumps(row) for row in record["kernels"])
-    head = json.dumps({name: record[name] for name in ("versions", "targets")})
+    head = json.dumps({name: record[name] for name in ("versions", "targets", "first_steps") if name in record})
     return f'{head[:-1]}, "kernels": [\n{kernels}\n]}}\n'
 
 
@@ -21,6 +21,7 @@ def main(args: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET=1 is set: nothing is compiled under the interpreter; unset it")
     from . import shapes
+    from .first_step import first_steps
     from .records import collect
     from .table import markdown
     from .targets import TARGETS
@@ -28,6 +29,7 @@ def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.structure", description=__doc__)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--sass", nargs="*", choices=[t for t in TARGETS if t.startswith("sm")], default=[])
+    parser.add_argument("--first-steps", action="store_true", help="what networks compile in their first step, timed")
     parser.add_argument("--sample", action="store_true", help="a few cases, as the tests take")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("--json", type=Path)
@@ -35,6 +37,8 @@ def main(args: list[str] | None = None) -> int:
     given = parser.parse_args(args)
     looks = shapes.sample_looks() if given.sample else shapes.every_look()
     record = collect(looks, given.targets, given.sass, given.jobs)
+    if given.first_steps:
+        record["first_steps"] = first_steps(given.targets[0])
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(dumped(record))

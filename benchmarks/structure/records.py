@@ -70,6 +70,7 @@ def _described(look: Look, name: str, one: Recorded) -> Record:
         "warps": launch.warps,
         "programs": math.prod(launch.grid),
         "bytes": bytes_of_tile(one),
+        "padded_bytes": padded_bytes_of_tile(one),
         "wide": allows_128_bits(one),
         "writes": any(values_of(one).get(name) is not None for name in ("y_ptr", "dx_ptr")),
     }
@@ -90,6 +91,14 @@ def _tensors_read(one: Recorded) -> list[Any]:
 def bytes_of_tile(one: Recorded) -> int:
     """Bytes that a program reads at once: its tile without padding, of each tensor read."""
     return elements_of_tile(one) * sum(t.element_size() for t in _tensors_read(one) if t is not None)
+
+
+def padded_bytes_of_tile(one: Recorded) -> int:
+    """Bytes that the accesses of a program's threads cover at once, padding included."""
+    tile = tile_of(one.launch)
+    if "FB" in tile:
+        tile.pop("UB", None)
+    return math.prod(tile.values()) * sum(t.element_size() for t in _tensors_read(one) if t is not None)
 
 
 def allows_128_bits(one: Recorded) -> bool:
@@ -117,6 +126,7 @@ def _for_target(target: str, row: Record, code: Code, sass: Any) -> Record:
         "waves": round(row["programs"] / (at_once.blocks * of.multiprocessors), 3),
         "in_flight": int(resident * row["bytes"]),
         "in_flight_when_full": at_once.blocks * row["bytes"],
+        "accesses_when_full": at_once.blocks * row["padded_bytes"],
     }
     if code.occupancy is not None:
         found["compiler_warps_of_partition"] = code.occupancy

@@ -27,7 +27,10 @@ def markdown(record: Record) -> str:
     kernels = record["kernels"]
     launches = sum(row["launches"] for row in kernels)
     head = HEAD.format(**record["versions"], count=len(kernels), launches=launches, latency=LATENCY * 1e6)
-    parts = [head, _limits(record["targets"]), "## Summary\n", _summary(record), _full(record)]
+    parts = [head, _limits(record["targets"]), "## Summary\n", _summary(record)]
+    if record.get("first_steps"):
+        parts.append(_first_steps(record))
+    parts.append(_full(record))
     return "\n".join(parts)
 
 
@@ -61,6 +64,18 @@ def _summary(record: Record) -> str:
         in_flight = min(a["in_flight_when_full"] for a in at) / 1024
         cells = [kernel, target, len(rows), registers, max(a["spills"] for a in at), f"{least} of {of.warps}"]
         lines.append(_line([*cells, f"{in_flight:.0f}", *(_widest(at, kind) for kind in ("loads", "stores"))]))
+    return "\n".join(lines) + "\n"
+
+
+def _first_steps(record: Record) -> str:
+    lines = [
+        "## The first training step\n",
+        "Kernels that the activations of a network take, forward and backward, and the seconds until one process has"
+        f" compiled them for {record['targets'][0]} with an empty cache.\n",
+        "| network | form | kernels | seconds |",
+        "|---" * 4 + "|",
+    ]
+    lines += [_line([row[name] for name in ("network", "form", "kernels", "seconds")]) for row in record["first_steps"]]
     return "\n".join(lines) + "\n"
 
 

@@ -121,10 +121,12 @@ def neighbours(one: Recorded, module: ModuleType) -> list[Settings]:
             for other in axes:
                 if other != axis and factor == 2:
                     found.append(rule._replace(tile={**tile, other: tile[other] // 2}))
-    if module in (moments, apply):
+    if module in (moments, apply):  # of finalise they say whether one program adds the units
         found += [rule._replace(splits=splits) for splits in (2 * rule.splits, rule.splits // 2)]
     return [
-        settings for index, settings in enumerate(found) if settings not in found[:index] and _fits(settings, sizes)
+        settings
+        for index, settings in enumerate(found)
+        if settings not in found[:index] and _fits(settings, rule, sizes)
     ]
 
 
@@ -136,14 +138,14 @@ def _doubled_and_halved(tile: dict[str, int], axis: str) -> list[dict[str, int]]
     ]
 
 
-def _fits(settings: Settings, sizes: dict[str, Any]) -> bool:
+def _fits(settings: Settings, rule: Settings, sizes: dict[str, Any]) -> bool:
     tile = settings.tile
     most = {axis: sizes[AXES[axis]] for axis in tile}
     if "FB" in tile:
         most["FB"] = tile["UB"] * sizes["P"]
         if tile["UB"] > 1 and tile["FB"] < most["FB"]:
             return False  # units that share a tile have it whole
-    if not all(1 <= size <= max(power_of_2(most[axis]), 1) for axis, size in tile.items()):
+    if not all(1 <= size <= max(power_of_2(most[axis]), rule.tile[axis]) for axis, size in tile.items()):
         return False
     elements = math.prod(size for axis, size in tile.items() if axis != "UB" or "FB" not in tile)
     return elements <= MOST_ELEMENTS and 1 <= settings.warps <= MOST_WARPS and settings.splits >= 1

@@ -89,7 +89,8 @@ def hyperbolic_tangent(x, HALF: tl.constexpr):
     size = tl.abs(x)
     if HALF:  # near 0, where 1 - e cancels, x - x³ / 3
         e = tl.exp2(size * -2.8853900817779268)
-        found = tl.where(size < 0.015625, size - size * (size * size) * 0.33333333, (1.0 - e) * inverse(1.0 + e, HALF))
+        near = tl.minimum(size, 0.015625)
+        found = tl.where(size < 0.015625, near - near * (near * near) * 0.33333333, (1.0 - e) * inverse(1.0 + e, HALF))
     elif x.dtype == tl.float64:
         negative = expm1(-2.0 * size, False)
         found = -negative / (2.0 + negative)
@@ -128,11 +129,11 @@ def sigmoid(x, HALF: tl.constexpr):
 def normal_cdf(x, HALF: tl.constexpr):
     """Φ(x) of the standard normal distribution. To 16 bits without erf, which takes one branch or the other."""
     if HALF:  # Φ(-|x|) = exp(-x²/2) · t · (a polynomial of t), t = 1 / (1 + 0.2316419 |x|): Abramowitz & Stegun 26.2.17
-        size = tl.abs(x)
+        size = tl.minimum(tl.abs(x), 40.0)
         t = inverse(1.0 + 0.2316418882 * size, HALF)
         tail = 0.5307027146 * t - 0.7265760135
         tail = ((tail * t + 0.7107068705) * t - 0.142248368) * t + 0.127414796
-        tail = tail * t * tl.exp2(x * x * -0.7213475204444817)
+        tail = tail * t * tl.exp2(size * size * -0.7213475204444817)
         return tl.where(x < 0, tail, 1.0 - tail)
     else:
         return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)

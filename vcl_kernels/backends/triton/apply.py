@@ -217,6 +217,7 @@ def plan(
     saved: Geometry, dx: Geometry, itemsize: int, settings: Settings | None = None
 ) -> tuple[Launch, tuple[int, ...]]:
     """Decide the launch, of ``dx.N`` rows, and its shape arguments; distances are in units of its alignment."""
+    dx = dx._replace(spatial=saved.spatial)  # one unit alone is both, if its values lie one after another
     tile, warps, splits = settings or rule(saved, dx, itemsize)
     of_tile, total = (tile["NB"], dx.n) if dx.spatial else (tile["RB"] * tile["MB"], dx.M)
     rows = min(total, cdiv(tiles_of(dx, tile), splits) * of_tile)

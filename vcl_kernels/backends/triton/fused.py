@@ -69,7 +69,7 @@ def one_pass_spatial(
     own_m2 = sum_of_squares(tl.where(i < n, d - own[None, :, :], 0.0), 0)
     mean = by_unit(first.to(tl.float64) + own.to(tl.float64), P, KB, UB, FB)
     m2 = tl.where(p < P, by_unit(own_m2, P, KB, UB, FB), 0.0)
-    mean, m2 = merged(mean, m2, 1.0, tl.where(p < P, n, 0), (n * P).to(tl.float64), 1, ACC)
+    mean, m2 = merged(mean, m2, tl.where(p < P, n, 0), (n * P).to(tl.float64), 1, ACC)
     loss, scale, dbeta = coefficients(
         m2, k, K, n * P, units, units < U, beta_ptr, beta_value, beta_min, factor, FORM, BETA, ACC, KB, UB
     )

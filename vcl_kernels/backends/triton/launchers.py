@@ -136,7 +136,7 @@ def _moments(x, mean, n, K, per_activation, y=None, rows=None, activation=None, 
     Where sub-batches are split, what finalise makes both of. Also return how many parts each was split into.
     """
     g = _seen(x, n, K, per_activation)
-    launch, splits, per_split = partial_moments.plan(g, y is not None, x.element_size())
+    launch, splits, per_split = partial_moments.plan(g, y is not None, x.element_size(), keeps=rows is not None)
     partial = torch.empty(finalise.partial_size(g, splits), dtype=torch.float64, device=x.device)
     launch.constants.update(ACTIVATION=activation, ACC=_accumulation(x))
     shape = partial_moments.arguments(g, launch, finalise.plane(g, splits), splits, per_split)

@@ -76,12 +76,12 @@ def moments_spatial(
             inside = length - (by_pos - 1) * FB
             values = in_last.to(tl.float64) * inside + before.to(tl.float64) * FB
             count = before + tl.where(f < inside, in_last, 0)
-            inverse = 1.0 / tl.maximum(before, 1).to(SUMS)
-            inverse = tl.where(f < inside, 1.0 / (before + in_last).to(SUMS), inverse)
+            inverse = 1.0 / tl.maximum(before, 1).to(tl.float64)
+            inverse = tl.where(f < inside, 1.0 / (before + in_last).to(tl.float64), inverse)
         else:
             values = in_last.to(tl.float64) * P
             count = tl.where(tl.arange(0, FB // UB)[:, None] < P, in_last, 0)
-            inverse = 1.0 / in_last.to(SUMS)
+            inverse = 1.0 / in_last.to(tl.float64)
         # its first value is taken off all others of an element: |mean| >> std costs nothing
         start = (begin // by_row).to(P.dtype) * FB + f
         start_at = x_at + (begin % by_row * NB).to(tl.int64) * x_row * ALIGNED + start
@@ -110,11 +110,11 @@ def moments_spatial(
                 of_tile += NB
                 position += tl.where(of_tile < n, 0, FB)
                 of_tile = tl.where(of_tile < n, of_tile, 0)
-            own, own_m2, grown = own_moments(first, total, squares, inverse, shrink)
+            own, own_m2 = own_moments(first, total, squares, inverse, shrink)
             if UB > 1:
                 own, own_m2 = columns(own, P, UB, FB), columns(own_m2, P, UB, FB)
                 own_m2 = tl.where(count > 0, own_m2, 0.0)
-            found, found_m2 = merged(own, own_m2, grown, count, values, 0, ACC)
+            found, found_m2 = merged(own, own_m2, count, values, 0, ACC)
             mean, m2 = tl.where(m2 < float("inf"), mean, found), tl.where(m2 < float("inf"), m2, found_m2)
             again, shrink = too_large(m2, shrink), tl.full([], SHRUNK, SUMS)
         units = group.to(tl.int64) * UB + tl.arange(0, UB)
@@ -197,7 +197,7 @@ def moments_unit(
         of_k = k.to(tl.int64) * M * to_pos * ALIGNED
         seen = tl.minimum(tl.cdiv(M - tl.arange(0, MB)[:, None], MB), end * RB) - begin * RB
         count = tl.maximum(seen, 0)
-        inverse = 1.0 / tl.maximum(count, 1).to(SUMS)
+        inverse = 1.0 / tl.maximum(count, 1).to(tl.float64)
         values = (tl.minimum(M, end * STEP) - begin * STEP).to(tl.float64)
         m_first = begin.to(M.dtype) * STEP + tl.arange(0, MB)[:, None]
         start_at = x_at + value_at(m_first, P, x_row, x_pos, EVEN) * ALIGNED + units[None, :]
@@ -228,8 +228,8 @@ def moments_unit(
                 d = x.to(SUMS) * shrink - less[None, :, :]
                 total += tl.sum(d, 0)
                 squares += tl.sum(d * d, 0)
-            own, own_m2, grown = own_moments(first, total, squares, inverse, shrink)
-            found, found_m2 = merged(own, own_m2, grown, count, values, 0, ACC)
+            own, own_m2 = own_moments(first, total, squares, inverse, shrink)
+            found, found_m2 = merged(own, own_m2, count, values, 0, ACC)
             mean, m2 = tl.where(m2 < float("inf"), mean, found), tl.where(m2 < float("inf"), m2, found_m2)
             again, shrink = too_large(m2, shrink), tl.full([], SHRUNK, SUMS)
         at = (split.to(tl.int64) * K + k) * U + units
@@ -276,13 +276,14 @@ def own_moments(first, total, squares, inverse, shrink):
     The first being one of the 1 / ``inverse`` values, few digits cancel. d² past float32's range give an infinite m2.
     """
     grow = 1.0 / shrink.to(tl.float64)
+    total, squares = total.to(tl.float64), squares.to(tl.float64)
     mean = total * inverse
-    m2 = tl.where(squares < float("inf"), squares - mean * total, squares)
-    return first.to(tl.float64) + mean.to(tl.float64) * grow, m2, grow * grow
+    m2 = tl.where(squares < float("inf"), squares - mean * total, squares) * (grow * grow)
+    return first.to(tl.float64) + mean * grow, m2
 
 
 @triton.jit
-def merged(mean, m2, grown, count, values, AXIS: tl.constexpr, ACC: tl.constexpr):
+def merged(mean, m2, count, values, AXIS: tl.constexpr, ACC: tl.constexpr):
     """Mean and Σ (x - mean)² of all elements along ``AXIS`` (Chan et al.), which have ``values`` in all.
 
     Of equal means it is that mean: sums of float32 values are exact here, those of float64 are corrected.
@@ -294,7 +295,7 @@ def merged(mean, m2, grown, count, values, AXIS: tl.constexpr, ACC: tl.constexpr
         error = tl.sum(count * d, AXIS, keep_dims=True) / values
         centre += error
         d -= error
-    return tl.sum(centre, AXIS), tl.sum(count * (d * d) + m2.to(tl.float64) * grown, AXIS)
+    return tl.sum(centre, AXIS), tl.sum(m2.to(tl.float64) + count * (d * d), AXIS)
 
 
 @triton.jit
@@ -325,17 +326,15 @@ def store_moments(partial_ptr, mean_ptr, at, plane, valid, mean, m2, splits):
 
 @functools.lru_cache(maxsize=1024)
 def rule(x: Geometry, writes: bool, itemsize: int) -> Settings:
-    """Choose settings. Activations take registers: a thread has fewer rows."""
+    """Choose settings. What is written takes registers: a thread has fewer rows."""
+    rows = ROWS // 2 if writes else ROWS
+    lanes = 32 * elements_of_thread(itemsize)
     if x.spatial:
-        lanes = 32 * elements_of_thread(itemsize)
         UB, FB = run_tile(x, 64, 2 * lanes, (lanes, lanes))
-        tile = {"NB": min(power_of_2(x.n), ROWS // 2 if writes else ROWS), "UB": UB, "FB": FB}
+        tile = {"NB": min(power_of_2(x.n), rows), "UB": UB, "FB": FB}
         warps = 1 if UB == 1 else max(2, FB // lanes)  # what warps exchange goes by shared memory
     else:
-        elements = 16 // itemsize  # of one access
-        lanes = 32 * elements
-        RB = min(power_of_2(x.M), (16 if writes else 32) // elements)
-        few = x.M <= ROWS
+        RB, few = min(power_of_2(x.M), rows), x.M <= ROWS
         UB = min(power_of_2(x.U), lanes if few else 128 // itemsize)
         MB = 1 if few else min(power_of_2(cdiv(x.M, RB)), (1 if x.M <= FEW else 4) * lanes // UB)
         tile, warps = {"RB": RB, "MB": MB, "UB": UB}, max(1, MB * UB // lanes)
@@ -352,10 +351,12 @@ def sums_in_float64(x: Geometry, itemsize: int) -> bool:
     return itemsize == 8 or x.M <= FEW
 
 
-def plan(x: Geometry, writes: bool, itemsize: int, settings: Settings | None = None) -> tuple[Launch, int, int]:
-    """Decide the launch, of moments alone or (``writes``) with y of all rows; also return splits and tiles in each."""
-    tile, warps, splits = settings or rule(x, writes, itemsize)
-    rest = x.N - x.K * x.n if writes else 0
+def plan(
+    x: Geometry, activates: bool, itemsize: int, settings: Settings | None = None, *, keeps: bool = False
+) -> tuple[Launch, int, int]:
+    """Decide the launch, with y of all rows or without; also return splits and tiles in each. ``keeps``: rows of x."""
+    tile, warps, splits = settings or rule(x, activates or keeps, itemsize)
+    rest = x.N - x.K * x.n if activates else 0
     constants: dict[str, Any] = dict(tile)
     if x.spatial:
         by_pos = cdiv(x.P, tile["FB"]) if tile["UB"] == 1 else 1
@@ -366,8 +367,11 @@ def plan(x: Geometry, writes: bool, itemsize: int, settings: Settings | None = N
         step = tile["RB"] * tile["MB"]
         tiles, rest_tiles = cdiv(x.M, step), cdiv(rest * x.P, step)
         kernel = moments_unit
-        constants |= {"ALIGNED": alignment(*value_steps(x)), "EVEN": even(x)}
-    per_split = cdiv(tiles, min(max(1, tiles // 2), splits))  # merging takes as long as a tile
+        # sums of more than four columns take more registers than wider accesses are worth
+        constants |= {"ALIGNED": min(alignment(*value_steps(x)), elements_of_thread(itemsize)), "EVEN": even(x)}
+    # merging takes as long as a tile: two in each split, but where a GPU would be idle
+    idle = cdiv(x.U, tile["UB"]) * x.K * tiles * warps <= WARPS // 4
+    per_split = cdiv(tiles, min(tiles if idle else max(1, tiles // 2), splits))
     splits = cdiv(tiles, per_split)
     constants |= {"SUMS": tl.float64 if sums_in_float64(x, itemsize) else tl.float32}
     grid = (cdiv(x.U, tile["UB"]) * (x.K * splits + rest_tiles),)
