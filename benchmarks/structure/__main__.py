@@ -29,13 +29,15 @@ def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.structure", description=__doc__)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--sass", nargs="*", choices=[t for t in TARGETS if t.startswith("sm")], default=[])
+    parser.add_argument("--every-dtype", action="store_true", help="every kernel in every dtype, as the tests take")
     parser.add_argument("--first-steps", action="store_true", help="what networks compile in their first step, timed")
     parser.add_argument("--sample", action="store_true", help="a few cases, as the tests take")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     given = parser.parse_args(args)
-    looks = shapes.sample_looks() if given.sample else shapes.every_look()
+    chosen = shapes.sample_looks if given.sample else shapes.every_dtype if given.every_dtype else shapes.every_look
+    looks = chosen()
     record = collect(looks, given.targets, given.sass, given.jobs)
     if given.first_steps:
         record["first_steps"] = first_steps(given.targets[0])

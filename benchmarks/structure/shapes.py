@@ -58,6 +58,15 @@ def sample_looks() -> list[Look]:
     ]
 
 
+def every_dtype() -> list[Look]:
+    """Every kernel in every dtype, for tests."""
+    found = []
+    for dtype in (*EVERY_DTYPE, "float64"):
+        cases = [Case(shape, dtype=dtype) for shape in ((16, 8, 7, 7), (32, 72))]
+        found += [Look(case, ("relative_variance",), activations=("gelu",)) for case in cases]
+    return found
+
+
 def launches(look: Look) -> Iterator[tuple[str, Recorded]]:
     """Yield each launch with what it is launched for."""
     x = look.case.tensor("meta")
