@@ -234,11 +234,11 @@ def activation_there_and_back(launchers, x, form, name, keep_rows):
 # (64, 6, 28, 28): the coefficients and partial moments are as small beside a channel's values as in a real network
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_activation_of_a_pair_costs_its_rows(traffic, launchers, channels_last):
-    x = torch.randn(250, 6, 28, 28)
+    x = torch.randn(150, 3, 28, 28)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
     y, dy, dx, kept = activation_there_and_back(launchers, x, "ratio", "elu", keep_rows=True)
     E = x.numel()
-    assert kept == 10 * 6 * 28 * 28
+    assert kept == 10 * 3 * 28 * 28
     assert traffic.of("read", x) == traffic.of("read", y) == traffic.of("read", dy) == E
     assert traffic.of("write", y) == traffic.of("write", dx) == E
     assert traffic.total() <= 1.01 * 5 * E + 2 * kept
@@ -255,9 +255,13 @@ def test_activation_of_all_sub_batches_reads_three_tensors(traffic, launchers, c
     assert traffic.total() <= 1.03 * 5 * E
 
 
-@pytest.mark.parametrize("U", [3, 8192, 8193])
+@pytest.mark.parametrize("U", [3, 16, 17])
 @pytest.mark.parametrize("scalar", [False, True])
-def test_sum_over_units_needs_no_launch_of_its_own(launchers, U, scalar):
+def test_sum_over_units_needs_no_launch_of_its_own(launchers, monkeypatch, U, scalar):
+    from vcl_kernels.backends.triton import finalise
+
+    monkeypatch.setattr(finalise, "READ_BY_ONE", 32)  # of two sub-batches
+    monkeypatch.setattr(finalise, "rule", finalise.rule.__wrapped__)
     x = torch.randn(10, U, dtype=torch.float64)
     beta = torch.rand(() if scalar else U, dtype=torch.float64)
     results = []
@@ -269,4 +273,4 @@ def test_sum_over_units_needs_no_launch_of_its_own(launchers, U, scalar):
     assert reduced[0].shape == ()
     assert torch.allclose(reduced[0], each[0].sum(), rtol=1e-12)
     assert torch.allclose(reduced[3], each[3].sum() if scalar else each[3], rtol=1e-12)
-    assert traffic.of("write", reduced[0]) == (U <= 8192)  # else PyTorch adds the units
+    assert traffic.of("write", reduced[0]) == (U <= 16)  # else PyTorch adds the units

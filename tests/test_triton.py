@@ -72,14 +72,14 @@ def test_more_programs_than_a_grid_holds_are_refused():
         launch(torch.zeros(1))
 
 
-LARGE = [(16, 4, 7, 7), (64, 8), (64, 3, 56, 56), (10, 3, 30, 30)]  # in one pass and in two, by runs and by unit
+LARGE = [(16, 4, 7, 7), (64, 8), (12, 2, 56, 56), (10, 3, 30, 30)]  # in one pass and in two, by runs and by unit
 
 
 OVERFLOWS = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # as they must
 
 
 @OVERFLOWS
-@pytest.mark.parametrize("size", [1e19, 1e25, 1e36])
+@pytest.mark.parametrize("size", [1e19, 1e36])
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_squares_past_the_range_of_float32(backend, shape, size):
