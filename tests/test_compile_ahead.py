@@ -115,7 +115,7 @@ def test_a_table_has_a_row_for_each_launch(record):
 
 
 def test_the_committed_table_is_of_these_launches_and_has_no_spills():
-    """Made by ``python -m benchmarks.structure --sass sm_90 --markdown`` and its path, in about 25 minutes."""
+    """Made by ``python -m benchmarks.structure --sass sm_90 --first-steps --markdown`` and its path."""
     lines = (ROOT / "benchmarks/results/structure/triton.md").read_text().split("## Every kernel")
     cells = [[[cell.strip() for cell in line.split(" | ")] for line in part.splitlines()] for part in lines]
     spills = [row[4] for row in cells[0] if row[0].lstrip("| ") in KERNELS]

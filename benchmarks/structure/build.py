@@ -26,6 +26,7 @@ class Specialised(NamedTuple):
     divisible: tuple[int, ...]  # arguments that are multiples of 16, or tensors whose address is
     below_2gib: tuple[int, ...]  # tensors of a size that 32-bit offsets reach, which matters on AMD
     warps: int
+    registers: int
 
 
 def specialise(launch_and_args: Recorded) -> Specialised:
@@ -53,7 +54,9 @@ def specialise(launch_and_args: Recorded) -> Specialised:
             if value % 16 == 0 and not run_time:
                 divisible.append(index)
     kernel = launch.kernel.__name__
-    return Specialised(kernel, tuple(signature), tuple(constants), tuple(divisible), tuple(below_2gib), launch.warps)
+    return Specialised(
+        kernel, tuple(signature), tuple(constants), tuple(divisible), tuple(below_2gib), launch.warps, launch.registers
+    )
 
 
 def build(kernel: Any, of: Specialised, target: str, sass: bool = False) -> tuple[Code, Sass | None]:
@@ -66,7 +69,8 @@ def build(kernel: Any, of: Specialised, target: str, sass: bool = False) -> tupl
     constants = {(index,): value for index, value in of.constants}
     source = ASTSource(kernel, dict(of.signature), constants, attributes)
     backend = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
-    built = triton.compile(source, target=backend, options={"num_warps": of.warps})
+    limit = {"maxnreg": of.registers} if nvidia else {}
+    built = triton.compile(source, target=backend, options={"num_warps": of.warps, **limit})
     shared = built.metadata.shared
     if not nvidia:
         return of_amd(built.asm["amdgcn"], shared), None

@@ -17,6 +17,7 @@ from .runs import run_length, run_steps, run_tile, unit_in_run, value_steps
 TILES = 4  # at most for which a program reads coefficients once
 ROWS = 4  # of a tile, which one thread has
 ELEMENTS = 8  # neighbouring ones of a row, which one thread has; of float64 half as many
+REGISTERS = 168  # of a thread at most: as many as 12 warps of a multiprocessor can have
 UNIT_WARPS = 4  # of a program by unit, where it has so many values
 
 
@@ -226,9 +227,9 @@ def plan(
         UB, of_thread = tile["UB"], {"NB": tile["NB"], "FB": tile["FB"]}
         steps = run_steps(saved, UB)
         by = alignment(*steps)
-        launch = Launch(apply_spatial, grid, {"ALIGNED": by, "SHARED": UB > 1, **of_thread}, warps)
+        launch = Launch(apply_spatial, grid, {"ALIGNED": by, "SHARED": UB > 1, **of_thread}, warps, REGISTERS)
         return launch, (dx.N, dx.K, dx.n, dx.U, dx.P, *(step // by for step in steps), rows, UB)
     steps = value_steps(saved)
     by = alignment(*steps)
-    launch = Launch(apply_unit, grid, {"ALIGNED": by, "EVEN": even(saved), **tile}, warps)
+    launch = Launch(apply_unit, grid, {"ALIGNED": by, "EVEN": even(saved), **tile}, warps, REGISTERS)
     return launch, (dx.N, dx.K, dx.n, dx.P, *(step // by for step in steps), dx.M, rows)

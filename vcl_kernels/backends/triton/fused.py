@@ -184,7 +184,7 @@ def padded_sample(g: Geometry) -> int:
 def fits(g: Geometry, itemsize: int) -> bool:
     """Whether a unit, or 32 bytes of contiguous units, fits on chip."""
     if g.spatial:
-        return padded_sample(g) <= MOST_SPATIAL
+        return padded_sample(g) <= MOST_SPATIAL // (1 + g.P % 2)
     return padded_sample(g) * min(32 // itemsize, power_of_2(g.U)) <= MOST_UNIT
 
 
@@ -208,7 +208,7 @@ def plan(x: Geometry, itemsize: int, settings: Settings | None = None) -> Launch
     tile, warps, _ = settings or rule(x, itemsize)
     grid = (cdiv(x.U, tile["UB"]),)
     if x.spatial:
-        return Launch(one_pass_spatial, grid, {"ALIGNED": alignment(*run_steps(x, tile["UB"])), **tile}, warps)
+        return Launch(one_pass_spatial, grid, {"ALIGNED": alignment(*run_steps(x, tile["UB"])), **tile}, warps, 255)
     return Launch(one_pass_unit, grid, {"ALIGNED": alignment(*value_steps(x)), "EVEN": even(x), **tile}, warps)
 
 

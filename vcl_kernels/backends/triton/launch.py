@@ -22,12 +22,16 @@ MOST_PROGRAMS = 2**31 - 1
 
 
 class Launch(NamedTuple):
-    """A kernel, its grid, what it is specialised for and how many warps run it."""
+    """A kernel, its grid, what it is specialised for, how many warps run it, and registers of a thread at most.
+
+    Told how many it may take, NVIDIA's assembler does not move values to memory for the sake of more warps.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     constants: dict[str, Any]
     warps: int
+    registers: int = 128  # of which a multiprocessor has as many as 16 warps take
 
     def __call__(self, *args: Any) -> None:
         """Run the kernel on the device of its tensors."""
@@ -36,7 +40,8 @@ class Launch(NamedTuple):
         device = next(a for a in args if isinstance(a, torch.Tensor)).device
         elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
         with torch.cuda.device(device) if elsewhere else nullcontext():
-            self.kernel[self.grid](*args, **self.constants, num_warps=self.warps)
+            limit = {} if torch.version.hip else {"maxnreg": self.registers}
+            self.kernel[self.grid](*args, **self.constants, num_warps=self.warps, **limit)
 
 
 class Settings(NamedTuple):
