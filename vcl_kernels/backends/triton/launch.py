@@ -31,7 +31,7 @@ class Launch(NamedTuple):
     grid: tuple[int, ...]
     constants: dict[str, Any]
     warps: int
-    registers: int = 128  # of which a multiprocessor has as many as 16 warps take
+    registers: int = 168  # of which a multiprocessor has as many as 12 warps take
 
     def __call__(self, *args: Any) -> None:
         """Run the kernel on the device of its tensors."""
@@ -40,8 +40,13 @@ class Launch(NamedTuple):
         device = next(a for a in args if isinstance(a, torch.Tensor)).device
         elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
         with torch.cuda.device(device) if elsewhere else nullcontext():
-            limit = {} if torch.version.hip else {"maxnreg": self.registers}
+            limit = {} if torch.version.hip else {"maxnreg": self.most_registers}
             self.kernel[self.grid](*args, **self.constants, num_warps=self.warps, **limit)
+
+    @property
+    def most_registers(self) -> int:
+        """Registers of a thread at most, with which a multiprocessor can still hold a program."""
+        return min(self.registers, 2048 // self.warps)
 
 
 class Settings(NamedTuple):
