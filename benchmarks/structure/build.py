@@ -55,7 +55,13 @@ def specialise(launch_and_args: Recorded) -> Specialised:
                 divisible.append(index)
     kernel = launch.kernel.__name__
     return Specialised(
-        kernel, tuple(signature), tuple(constants), tuple(divisible), tuple(below_2gib), launch.warps, launch.most_registers
+        kernel,
+        tuple(signature),
+        tuple(constants),
+        tuple(divisible),
+        tuple(below_2gib),
+        launch.warps,
+        launch.most_registers,
     )
 
 

@@ -225,10 +225,10 @@ def plan(
     grid = (programs_of(dx, tile) * cdiv(total, rows),)
     if dx.spatial:
         UB, of_thread = tile["UB"], {"NB": tile["NB"], "FB": tile["FB"]}
-        steps = run_steps(saved, UB)
-        by = alignment(*steps)
+        runs = run_steps(saved, UB)
+        by = alignment(*runs)
         launch = Launch(apply_spatial, grid, {"ALIGNED": by, "SHARED": UB > 1, **of_thread}, warps, REGISTERS)
-        return launch, (dx.N, dx.K, dx.n, dx.U, dx.P, *(step // by for step in steps), rows, UB)
+        return launch, (dx.N, dx.K, dx.n, dx.U, dx.P, *(step // by for step in runs), rows, UB)
     steps = value_steps(saved)
     by = alignment(*steps)
     launch = Launch(apply_unit, grid, {"ALIGNED": by, "EVEN": even(saved), **tile}, warps, REGISTERS)

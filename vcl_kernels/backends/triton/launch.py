@@ -31,7 +31,7 @@ class Launch(NamedTuple):
     grid: tuple[int, ...]
     constants: dict[str, Any]
     warps: int
-    registers: int = 168  # of which a multiprocessor has as many as 12 warps take
+    registers: int = 128  # of which a multiprocessor has as many as 16 warps take
 
     def __call__(self, *args: Any) -> None:
         """Run the kernel on the device of its tensors."""
