@@ -370,7 +370,7 @@ def plan(
         # sums of more than four columns take more registers than wider accesses are worth
         constants |= {"ALIGNED": min(alignment(*value_steps(x)), elements_of_thread(itemsize)), "EVEN": even(x)}
     # merging takes as long as a tile: two in each split, but where a GPU would be idle
-    idle = cdiv(x.U, tile["UB"]) * x.K * tiles * warps <= WARPS // 4
+    idle = not x.spatial and x.M > FEW and cdiv(x.U, tile["UB"]) * x.K * tiles * warps <= WARPS // 4
     per_split = cdiv(tiles, min(tiles if idle else max(1, tiles // 2), splits))
     splits = cdiv(tiles, per_split)
     constants |= {"SUMS": tl.float64 if sums_in_float64(x, itemsize) else tl.float32}
