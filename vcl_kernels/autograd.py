@@ -19,7 +19,7 @@ from .transforms import in_functorch
 
 def loss(x: Tensor, beta: Tensor | None, spec: LossSpec, backend: Any) -> Tensor:
     """Differentiable loss of ``x``, which lies in a supported layout."""
-    if not (torch.is_grad_enabled() and (x.requires_grad or (beta is not None and beta.requires_grad))):
+    if not wants_gradient(x, beta):
         return backend.loss(x, beta, *spec)
     if _chosen(2 * spec.K * spec.n <= x.shape[0]):
         return DeferredLoss.apply(x, beta, spec, backend, True)[0]
@@ -31,6 +31,11 @@ def loss(x: Tensor, beta: Tensor | None, spec: LossSpec, backend: Any) -> Tensor
     if deferred or not backend.one_pass(x, spec.n, spec.K, spec.per_activation):
         return DeferredLoss.apply(x, beta, spec, backend, False)[0]
     return OnePassLoss.apply(x, beta, spec, backend)
+
+
+def wants_gradient(x: Tensor, beta: Tensor | None) -> bool:
+    """Whether a gradient may be asked for."""
+    return torch.is_grad_enabled() and (x.requires_grad or (beta is not None and beta.requires_grad))
 
 
 class OnePassLoss(torch.autograd.Function):

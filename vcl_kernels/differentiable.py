@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, ops, reference
-from .autograd import Injection, injected
+from .autograd import Injection, injected, wants_gradient
 from .spec import Activation, LossSpec
 
 ops.define(f"loss_autograd(Tensor x, Tensor? beta, {ops.SPEC}) -> Tensor")
@@ -27,7 +27,7 @@ _LOSS = len(LossSpec._fields)
 
 def loss(x: Tensor, beta: Tensor | None, spec: LossSpec, backend: Any) -> Tensor:
     """Differentiable loss of ``x``, which lies in a supported layout."""
-    if _in_graph(backend) and _wants_gradient(x, beta):
+    if _in_graph(backend) and wants_gradient(x, beta):
         return torch.ops.vcl_kernels.loss_autograd.default(x, beta, *spec)
     return autograd.loss(x, beta, spec, backend)
 
@@ -42,7 +42,7 @@ def activation_and_loss(
         # overwritten afterwards where the activation allows it (a compiler leaves out the copy where nothing does)
         y, value = reference.activate(x, activation), loss(x[: spec.K * spec.n].clone(), beta, spec, backend)
         return (y, value) if injection is None else injected(y, value, injection)
-    if _in_graph(backend) and not _wants_gradient(x, beta):
+    if _in_graph(backend) and not wants_gradient(x, beta):
         return ops.activation(x, beta, *spec, False, *activation, False)[:2]
     scaled = injection is not None and injection.scaler is not None  # which no graph holds: it breaks there
     if _in_graph(backend) and not scaled:
@@ -53,17 +53,13 @@ def activation_and_loss(
 
 def moments(x: Tensor, n: int, K: int, per_activation: bool, backend: Any) -> tuple[Tensor, Tensor]:
     """Differentiable moments of ``x``, which lies in a supported layout."""
-    if _in_graph(backend) and _wants_gradient(x, None):
+    if _in_graph(backend) and wants_gradient(x, None):
         return torch.ops.vcl_kernels.moments_autograd.default(x, n, K, per_activation)
     return autograd.Moments.apply(x, n, K, per_activation, backend)
 
 
 def _in_graph(backend: Any) -> bool:
     return torch.compiler.is_compiling() and backend is ops
-
-
-def _wants_gradient(x: Tensor, beta: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or (beta is not None and beta.requires_grad))
 
 
 def _loss_with_autograd(x: Tensor, beta: Tensor | None, *spec: Any) -> Tensor:

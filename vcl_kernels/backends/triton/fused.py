@@ -8,11 +8,11 @@ import triton.language as tl
 from ...geometry import Geometry
 from .formulas import coefficients
 from .launch import RUN_TIME, Launch, Settings, alignment, cdiv, even, power_of_2, warps_for
-from .moments import merged, value_at
+from .moments import SHRUNK, merged, value_at
 from .runs import by_unit, of_unit, run_length, run_steps, run_tile, unit_in_run, value_steps
 
-# Elements of a tile, padding included, of which 16 warps hold 32 or 16 a thread in registers: where units are
-# contiguous addresses take as many again, and more would spill.
+# Elements of a tile, padding included, of which a thread of 8 warps holds 64 in registers, or one of 16 warps 16: where
+# units are contiguous addresses take as many again, and more would spill.
 MOST_SPATIAL = 16384
 MOST_UNIT = 8192
 
@@ -100,8 +100,9 @@ def sum_of_squares(d, AXIS: tl.constexpr):
     squares = tl.sum(d * d, AXIS).to(tl.float64)
     if d.dtype == tl.float32:  # noqa: SIM102  # known to the compiler, the other not
         if tl.max(squares) == float("inf"):
-            less = d * 2.0**-80
-            squares = tl.where(squares < float("inf"), squares, tl.sum(less * less, AXIS).to(tl.float64) * 2.0**160)
+            less = d * SHRUNK
+            of_less = tl.sum(less * less, AXIS).to(tl.float64) * (1.0 / (SHRUNK * SHRUNK))
+            squares = tl.where(squares < float("inf"), squares, of_less)
     return squares
 
 

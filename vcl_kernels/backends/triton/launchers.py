@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...geometry import Geometry, accumulation_dtype, empty_rows, empty_units, in_layout, in_unit_order
+from ...geometry import Geometry, accumulation_dtype, empty_rows, empty_units, in_layout, in_unit_order, with_strides
 from ...spec import ACTIVATIONS, FORMS, NO_MINIMUM
 from . import apply, finalise, fused, multiply
 from . import moments as partial_moments
@@ -112,8 +112,8 @@ def activation_dx(
         raise ValueError(f"dy, dx and what was saved must have the same rows, got N = {N}")
     dx = empty_rows(rows if saved is None else saved, N)
     K = mean.shape[0]
-    rows = None if rows is None else _laid_out(rows, dx)
-    dy = None if dy is None else _laid_out(dy, dx)  # it may be expanded, or in another memory format
+    rows = None if rows is None else with_strides(rows, dx.stride())
+    dy = None if dy is None else with_strides(dy, dx.stride())  # it may be expanded, or in another memory format
     if g is None:
         rows = mean = scale = None
     if rows is not None and dy is None:
@@ -189,13 +189,6 @@ def _of_shape(shape: torch.Size, strides: tuple[int, ...], n: int, K: int, per_a
     if not 0 <= K * n <= shape[0]:
         raise ValueError(f"{K} sub-batches of {n} samples want more than the {shape[0]} rows of x")
     return Geometry.of_shape(shape, strides, n, K, per_activation)
-
-
-def _laid_out(a: Tensor, like: Tensor) -> Tensor:
-    """Return ``a``, or a copy of it with the strides of ``like``."""
-    if all(s == t or size == 1 for size, s, t in zip(a.shape, a.stride(), like.stride(), strict=True)):
-        return a
-    return a.new_empty_strided(a.shape, like.stride()).copy_(a)
 
 
 def _accumulation(x: Tensor):
