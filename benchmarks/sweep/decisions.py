@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.cases import Case
 from benchmarks.launches import AXES, Job, Recorded, activation_jobs, loss_jobs, recorded, spec_of, tile_of, values_of
 from vcl_kernels.backends.triton import apply, finalise, fused, moments, multiply
-from vcl_kernels.backends.triton.launch import Settings, cdiv, power_of_2
+from vcl_kernels.backends.triton.launch import Settings, power_of_2
 
 FREE = {  # axes of a tile that a launch can choose
     moments: ("NB", "RB", "MB", "UB", "FB"),
@@ -102,8 +102,7 @@ def chosen(one: Recorded, module: ModuleType) -> Settings:
         tile["UB"] = values["run_units"]
     splits = values["splits"] if module is moments else 1
     if module is apply:
-        total, of_tile = (values["n"], tile["NB"]) if "NB" in tile else (values["M"], tile["RB"] * tile["MB"])
-        splits = cdiv(cdiv(total, of_tile), cdiv(values["rows"], of_tile))
+        splits = values["parts"]
     if module is finalise:
         splits = 1 if one.launch.constants["REDUCE"] else 2
     return Settings(tile, one.launch.warps, splits)

@@ -17,7 +17,7 @@ from .runs import run_length, run_steps, run_tile, unit_in_run, value_steps
 TILES = 4  # at most for which a program reads coefficients once
 ROWS = 4  # of a tile, which one thread has
 ELEMENTS = 8  # neighbouring ones of a row, which one thread has; of float64 half as many
-REGISTERS = 168  # of a thread at most: as many as 12 warps of a multiprocessor can have
+REGISTERS = 160  # of a thread at most: 12 warps of a multiprocessor have as many, and some are left
 UNIT_WARPS = 4  # of a program by unit, where it has so many values
 
 
@@ -42,7 +42,9 @@ def apply_spatial(
     to_row,
     to_step,
     rows,
+    parts,
     run_units,
+    groups,
     ALIGNED: tl.constexpr,
     SHARED: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -58,8 +60,6 @@ def apply_spatial(
     i = tl.arange(0, NB)[:, None]
     f = tl.arange(0, FB)
     by_pos = 1 if SHARED else tl.cdiv(P, FB)
-    groups = tl.cdiv(U, run_units)
-    parts = tl.cdiv(n, rows)
     pid = tl.program_id(0)
     rest = pid // by_pos
     position = (pid - rest * by_pos).to(P.dtype) * FB + f
@@ -72,32 +72,18 @@ def apply_spatial(
     valid = position < run_length(group, U, P, run_units, ALIGNED)
     saved_at = ((k * n).to(tl.int64) * x_row + group * x_step) * ALIGNED + position[None, :]
     dx_at = ((k * n).to(tl.int64) * to_row + group * to_step) * ALIGNED + position[None, :]
-    if mean_ptr is not None:
-        taken = (units < U) & (k < K)
-        at = k.to(tl.int64) * U + units
-        mean = tl.load(mean_ptr + at, mask=taken, other=0.0)
-        scale, shift = given_coefficients(scale_ptr, shift_ptr, g_ptr, at, taken)
+    at = k.to(tl.int64) * U + units
+    taken = (units < U) & (k < K)
+    mean, scale, shift = given_coefficients(mean_ptr, scale_ptr, shift_ptr, g_ptr, at, taken)
     for first in range(begin, end, NB):
         sample = first + i
         mask = (sample < end) & valid[None, :]
         from_at = saved_at + sample.to(tl.int64) * x_row * ALIGNED
         to_at = dx_at + sample.to(tl.int64) * to_row * ALIGNED
-        dx = tl.zeros([NB, FB], ACC)
-        if dy_ptr is not None:
-            dx = tl.load(dy_ptr + to_at, mask=mask, other=0.0).to(ACC)
-        if dy_ptr is not None and ACTIVATION != "identity":
-            saved = tl.load(saved_ptr + from_at, mask=mask, other=0.0).to(ACC)
-            dx = times_derivative(dx, saved, parameter, ACTIVATION, FROM_OUTPUT)
-        if mean_ptr is not None and k < K:
-            if rows_ptr is not None:
-                x = tl.load(rows_ptr + to_at, mask=mask, other=0.0).to(ACC)
-            elif dy_ptr is not None and ACTIVATION != "identity":
-                x = saved
-            else:
-                x = tl.load(saved_ptr + from_at, mask=mask, other=0.0).to(ACC)
-            dx += scale[None, :] * (x - mean[None, :])
-            if shift_ptr is not None:
-                dx += shift[None, :]
+        dx = dx_of_tile(
+            saved_ptr, rows_ptr, dy_ptr, mean_ptr, shift_ptr, from_at, to_at, mask, mean, scale, shift, k < K,
+            parameter, ACTIVATION, FROM_OUTPUT, ACC,
+        )  # fmt: skip
         tl.store(dx_ptr + to_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -121,6 +107,7 @@ def apply_unit(
     to_pos,
     M,
     rows,
+    parts,
     ALIGNED: tl.constexpr,
     EVEN: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -134,7 +121,6 @@ def apply_unit(
     U = to_pos * ALIGNED
     m = tl.arange(0, RB)[:, None, None] * MB + tl.arange(0, MB)[None, :, None]
     blocks = tl.cdiv(U, UB)
-    parts = tl.cdiv(M, rows)
     pid = tl.program_id(0)
     part = pid // blocks
     u = (pid - part * blocks).to(tl.int64) * UB + tl.arange(0, UB)[None, :]
@@ -145,46 +131,75 @@ def apply_unit(
     end = tl.minimum(tl.minimum(begin + rows, M), (N - k * n) * P)
     x_at = k * n * x_row * ALIGNED
     of_k = k * M * to_pos * ALIGNED
-    if mean_ptr is not None:
-        taken = valid & (k < K)
-        mean = tl.load(mean_ptr + k * U + u, mask=taken, other=0.0)
-        scale, shift = given_coefficients(scale_ptr, shift_ptr, g_ptr, k * U + u, taken)
+    at, taken = (k * U + u)[None, :, :], (valid & (k < K))[None, :, :]
+    mean, scale, shift = given_coefficients(mean_ptr, scale_ptr, shift_ptr, g_ptr, at, taken)
     for start in range(begin, end, RB * MB):
         value = start + m
         mask = (value < end) & valid[None, :, :]
         from_at = x_at + value_at(value, P, x_row, x_pos, EVEN) * ALIGNED + u[None, :, :]
         to_at = of_k + value.to(tl.int64) * to_pos * ALIGNED + u[None, :, :]
-        dx = tl.zeros([RB, MB, UB], ACC)
-        if dy_ptr is not None:
-            dx = tl.load(dy_ptr + to_at, mask=mask, other=0.0).to(ACC)
-        if dy_ptr is not None and ACTIVATION != "identity":
-            saved = tl.load(saved_ptr + from_at, mask=mask, other=0.0).to(ACC)
-            dx = times_derivative(dx, saved, parameter, ACTIVATION, FROM_OUTPUT)
-        if mean_ptr is not None and k < K:
-            if rows_ptr is not None:
-                x = tl.load(rows_ptr + to_at, mask=mask, other=0.0).to(ACC)
-            elif dy_ptr is not None and ACTIVATION != "identity":
-                x = saved
-            else:
-                x = tl.load(saved_ptr + from_at, mask=mask, other=0.0).to(ACC)
-            dx += scale[None, :, :] * (x - mean[None, :, :])
-            if shift_ptr is not None:
-                dx += shift[None, :, :]
+        dx = dx_of_tile(
+            saved_ptr, rows_ptr, dy_ptr, mean_ptr, shift_ptr, from_at, to_at, mask, mean, scale, shift, k < K,
+            parameter, ACTIVATION, FROM_OUTPUT, ACC,
+        )  # fmt: skip
         tl.store(dx_ptr + to_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def given_coefficients(scale_ptr, shift_ptr, g_ptr, at, valid):
-    """Scale and shift (0 if there is none) at ``at``, times the upstream gradient."""
-    scale = tl.load(scale_ptr + at, mask=valid, other=0.0)
-    shift = tl.zeros_like(scale)
-    if shift_ptr is not None:
-        shift = tl.load(shift_ptr + at, mask=valid, other=0.0)
-    if g_ptr is not None:
-        g = tl.load(g_ptr)
-        scale *= g
-        shift *= g
-    return scale, shift
+def given_coefficients(mean_ptr, scale_ptr, shift_ptr, g_ptr, at, valid):
+    """Mean, scale and shift at ``at``, the last two times the upstream gradient; 0 where there are none."""
+    if mean_ptr is None:
+        return 0.0, 0.0, 0.0
+    else:
+        mean = tl.load(mean_ptr + at, mask=valid, other=0.0)
+        scale = tl.load(scale_ptr + at, mask=valid, other=0.0)
+        shift = tl.zeros_like(scale)
+        if shift_ptr is not None:
+            shift = tl.load(shift_ptr + at, mask=valid, other=0.0)
+        if g_ptr is not None:
+            g = tl.load(g_ptr)
+            scale *= g
+            shift *= g
+        return mean, scale, shift
+
+
+@triton.jit
+def dx_of_tile(
+    saved_ptr,
+    rows_ptr,
+    dy_ptr,
+    mean_ptr,
+    shift_ptr,
+    saved_at,
+    dx_at,
+    mask,
+    mean,
+    scale,
+    shift,
+    taking_part,
+    parameter,
+    ACTIVATION: tl.constexpr,
+    FROM_OUTPUT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The two terms of dx for a tile, each if its tensors are there."""
+    dx = tl.zeros(mask.shape, ACC)
+    if dy_ptr is not None:
+        dx = tl.load(dy_ptr + dx_at, mask=mask, other=0.0).to(ACC)
+    if dy_ptr is not None and ACTIVATION != "identity":
+        saved = tl.load(saved_ptr + saved_at, mask=mask, other=0.0).to(ACC)
+        dx = times_derivative(dx, saved, parameter, ACTIVATION, FROM_OUTPUT)
+    if mean_ptr is not None and taking_part:
+        if rows_ptr is not None:
+            x = tl.load(rows_ptr + dx_at, mask=mask, other=0.0).to(ACC)
+        elif dy_ptr is not None and ACTIVATION != "identity":
+            x = saved
+        else:
+            x = tl.load(saved_ptr + saved_at, mask=mask, other=0.0).to(ACC)
+        dx += scale * (x - mean)
+        if shift_ptr is not None:
+            dx += shift
+    return dx
 
 
 @functools.lru_cache(maxsize=1024)
@@ -193,7 +208,8 @@ def rule(saved: Geometry, dx: Geometry, itemsize: int) -> Settings:
     lanes = 32 * ELEMENTS // (2 if itemsize == 8 else 1)
     if dx.spatial:
         UB, FB = run_tile(saved, 256, 512, (512, 512))
-        tile, warps = {"NB": min(power_of_2(dx.n), ROWS), "UB": UB, "FB": FB}, max(1, FB // lanes)
+        NB = min(power_of_2(dx.n), ROWS if itemsize == 2 else ROWS // 2)  # 64 bytes of a thread
+        tile, warps = {"NB": NB, "UB": UB, "FB": FB}, max(1, FB // lanes)
     else:
         RB = ROWS // 2 if dx.M in (5, 6) else ROWS  # of which 6 are covered with less
         UB = min(power_of_2(dx.U), 64 if dx.M >= 64 else lanes)
@@ -222,14 +238,15 @@ def plan(
     tile, warps, splits = settings or rule(saved, dx, itemsize)
     of_tile, total = (tile["NB"], dx.n) if dx.spatial else (tile["RB"] * tile["MB"], dx.M)
     rows = min(total, cdiv(tiles_of(dx, tile), splits) * of_tile)
-    grid = (programs_of(dx, tile) * cdiv(total, rows),)
+    parts = cdiv(total, rows)
+    grid = (programs_of(dx, tile) * parts,)
     if dx.spatial:
         UB, of_thread = tile["UB"], {"NB": tile["NB"], "FB": tile["FB"]}
         runs = run_steps(saved, UB)
         by = alignment(*runs)
         launch = Launch(apply_spatial, grid, {"ALIGNED": by, "SHARED": UB > 1, **of_thread}, warps, REGISTERS)
-        return launch, (dx.N, dx.K, dx.n, dx.U, dx.P, *(step // by for step in runs), rows, UB)
+        return launch, (dx.N, dx.K, dx.n, dx.U, dx.P, *(step // by for step in runs), rows, parts, UB, cdiv(dx.U, UB))
     steps = value_steps(saved)
     by = alignment(*steps)
     launch = Launch(apply_unit, grid, {"ALIGNED": by, "EVEN": even(saved), **tile}, warps, REGISTERS)
-    return launch, (dx.N, dx.K, dx.n, dx.P, *(step // by for step in steps), dx.M, rows)
+    return launch, (dx.N, dx.K, dx.n, dx.P, *(step // by for step in steps), dx.M, rows, parts)

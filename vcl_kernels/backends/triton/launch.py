@@ -13,7 +13,7 @@ from ...geometry import Geometry
 # Arguments that no kernel is specialised for: shapes and distances. How far distances are aligned is a constant.
 RUN_TIME = (
     *("N", "K", "n", "U", "P", "M", "E", "x_row", "x_step", "x_pos", "to_row", "to_step", "to_pos"),
-    *("plane", "splits", "tiles_per_split", "rows", "run_units"),
+    *("plane", "splits", "tiles_per_split", "rows", "parts", "run_units", "groups"),
 )
 
 WARPS = 2048  # wanted of a launch at least: what an H100 holds of 128 registers
