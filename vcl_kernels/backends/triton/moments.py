@@ -98,7 +98,8 @@ def moments_spatial(
                 unread = mask & ((i > 0) | (t > begin))
                 here = x_at + sample.to(tl.int64) * x_row * ALIGNED + position[None, :]
                 x = tl.load(here, mask=unread, other=first[None, :])
-                to = of_k + sample.to(tl.int64) * to_row * ALIGNED + position[None, :]
+                to = of_k + of_tile.to(tl.int64) * to_row * ALIGNED + position[None, :]
+                to += i.to(tl.int64) * to_row * ALIGNED
                 if ACTIVATION is not None:
                     y = activate(x.to(ACC), parameter, ACTIVATION, HALF)
                     tl.store(y_ptr + to, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -207,24 +208,27 @@ def moments_unit(
             total = tl.zeros([MB, UB], SUMS)
             squares = tl.zeros([MB, UB], SUMS)
             less = first.to(SUMS) * shrink
-            value = begin.to(M.dtype) * STEP + m
+            value = m_first[None, :, :]
             here = x_at + value_at(value, P, x_row, x_pos, EVEN) * ALIGNED + u
             to = of_k + value.to(tl.int64) * to_pos * ALIGNED + u
             for t in range(begin, end):
-                mask = (value < M) & valid[None, None, :]
+                mask = (value < M - r * MB) & valid[None, None, :]
                 unread = mask & ((r > 0) | (t > begin))
-                x = tl.load(here, mask=unread, other=first[None, :, :])
+                if EVEN:
+                    x = tl.load(here + r.to(tl.int64) * x_pos * (MB * ALIGNED), mask=unread, other=first[None, :, :])
+                else:
+                    here = x_at + value_at(value + r * MB, P, x_row, x_pos, EVEN) * ALIGNED + u
+                    x = tl.load(here, mask=unread, other=first[None, :, :])
+                to_rows = to + r.to(tl.int64) * to_pos * (MB * ALIGNED)
                 if ACTIVATION is not None:
                     y = activate(x.to(ACC), parameter, ACTIVATION, HALF)
-                    tl.store(y_ptr + to, y.to(y_ptr.dtype.element_ty), mask=mask)
+                    tl.store(y_ptr + to_rows, y.to(y_ptr.dtype.element_ty), mask=mask)
                 if rows_ptr is not None:
-                    tl.store(rows_ptr + to, x, mask=mask)
+                    tl.store(rows_ptr + to_rows, x, mask=mask)
                 value += STEP
                 to += to_pos.to(tl.int64) * (STEP * ALIGNED)
                 if EVEN:
                     here += x_pos.to(tl.int64) * (STEP * ALIGNED)
-                else:
-                    here = x_at + value_at(value, P, x_row, x_pos, EVEN) * ALIGNED + u
                 d = x.to(SUMS) * shrink - less[None, :, :]
                 total += tl.sum(d, 0)
                 squares += tl.sum(d * d, 0)
