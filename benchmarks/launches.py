@@ -54,8 +54,9 @@ def values_of(one: Recorded) -> dict[str, Any]:
     """The arguments by name, and U, M and the length of a run, which some kernels are not given."""
     constants = one.launch.constants
     found = dict(zip(one.launch.kernel.arg_names, one.args, strict=False))
-    if "to_pos" in found:
-        found["U"] = found["to_pos"] * constants["ALIGNED"]
+    for given, name in (("to_pos", "U"), ("E", "E")):
+        if given in found:
+            found[name] = found[given] * constants["ALIGNED"]
     if "n" in found:
         found.setdefault("M", found["n"] * found["P"])
     if "FB" in constants:

@@ -103,7 +103,7 @@ def test_kinds_are_split_or_not(kind):
     from vcl_kernels.backends.triton import moments
 
     x = kind.tensor()
-    _, splits, _ = moments.plan(Geometry.of(x, n, 2, kind.per_activation), False, x.element_size())
+    *_, splits = moments.plan(Geometry.of(x, n, 2, kind.per_activation), False, x.element_size())
     assert (splits > 1) == kind.split
 
 

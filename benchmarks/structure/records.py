@@ -69,8 +69,8 @@ def _described(look: Look, name: str, one: Recorded) -> Record:
         "tile": tile_of(launch),
         "warps": launch.warps,
         "programs": math.prod(launch.grid),
-        "bytes": bytes_of_tile(one),
-        "padded_bytes": padded_bytes_of_tile(one),
+        "bytes": elements_of_tile(one) * bytes_of_element(one),
+        "padded_bytes": padded_elements_of_tile(one) * bytes_of_element(one),
         "wide": allows_128_bits(one),
         "writes": any(values_of(one).get(name) is not None for name in ("y_ptr", "dx_ptr")),
     }
@@ -88,26 +88,27 @@ def _tensors_read(one: Recorded) -> list[Any]:
     return [given["dx_ptr" if kernel == "multiply" else "x_ptr"]]
 
 
-def bytes_of_tile(one: Recorded) -> int:
-    """Bytes that a program reads at once: its tile without padding, of each tensor read."""
-    return elements_of_tile(one) * sum(t.element_size() for t in _tensors_read(one) if t is not None)
-
-
-def padded_bytes_of_tile(one: Recorded) -> int:
-    """Bytes that the accesses of a program's threads cover at once, padding included."""
+def padded_elements_of_tile(one: Recorded) -> int:
+    """Elements of a tile, padding included."""
     tile = tile_of(one.launch)
     if "FB" in tile:
         tile.pop("UB", None)
-    return math.prod(tile.values()) * sum(t.element_size() for t in _tensors_read(one) if t is not None)
+    return math.prod(tile.values())
+
+
+def bytes_of_element(one: Recorded) -> int:
+    """Bytes that a program reads for an element of its tile, of all tensors together."""
+    return sum(t.element_size() for t in _tensors_read(one) if t is not None)
 
 
 def allows_128_bits(one: Recorded) -> bool:
     """Whether a row of the tile, and every distance between rows, is a multiple of 16 bytes."""
-    constants = one.launch.constants
+    constants, tile = one.launch.constants, tile_of(one.launch)
     if "ALIGNED" not in constants:
-        return one.launch.kernel.__name__ == "multiply"
+        return False
     size = min(t.element_size() for t in _tensors_read(one) if t is not None)
-    return constants["ALIGNED"] * size % 16 == 0 and constants.get("FB", constants.get("UB")) * size % 16 == 0
+    row = next(tile[axis] for axis in ("EB", "FB", "UB") if axis in tile)
+    return constants["ALIGNED"] * size % 16 == 0 and row * size % 16 == 0
 
 
 def _for_target(target: str, row: Record, code: Code, sass: Any) -> Record:

@@ -8,6 +8,7 @@ import triton.language as tl
 from ...geometry import Geometry
 from .formulas import coefficients
 from .launch import RUN_TIME, Launch, Settings, cdiv, power_of_2, warps_for
+from .moments import plane
 
 ONE_PROGRAM = 2048  # values (K, units) of a tile of 16 warps, in float64
 SEVERAL = 128  # of a tile of one of several programs
@@ -59,19 +60,15 @@ def finalise(
             one = tl.load(partial_ptr + out, mask=mask, other=0.0)
             mean = tl.zeros([KB, UB], tl.float64)
             for start in range(0, splits, SB):
-                here = partial_ptr + out[None, :, :] + (start + s).to(tl.int64) * (K * U)
-                real = mask[None, :, :] & (start + s < splits)
-                count = tl.load(partial_ptr + 2 * plane + start + s, mask=start + s < splits, other=0.0)
-                part = tl.load(here, mask=real, other=0.0) - one[None, :, :]
-                mean += tl.sum(tl.where(real, count * part, 0.0), 0)
+                here, there, count = parts_at(partial_ptr, start + s, splits, plane, K * U, out, mask)
+                d = tl.load(here, mask=there, other=0.0) - one[None, :, :]
+                mean += tl.sum(tl.where(there, count * d, 0.0), 0)
             mean = one + mean * (1.0 / tl.full([], M, tl.float64))
             m2 = tl.zeros([KB, UB], tl.float64)
             for start in range(0, splits, SB):
-                here = partial_ptr + out[None, :, :] + (start + s).to(tl.int64) * (K * U)
-                real = mask[None, :, :] & (start + s < splits)
-                count = tl.load(partial_ptr + 2 * plane + start + s, mask=start + s < splits, other=0.0)
-                d = tl.load(here, mask=real, other=0.0) - mean[None, :, :]
-                m2 += tl.sum(count * (d * d) + tl.load(here + plane, mask=real, other=0.0), 0)
+                here, there, count = parts_at(partial_ptr, start + s, splits, plane, K * U, out, mask)
+                d = tl.load(here, mask=there, other=0.0) - mean[None, :, :]
+                m2 += tl.sum(count * (d * d) + tl.load(here + plane, mask=there, other=0.0), 0)
             if mean_ptr is not None:
                 tl.store(mean_ptr + out, mean.to(ACC), mask=mask)
         if FORM is None:
@@ -97,24 +94,17 @@ def finalise(
             tl.store(dbeta_ptr, tl.sum(total_dbeta, 0))
 
 
-def arguments(x: Geometry, splits: int) -> tuple[int, ...]:
-    """Return the shape arguments."""
-    return x.K, x.M, x.U, plane(x, splits), splits
-
-
-def plane(x: Geometry, splits: int) -> int:
-    """Return the distance between what is kept of parts: mean, m2, and then their counts."""
-    return 0 if splits == 1 else splits * x.K * x.U
-
-
-def partial_size(x: Geometry, splits: int) -> int:
-    """Return how many values are read: m2 of each sub-batch, or of parts two planes and a count for each split."""
-    return x.K * x.U if splits == 1 else 2 * plane(x, splits) + splits
+@triton.jit
+def parts_at(partial_ptr, split, splits, plane, of_split, out, mask):
+    """Where some splits have their means, which of those are there, and how many values each split has."""
+    there = split < splits
+    count = tl.load(partial_ptr + 2 * plane + split, mask=there, other=0.0)
+    return partial_ptr + out[None, :, :] + split.to(tl.int64) * of_split, mask[None, :, :] & there, count
 
 
 @functools.lru_cache(maxsize=1024)
 def rule(x: Geometry, splits: int, reduce: bool) -> Settings:
-    """Choose settings: one program where the sum over units is wanted and there is little to read.
+    """Choose settings: one program where the sum over units is wanted and there is little to read, else several.
 
     Tiles depend on K alone: a network's layers share kernels.
     """
@@ -125,8 +115,12 @@ def rule(x: Geometry, splits: int, reduce: bool) -> Settings:
     return Settings({"SB": 4, "KB": KB, "UB": UB}, warps_for(64 * KB * UB), 2)
 
 
-def plan(x: Geometry, splits: int, reduce: bool, settings: Settings | None = None) -> Launch:
-    """Decide the launch. ``reduce``: wanted is the sum over units; REDUCE says whether the launch gives it."""
+def plan(x: Geometry, splits: int, reduce: bool, settings: Settings | None = None) -> tuple[Launch, tuple[int, ...]]:
+    """Decide the launch and its shape arguments.
+
+    ``reduce``: wanted is the sum over units; REDUCE says whether the launch gives it.
+    """
     tile, warps, programs = settings or rule(x, splits, reduce)
     one = reduce and programs == 1
-    return Launch(finalise, (1 if one else cdiv(x.U, tile["UB"]),), {**tile, "REDUCE": one}, warps)
+    launch = Launch(finalise, (1 if one else cdiv(x.U, tile["UB"]),), {**tile, "REDUCE": one}, warps)
+    return launch, (x.K, x.M, x.U, plane(x, splits), splits)

@@ -204,18 +204,16 @@ def rule(x: Geometry, itemsize: int) -> Settings:
     return Settings({"KB": KB, "MB": power_of_2(x.M), "UB": UB}, warps)
 
 
-def plan(x: Geometry, itemsize: int, settings: Settings | None = None) -> Launch:
-    """Decide the launch for a unit that fits."""
+def plan(x: Geometry, itemsize: int, settings: Settings | None = None) -> tuple[Launch, tuple[int, ...]]:
+    """Decide the launch for a unit that fits, and its shape arguments; distances are in units of its alignment."""
     tile, warps, _ = settings or rule(x, itemsize)
     grid = (cdiv(x.U, tile["UB"]),)
     if x.spatial:
-        return Launch(one_pass_spatial, grid, {"ALIGNED": alignment(*run_steps(x, tile["UB"])), **tile}, warps, 255)
-    return Launch(one_pass_unit, grid, {"ALIGNED": alignment(*value_steps(x)), "EVEN": even(x), **tile}, warps)
-
-
-def arguments(x: Geometry, launch: Launch) -> tuple[int, ...]:
-    """Return the shape arguments of ``launch``; distances in units of its alignment."""
-    by = launch.constants["ALIGNED"]
-    if x.spatial:
-        return x.N, x.K, x.n, x.U, x.P, *(s // by for s in run_steps(x, launch.constants["UB"]))
-    return x.N, x.K, x.n, x.P, *(s // by for s in value_steps(x)), x.M
+        runs = run_steps(x, tile["UB"])
+        by = alignment(*runs)
+        launch = Launch(one_pass_spatial, grid, {"ALIGNED": by, **tile}, warps, 255)
+        return launch, (x.N, x.K, x.n, x.U, x.P, *(step // by for step in runs))
+    steps = value_steps(x)
+    by = alignment(*steps)
+    launch = Launch(one_pass_unit, grid, {"ALIGNED": by, "EVEN": even(x), **tile}, warps)
+    return launch, (x.N, x.K, x.n, x.P, *(step // by for step in steps), x.M)

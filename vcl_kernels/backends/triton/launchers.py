@@ -44,9 +44,9 @@ def loss_dx(
     dx = empty_rows(x, x.shape[0])
     per_unit = empty_units(x, per_activation)
     dbeta = empty_units(x, per_activation) if beta_grad else None
-    launch = fused.plan(g, x.element_size())
+    launch, shape = fused.plan(g, x.element_size())
     launch.constants.update(FORM=FORMS[form], BETA=_beta_kind(beta), ACC=_accumulation(x))
-    launch(x, dx, per_unit, dbeta, beta, beta_value, beta_min, factor, *fused.arguments(g, launch))
+    launch(x, dx, per_unit, dbeta, beta, beta_value, beta_min, factor, *shape)
     if dbeta is not None and reduce and _beta_kind(beta) == 1:
         dbeta = _may_only_rise(_reduced(dbeta, True), beta, beta_min)
     return _reduced(per_unit, reduce), dx, _no_dbeta(x) if dbeta is None else dbeta
@@ -71,9 +71,9 @@ def moments(x, n, K, per_activation) -> tuple[Tensor, Tensor]:
     mean, var = empty_units(x, per_activation, K), empty_units(x, per_activation, K)
     partial, splits = _moments(x, mean, n, K, per_activation)
     g = _seen(x, n, K, per_activation)
-    launch = finalise.plan(g, splits, reduce=False)
+    launch, shape = finalise.plan(g, splits, reduce=False)
     launch.constants.update(FORM=None, BETA=0, ACC=_accumulation(x))
-    launch(partial, mean, var, None, None, None, None, 0.0, 0.0, 1.0, *finalise.arguments(g, splits))
+    launch(partial, mean, var, None, None, None, None, 0.0, 0.0, 1.0, *shape)
     return mean, var
 
 
@@ -125,9 +125,9 @@ def activation_dx(
 
 def multiply_(dx: Tensor, g: Tensor) -> None:
     """dx *= g, where dx is dense; nothing is read or written if g is 1."""
-    launch = multiply.plan(dx.numel())
+    launch, shape = multiply.plan(dx.numel())
     launch.constants.update(ACC=_accumulation(dx))
-    launch(dx, g, dx.numel())
+    launch(dx, g, *shape)
 
 
 def _moments(x, mean, n, K, per_activation, y=None, rows=None, activation=None, parameter=0.0) -> tuple[Tensor, int]:
@@ -136,10 +136,9 @@ def _moments(x, mean, n, K, per_activation, y=None, rows=None, activation=None, 
     Where sub-batches are split, what finalise makes both of. Also return how many parts each was split into.
     """
     g = _seen(x, n, K, per_activation)
-    launch, splits, per_split = partial_moments.plan(g, y is not None, x.element_size(), keeps=rows is not None)
-    partial = torch.empty(finalise.partial_size(g, splits), dtype=torch.float64, device=x.device)
+    launch, shape, splits = partial_moments.plan(g, y is not None, x.element_size(), keeps=rows is not None)
+    partial = torch.empty(partial_moments.partial_size(g, splits), dtype=torch.float64, device=x.device)
     launch.constants.update(ACTIVATION=activation, ACC=_accumulation(x))
-    shape = partial_moments.arguments(g, launch, finalise.plane(g, splits), splits, per_split)
     launch(x, y, rows, partial, mean, parameter, *shape)
     return partial, splits
 
@@ -150,7 +149,7 @@ def _coefficients(
     """Loss, mean and (if there is a mean) scale, and dbeta, from what ``_moments`` found."""
     g = _seen(x, n, K, per_activation)
     scale = None if mean is None else torch.empty_like(mean)
-    launch = finalise.plan(g, splits, reduce)
+    launch, shape = finalise.plan(g, splits, reduce)
     reduced = launch.constants["REDUCE"]
     reduce_dbeta = reduce and _beta_kind(beta) == 1
     loss = _empty_sum(x) if reduced else empty_units(x, per_activation)
@@ -158,7 +157,6 @@ def _coefficients(
     if beta_grad:
         dbeta = _empty_sum(x) if reduced and reduce_dbeta else empty_units(x, per_activation)
     launch.constants.update(FORM=FORMS[form], BETA=_beta_kind(beta), ACC=_accumulation(x))
-    shape = finalise.arguments(g, splits)
     launch(partial, mean, None, scale, loss, dbeta, beta, beta_value, beta_min, factor, *shape)
     if not reduced:
         loss = _reduced(loss, reduce)

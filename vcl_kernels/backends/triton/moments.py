@@ -4,7 +4,6 @@ With an activation, the same pass over x also writes y, for all rows, and keeps 
 """
 
 import functools
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -355,37 +354,44 @@ def sums_in_float64(x: Geometry, itemsize: int) -> bool:
     return itemsize == 8 or x.M <= FEW
 
 
+def plane(x: Geometry, splits: int) -> int:
+    """Return the distance between what is kept of parts: mean, m2, and then their counts."""
+    return 0 if splits == 1 else splits * x.K * x.U
+
+
+def partial_size(x: Geometry, splits: int) -> int:
+    """Return how many values are kept: m2 of each sub-batch, or of parts two planes and a count for each split."""
+    return x.K * x.U if splits == 1 else 2 * plane(x, splits) + splits
+
+
 def plan(
     x: Geometry, activates: bool, itemsize: int, settings: Settings | None = None, *, keeps: bool = False
-) -> tuple[Launch, int, int]:
-    """Decide the launch, with y of all rows or without; also return splits and tiles in each. ``keeps``: rows of x."""
+) -> tuple[Launch, tuple[int, ...], int]:
+    """Decide the launch, its shape arguments (distances in units of its alignment) and how many parts a sub-batch has.
+
+    ``activates``: it writes y, of all rows. ``keeps``: it writes the rows of x that take part.
+    """
     tile, warps, splits = settings or rule(x, activates or keeps, itemsize)
     rest = x.N - x.K * x.n if activates else 0
-    constants: dict[str, Any] = dict(tile)
     if x.spatial:
         by_pos = cdiv(x.P, tile["FB"]) if tile["UB"] == 1 else 1
         tiles, rest_tiles = cdiv(x.n, tile["NB"]) * by_pos, cdiv(rest, tile["NB"]) * by_pos
-        kernel = moments_spatial
-        constants |= {"ALIGNED": alignment(*run_steps(x, tile["UB"]))}
     else:
         step = tile["RB"] * tile["MB"]
         tiles, rest_tiles = cdiv(x.M, step), cdiv(rest * x.P, step)
-        kernel = moments_unit
-        # sums of more than four columns take more registers than wider accesses are worth
-        constants |= {"ALIGNED": min(alignment(*value_steps(x)), elements_of_thread(itemsize)), "EVEN": even(x)}
     # merging takes as long as a tile: two in each split, but where a GPU would be idle
     idle = not x.spatial and x.M > FEW and cdiv(x.U, tile["UB"]) * x.K * tiles * warps <= WARPS // 4
     per_split = cdiv(tiles, min(tiles if idle else max(1, tiles // 2), splits))
     splits = cdiv(tiles, per_split)
-    constants |= {"SUMS": tl.float64 if sums_in_float64(x, itemsize) else tl.float32}
     grid = (cdiv(x.U, tile["UB"]) * (x.K * splits + rest_tiles),)
-    return Launch(kernel, grid, constants, warps), splits, per_split
-
-
-def arguments(x: Geometry, launch: Launch, plane: int, splits: int, per_split: int) -> tuple[int, ...]:
-    """Return the shape arguments of ``launch``; distances in units of its alignment."""
-    by = launch.constants["ALIGNED"]
-    parts = plane, splits, per_split
+    constants = {**tile, "SUMS": tl.float64 if sums_in_float64(x, itemsize) else tl.float32}
+    parts = plane(x, splits), splits, per_split
     if x.spatial:
-        return x.N, x.K, x.n, x.U, x.P, *(s // by for s in run_steps(x, launch.constants["UB"])), *parts
-    return x.N, x.K, x.n, x.P, *(s // by for s in value_steps(x)), x.M, *parts
+        runs = run_steps(x, tile["UB"])
+        by = alignment(*runs)
+        launch = Launch(moments_spatial, grid, {"ALIGNED": by, **constants}, warps)
+        return launch, (x.N, x.K, x.n, x.U, x.P, *(step // by for step in runs), *parts), splits
+    steps = value_steps(x)
+    by = min(alignment(*steps), elements_of_thread(itemsize))  # sums of more columns take too many registers
+    launch = Launch(moments_unit, grid, {"ALIGNED": by, "EVEN": even(x), **constants}, warps)
+    return launch, (x.N, x.K, x.n, x.P, *(step // by for step in steps), x.M, *parts), splits
