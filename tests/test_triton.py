@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import triton.language as tl
 from conftest import GPU
 
 import vcl_kernels as vk
 from benchmarks.launches import activation_jobs, loss_jobs, moments_jobs, recorded, spec_of, values_of
+from vcl_kernels.backends.triton import launchers, multiply
 from vcl_kernels.backends.triton.launch import Launch
 from vcl_kernels.checks import check_loss
 
@@ -58,6 +60,38 @@ def test_sizes_past_32_bits_reach_kernels_whole():
             values, tile = values_of(one), one.launch.constants
             programs = -(-values["M"] // values["rows"]) * 2 * -(-values["U"] // tile["UB"])
             assert one.launch.grid == (programs,)
+
+
+def test_no_product_of_sizes_is_of_32_bits():
+    """The first program of launches whose sizes pass 2^31 in a product alone: as arguments they are below it."""
+    dx, g = torch.full((4096,), 2.0), torch.tensor(0.5)
+    multiply.multiply[(1,)](dx, g, 2**28, ALIGNED=16, ACC=tl.float32, EB=4096)
+    assert (dx == 1.0).all()
+    x = torch.empty((1, 2**31), dtype=torch.float32, device="meta")
+    mean = x.new_empty((1, 2**31))
+    jobs = {
+        "moments_unit": lambda: launchers.moments(x, 1, 1, True),
+        "apply_unit": lambda: launchers.moments_dx(x, mean, mean, None, None, 1, 1, True),
+    }
+    for name, job in jobs.items():
+        launch, args = recorded(job)[0]
+        assert launch.kernel.__name__ == name
+        assert dict(zip(launch.kernel.arg_names, args, strict=False))["to_pos"] < 2**31
+        real = {id(a): torch.ones(256, dtype=a.dtype) for a in args if isinstance(a, torch.Tensor)}
+        real = [real.get(id(a), a) for a in args]
+        launch._replace(grid=(1,))(*real)
+        found = dict(zip(launch.kernel.arg_names, real, strict=False))
+        written = found["partial_ptr" if name == "moments_unit" else "dx_ptr"]
+        assert (written == 0).sum() == launch.constants["UB"]  # Σ (x - mean)² of one value, and 1 · (1 - 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "n"), [((2**31 - 1, 2), 4), ((4, 2, 2**31 - 2**16), 2), ((2**16 + 1, 2, 2**15 - 1), 2**16 + 1)]
+)
+def test_sizes_whose_last_tile_would_pass_32_bits_are_refused(shape, n):
+    x = torch.empty(shape, dtype=torch.float16, device="meta")
+    with pytest.raises(ValueError, match=r"x has .* rows, 2 units of .* among the last 65536 numbers below 2\^31"):
+        launchers.moments(x, n, 1, False)
 
 
 def test_a_unit_of_many_positions_has_a_run_of_its_own():

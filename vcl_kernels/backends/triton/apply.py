@@ -66,12 +66,13 @@ def apply_spatial(
     part = rest // groups
     group = (rest - part * groups).to(tl.int64)
     k = part // parts
-    begin = (part - k * parts) * rows
-    end = tl.minimum(tl.minimum(begin + rows, n), N - k * n)
+    begin = (part - k * parts).to(n.dtype) * rows
+    of_k = k.to(tl.int64) * n
+    end = tl.minimum(begin + rows, tl.minimum(n, N - of_k).to(n.dtype))
     units = group * run_units + (unit_in_run(f, P) if SHARED else tl.arange(0, 1))
     valid = position < run_length(group, U, P, run_units, ALIGNED)
-    saved_at = ((k * n).to(tl.int64) * x_row + group * x_step) * ALIGNED + position[None, :]
-    dx_at = ((k * n).to(tl.int64) * to_row + group * to_step) * ALIGNED + position[None, :]
+    saved_at = (of_k * x_row + group * x_step) * ALIGNED + position[None, :]
+    dx_at = (of_k * to_row + group * to_step) * ALIGNED + position[None, :]
     at = k.to(tl.int64) * U + units
     taken = (units < U) & (k < K)
     mean, scale, shift = given_coefficients(mean_ptr, scale_ptr, shift_ptr, g_ptr, at, taken)
@@ -118,15 +119,15 @@ def apply_unit(
     UB: tl.constexpr,
 ):
     """Program: tiles [RB, MB, UB] of RB · MB values, of some ``rows`` of those of a sub-batch or past the last."""
-    U = to_pos * ALIGNED
+    U = to_pos.to(tl.int64) * ALIGNED
     m = tl.arange(0, RB)[:, None, None] * MB + tl.arange(0, MB)[None, :, None]
-    blocks = tl.cdiv(U, UB)
+    blocks = tl.cdiv(U, UB).to(tl.int32)
     pid = tl.program_id(0)
     part = pid // blocks
     u = (pid - part * blocks).to(tl.int64) * UB + tl.arange(0, UB)[None, :]
     valid = u < U
     k = part // parts
-    begin = (part - k * parts) * rows
+    begin = (part - k * parts).to(M.dtype) * rows
     k = k.to(tl.int64)
     end = tl.minimum(tl.minimum(begin + rows, M), (N - k * n) * P)
     x_at = k * n * x_row * ALIGNED

@@ -60,13 +60,13 @@ def finalise(
             one = tl.load(partial_ptr + out, mask=mask, other=0.0)
             mean = tl.zeros([KB, UB], tl.float64)
             for start in range(0, splits, SB):
-                here, there, count = parts_at(partial_ptr, start + s, splits, plane, K * U, out, mask)
+                here, there, count = parts_at(partial_ptr, start + s, splits, plane, K.to(tl.int64) * U, out, mask)
                 d = tl.load(here, mask=there, other=0.0) - one[None, :, :]
                 mean += tl.sum(tl.where(there, count * d, 0.0), 0)
             mean = one + mean * (1.0 / tl.full([], M, tl.float64))
             m2 = tl.zeros([KB, UB], tl.float64)
             for start in range(0, splits, SB):
-                here, there, count = parts_at(partial_ptr, start + s, splits, plane, K * U, out, mask)
+                here, there, count = parts_at(partial_ptr, start + s, splits, plane, K.to(tl.int64) * U, out, mask)
                 d = tl.load(here, mask=there, other=0.0) - mean[None, :, :]
                 m2 += tl.sum(count * (d * d) + tl.load(here + plane, mask=there, other=0.0), 0)
             if mean_ptr is not None:
@@ -98,7 +98,7 @@ def finalise(
 def parts_at(partial_ptr, split, splits, plane, of_split, out, mask):
     """Where some splits have their means, which of those are there, and how many values each split has."""
     there = split < splits
-    count = tl.load(partial_ptr + 2 * plane + split, mask=there, other=0.0)
+    count = tl.load(partial_ptr + plane + plane + split, mask=there, other=0.0)
     return partial_ptr + out[None, :, :] + split.to(tl.int64) * of_split, mask[None, :, :] & there, count
 
 

@@ -134,7 +134,7 @@ def one_pass_unit(
     UB: tl.constexpr,
 ):
     """Tile [sub-batch, value, unit], units contiguous; value m of a sub-batch is (sample m // P, position m % P)."""
-    U = to_pos * ALIGNED
+    U = to_pos.to(tl.int64) * ALIGNED
     k = tl.arange(0, KB)[:, None, None]
     m = tl.arange(0, MB)[None, :, None]
     units = tl.program_id(0).to(tl.int64) * UB + tl.arange(0, UB)

@@ -19,6 +19,7 @@ RUN_TIME = (
 WARPS = 2048  # wanted of a launch at least: what an H100 holds of 128 registers
 
 MOST_PROGRAMS = 2**31 - 1
+ROOM = 2**16  # that a tile may reach past a size, counted in 32 bits; sizes from 2^31 on are counted in 64
 
 
 class Launch(NamedTuple):

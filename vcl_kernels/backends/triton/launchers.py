@@ -12,6 +12,7 @@ from ...geometry import Geometry, accumulation_dtype, empty_rows, empty_units, i
 from ...spec import ACTIVATIONS, FORMS, NO_MINIMUM
 from . import apply, finalise, fused, multiply
 from . import moments as partial_moments
+from .launch import ROOM
 
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -186,7 +187,13 @@ def _seen(x: Tensor, n: int, K: int, per_activation: bool) -> Geometry:
 def _of_shape(shape: torch.Size, strides: tuple[int, ...], n: int, K: int, per_activation: bool) -> Geometry:
     if not 0 <= K * n <= shape[0]:
         raise ValueError(f"{K} sub-batches of {n} samples want more than the {shape[0]} rows of x")
-    return Geometry.of_shape(shape, strides, n, K, per_activation)
+    g = Geometry.of_shape(shape, strides, n, K, per_activation)
+    if any(2**31 - ROOM <= size < 2**31 for size in (g.N, g.P, g.U, g.M)):
+        raise ValueError(
+            f"x has {g.N} rows, {g.U} units of {g.P} positions and {g.M} values of a unit in a sub-batch; "
+            f"none of these may be among the last {ROOM} numbers below 2^31: the last tile would end past them"
+        )
+    return g
 
 
 def _accumulation(x: Tensor):

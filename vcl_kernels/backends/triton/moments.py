@@ -63,8 +63,8 @@ def moments_spatial(
         begin = split * tiles_per_split
         end = tl.minimum(begin + tiles_per_split, by_row * by_pos)
         length = run_length(group, U, P, UB, ALIGNED)
-        x_at = x_ptr + ((k * n).to(tl.int64) * x_row + group.to(tl.int64) * x_step) * ALIGNED
-        of_k = ((k * n).to(tl.int64) * to_row + group.to(tl.int64) * to_step) * ALIGNED
+        x_at = x_ptr + (k.to(tl.int64) * n * x_row + group.to(tl.int64) * x_step) * ALIGNED
+        of_k = (k.to(tl.int64) * n * to_row + group.to(tl.int64) * to_step) * ALIGNED
         # rows that the last elements of a unit have, and those that others have besides
         in_last, before = n, n * (by_pos - 1)
         if splits > 1:
@@ -121,12 +121,12 @@ def moments_spatial(
         at = (split.to(tl.int64) * K + k) * U + units
         store_moments(partial_ptr, mean_ptr, at, plane, units < U, mean, m2, splits)
         if splits > 1 and pid < splits:  # the same for every unit and sub-batch
-            tl.store(partial_ptr + 2 * plane + split + tl.arange(0, 1), values)
+            tl.store(partial_ptr + plane + plane + split + tl.arange(0, 1), values)
     elif ACTIVATION is not None:
         t = pid - groups * K * splits
         of_rows = t // by_pos
         group = of_rows % groups
-        row = (K * n + of_rows // groups * NB + i).to(tl.int64)
+        row = K.to(tl.int64) * n + (of_rows // groups).to(tl.int64) * NB + i
         position = ((t - of_rows * by_pos).to(P.dtype) * FB + f)[None, :]
         mask = (row < N) & (position < run_length(group, U, P, UB, ALIGNED))
         here = (row * x_row + group.to(tl.int64) * x_step) * ALIGNED + position
@@ -181,25 +181,25 @@ def moments_unit(
     """
     HALF: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
     STEP: tl.constexpr = RB * MB
-    U = to_pos * ALIGNED
+    U = to_pos.to(tl.int64) * ALIGNED
     r = tl.arange(0, RB)[:, None, None]
     m = r * MB + tl.arange(0, MB)[None, :, None]
-    blocks = tl.cdiv(U, UB)
+    blocks = tl.cdiv(U, UB).to(tl.int32)
     pid = tl.program_id(0)
     if pid < blocks * K * splits:
         split, k, block = part_of(pid, K, splits)
         units = block.to(tl.int64) * UB + tl.arange(0, UB)
         valid = units < U
         u = units[None, None, :]
-        begin = split * tiles_per_split
+        begin = (split * tiles_per_split).to(M.dtype)
         end = tl.minimum(begin + tiles_per_split, tl.cdiv(M, STEP))
-        x_at = x_ptr + (k * n).to(tl.int64) * x_row * ALIGNED
+        x_at = x_ptr + k.to(tl.int64) * n * x_row * ALIGNED
         of_k = k.to(tl.int64) * M * to_pos * ALIGNED
         seen = tl.minimum(tl.cdiv(M - tl.arange(0, MB)[:, None], MB), end * RB) - begin * RB
         count = tl.maximum(seen, 0)
         inverse = 1.0 / tl.maximum(count, 1).to(tl.float64)
         values = (tl.minimum(M, end * STEP) - begin * STEP).to(tl.float64)
-        m_first = begin.to(M.dtype) * STEP + tl.arange(0, MB)[:, None]
+        m_first = begin * STEP + tl.arange(0, MB)[:, None]
         start_at = x_at + value_at(m_first, P, x_row, x_pos, EVEN) * ALIGNED + units[None, :]
         first = tl.load(start_at, mask=(m_first < M) & valid[None, :], other=0.0)
         mean, m2, shrink, again = not_yet(UB, SUMS)
@@ -208,26 +208,25 @@ def moments_unit(
             squares = tl.zeros([MB, UB], SUMS)
             less = first.to(SUMS) * shrink
             value = m_first[None, :, :]
-            here = x_at + value_at(value, P, x_row, x_pos, EVEN) * ALIGNED + u
-            to = of_k + value.to(tl.int64) * to_pos * ALIGNED + u
+            x_first = x_at + value_at(value, P, x_row, x_pos, EVEN) * ALIGNED + u
+            to_first = of_k + value.to(tl.int64) * to_pos * ALIGNED + u
             for t in range(begin, end):
                 mask = (value < M - r * MB) & valid[None, None, :]
                 unread = mask & ((r > 0) | (t > begin))
                 if EVEN:
-                    x = tl.load(here + r.to(tl.int64) * x_pos * (MB * ALIGNED), mask=unread, other=first[None, :, :])
+                    here = x_first + r.to(tl.int64) * x_pos * (MB * ALIGNED)
+                    x_first += x_pos.to(tl.int64) * (STEP * ALIGNED)
                 else:
                     here = x_at + value_at(value + r * MB, P, x_row, x_pos, EVEN) * ALIGNED + u
-                    x = tl.load(here, mask=unread, other=first[None, :, :])
-                to_rows = to + r.to(tl.int64) * to_pos * (MB * ALIGNED)
+                x = tl.load(here, mask=unread, other=first[None, :, :])
+                to = to_first + r.to(tl.int64) * to_pos * (MB * ALIGNED)
                 if ACTIVATION is not None:
                     y = activate(x.to(ACC), parameter, ACTIVATION, HALF)
-                    tl.store(y_ptr + to_rows, y.to(y_ptr.dtype.element_ty), mask=mask)
+                    tl.store(y_ptr + to, y.to(y_ptr.dtype.element_ty), mask=mask)
                 if rows_ptr is not None:
-                    tl.store(rows_ptr + to_rows, x, mask=mask)
+                    tl.store(rows_ptr + to, x, mask=mask)
                 value += STEP
-                to += to_pos.to(tl.int64) * (STEP * ALIGNED)
-                if EVEN:
-                    here += x_pos.to(tl.int64) * (STEP * ALIGNED)
+                to_first += to_pos.to(tl.int64) * (STEP * ALIGNED)
                 d = x.to(SUMS) * shrink - less[None, :, :]
                 total += tl.sum(d, 0)
                 squares += tl.sum(d * d, 0)
@@ -238,14 +237,14 @@ def moments_unit(
         at = (split.to(tl.int64) * K + k) * U + units
         store_moments(partial_ptr, mean_ptr, at, plane, valid, mean, m2, splits)
         if splits > 1 and pid < splits:  # the same for every unit and sub-batch
-            tl.store(partial_ptr + 2 * plane + split + tl.arange(0, 1), values)
+            tl.store(partial_ptr + plane + plane + split + tl.arange(0, 1), values)
     elif ACTIVATION is not None:
         t = pid - blocks * K * splits
         u = (t % blocks).to(tl.int64) * UB + tl.arange(0, UB)[None, None, :]
         value = (t // blocks).to(tl.int64) * STEP + m
-        mask = (value < (N - K * n).to(tl.int64) * P) & (u < U)
-        here = (K * n).to(tl.int64) * x_row + value_at(value, P, x_row, x_pos, EVEN)
-        to = ((K * n).to(tl.int64) * P + value) * to_pos * ALIGNED + u
+        mask = (value < (N - K.to(tl.int64) * n) * P) & (u < U)
+        here = K.to(tl.int64) * n * x_row + value_at(value, P, x_row, x_pos, EVEN)
+        to = (K.to(tl.int64) * n * P + value) * to_pos * ALIGNED + u
         x = tl.load(x_ptr + here * ALIGNED + u, mask=mask, other=0.0).to(ACC)
         tl.store(y_ptr + to, activate(x, parameter, ACTIVATION, HALF).to(y_ptr.dtype.element_ty), mask=mask)
 

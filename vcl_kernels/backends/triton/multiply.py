@@ -14,7 +14,7 @@ def multiply(dx_ptr, g_ptr, E, ALIGNED: tl.constexpr, ACC: tl.constexpr, EB: tl.
     g = tl.load(g_ptr).to(ACC)
     if g != 1.0:
         at = tl.program_id(0).to(tl.int64) * EB + tl.arange(0, EB)
-        mask = at < E * ALIGNED
+        mask = at < E.to(tl.int64) * ALIGNED
         dx = tl.load(dx_ptr + at, mask=mask, other=0.0).to(ACC)
         tl.store(dx_ptr + at, (dx * g).to(dx_ptr.dtype.element_ty), mask=mask)
 
