@@ -76,8 +76,10 @@ def one_pass_spatial(
     tl.store(loss_ptr + units, loss, mask=units < U)
     if dbeta_ptr is not None:
         tl.store(dbeta_ptr + units, dbeta, mask=units < U)
-    shift = (first.to(tl.float64) - of_unit(mean, unit, KB, UB, FB)).to(ACC)
-    dx = of_unit(scale, unit, KB, UB, FB)[None, :, :] * (d + shift[None, :, :])
+    exact = of_unit(mean, unit, KB, UB, FB)
+    rounded = exact.to(ACC)
+    error = (exact - rounded.to(tl.float64)).to(ACC)
+    dx = of_unit(scale, unit, KB, UB, FB)[None, :, :] * (x - rounded[None, :, :] - error[None, :, :])
     tl.store(to + row.to(tl.int64) * to_row * ALIGNED, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     one = tl.arange(0, 1)[None, :, None]
     for start in range(K * n, N, NB):  # rows that take no part

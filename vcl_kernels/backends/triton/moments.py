@@ -14,7 +14,10 @@ from .launch import RUN_TIME, WARPS, Launch, Settings, alignment, cdiv, even, po
 from .runs import by_unit, run_length, run_steps, run_tile, value_steps
 
 ROWS = 8  # of a tile, which one thread has: as many loads are on their way at once
+TILES = 32  # of a program at most: roundings of its sums grow with each
 FEW = 256  # values of a unit in a sub-batch at most whose errors do not average out: summed in float64
+CANCELLED = tl.constexpr(8.0)  # times its Σ (x - mean)² that a unit's Σ (x - pivot)² may be; about 2 is to be expected
+LARGE = tl.constexpr(2.0**100)  # m2 of values that may have been past float32's range, and that SHRUNK are not below it
 SHRUNK = tl.constexpr(2.0**-80)  # so that squares of the largest values of float32 are within its range
 
 
@@ -71,34 +74,24 @@ def moments_spatial(
             last = tl.maximum(begin, (by_pos - 1) * by_row)
             in_last = tl.maximum(rows_before(end, by_row, n, NB) - rows_before(last, by_row, n, NB), 0)
             before = rows_before(end, by_row, n, NB) - rows_before(begin, by_row, n, NB) - in_last
-        if UB == 1:
-            inside = length - (by_pos - 1) * FB
-            values = in_last.to(tl.float64) * inside + before.to(tl.float64) * FB
-            count = before + tl.where(f < inside, in_last, 0)
-            inverse = 1.0 / tl.maximum(before, 1).to(tl.float64)
-            inverse = tl.where(f < inside, 1.0 / (before + in_last).to(tl.float64), inverse)
-        else:
-            values = in_last.to(tl.float64) * P
-            count = tl.where(tl.arange(0, FB // UB)[:, None] < P, in_last, 0)
-            inverse = 1.0 / in_last.to(tl.float64)
-        # its first value is taken off all others of an element: |mean| >> std costs nothing
+        inside = length - (by_pos - 1) * FB if UB == 1 else P
+        values = in_last.to(tl.float64) * inside + before.to(tl.float64) * FB
         start = (begin // by_row).to(P.dtype) * FB + f
         start_at = x_at + (begin % by_row * NB).to(tl.int64) * x_row * ALIGNED + start
-        first = tl.load(start_at, mask=start < length, other=0.0)
-        mean, m2, shrink, again = not_yet(UB, SUMS)
+        pivot = tl.load(start_at, mask=start < length, other=0.0)
+        shrink, again, first_pass = tl.full([], 1.0, SUMS), True, True
         while again:
             total = tl.zeros([FB], SUMS)
             squares = tl.zeros([FB], SUMS)
-            less = first.to(SUMS) * shrink
+            less = pivot.to(SUMS) * shrink
             of_tile, position = begin % by_row * NB, start
             for t in range(begin, end):
                 sample = of_tile + i
                 mask = (sample < n) & (position < length)[None, :]
-                unread = mask & ((i > 0) | (t > begin))
+                unread = mask & ((i > 0) | (t > begin) | (not first_pass))
                 here = x_at + sample.to(tl.int64) * x_row * ALIGNED + position[None, :]
-                x = tl.load(here, mask=unread, other=first[None, :])
-                to = of_k + of_tile.to(tl.int64) * to_row * ALIGNED + position[None, :]
-                to += i.to(tl.int64) * to_row * ALIGNED
+                x = tl.load(here, mask=unread, other=pivot[None, :])
+                to = of_k + sample.to(tl.int64) * to_row * ALIGNED + position[None, :]
                 if ACTIVATION is not None:
                     y = activate(x.to(ACC), parameter, ACTIVATION, HALF)
                     tl.store(y_ptr + to, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -110,18 +103,24 @@ def moments_spatial(
                 of_tile += NB
                 position += tl.where(of_tile < n, 0, FB)
                 of_tile = tl.where(of_tile < n, of_tile, 0)
-            own, own_m2 = own_moments(first, total, squares, inverse, shrink)
+            inverse = 1.0 / tl.maximum(before + in_last, 1).to(tl.float64)
+            inverse_before = 1.0 / tl.maximum(before, 1).to(tl.float64)
+            inverse_of = tl.where(f < inside, inverse, inverse_before) if UB == 1 else inverse
+            own, own_m2, squares = own_moments(pivot, total, squares, inverse_of, shrink)
+            pivot = nearer(own, pivot, ACC)
+            own, own_m2, squares = columns(own, P, UB, FB), columns(own_m2, P, UB, FB), columns(squares, P, UB, FB)
+            there = tl.arange(0, FB // UB)[:, None] < inside
             if UB > 1:
-                own, own_m2 = columns(own, P, UB, FB), columns(own_m2, P, UB, FB)
-                own_m2 = tl.where(count > 0, own_m2, 0.0)
-            found, found_m2 = merged(own, own_m2, count, values, 0, ACC)
-            mean, m2 = tl.where(m2 < float("inf"), mean, found), tl.where(m2 < float("inf"), m2, found_m2)
-            again, shrink = too_large(m2, shrink), tl.full([], SHRUNK, SUMS)
-        units = group.to(tl.int64) * UB + tl.arange(0, UB)
-        at = (split.to(tl.int64) * K + k) * U + units
-        store_moments(partial_ptr, mean_ptr, at, plane, units < U, mean, m2, splits)
-        if splits > 1 and pid < splits:  # the same for every unit and sub-batch
-            tl.store(partial_ptr + plane + plane + split + tl.arange(0, 1), values)
+                own_m2, squares = tl.where(there, own_m2, 0.0), tl.where(there, squares, 0.0)
+            count = before + tl.where(there, in_last, 0)
+            mean, m2 = merged(own, own_m2, count, values, 0, ACC)
+            units = group.to(tl.int64) * UB + tl.arange(0, UB)
+            at = (split.to(tl.int64) * K + k) * U + units
+            store_moments(
+                partial_ptr, mean_ptr, at, plane, (units < U) & found(m2, shrink), mean, m2, values, pid, splits
+            )
+            shrink, again = next_pass(m2, tl.sum(squares, 0), first_pass, SUMS, x_ptr.dtype.element_ty)
+            first_pass = False
     elif ACTIVATION is not None:
         t = pid - groups * K * splits
         of_rows = t // by_pos
@@ -201,24 +200,24 @@ def moments_unit(
         values = (tl.minimum(M, end * STEP) - begin * STEP).to(tl.float64)
         m_first = begin * STEP + tl.arange(0, MB)[:, None]
         start_at = x_at + value_at(m_first, P, x_row, x_pos, EVEN) * ALIGNED + units[None, :]
-        first = tl.load(start_at, mask=(m_first < M) & valid[None, :], other=0.0)
-        mean, m2, shrink, again = not_yet(UB, SUMS)
+        pivot = tl.load(start_at, mask=(m_first < M) & valid[None, :], other=0.0)
+        shrink, again, first_pass = tl.full([], 1.0, SUMS), True, True
         while again:
             total = tl.zeros([MB, UB], SUMS)
-            squares = tl.zeros([MB, UB], SUMS)
-            less = first.to(SUMS) * shrink
+            squares = tl.zeros([MB, UB], tl.float64)  # of few elements: their roundings would not average out
+            less = pivot.to(SUMS) * shrink
             value = m_first[None, :, :]
             x_first = x_at + value_at(value, P, x_row, x_pos, EVEN) * ALIGNED + u
             to_first = of_k + value.to(tl.int64) * to_pos * ALIGNED + u
             for t in range(begin, end):
                 mask = (value < M - r * MB) & valid[None, None, :]
-                unread = mask & ((r > 0) | (t > begin))
+                unread = mask & ((r > 0) | (t > begin) | (not first_pass))
                 if EVEN:
                     here = x_first + r.to(tl.int64) * x_pos * (MB * ALIGNED)
                     x_first += x_pos.to(tl.int64) * (STEP * ALIGNED)
                 else:
                     here = x_at + value_at(value + r * MB, P, x_row, x_pos, EVEN) * ALIGNED + u
-                x = tl.load(here, mask=unread, other=first[None, :, :])
+                x = tl.load(here, mask=unread, other=pivot[None, :, :])
                 to = to_first + r.to(tl.int64) * to_pos * (MB * ALIGNED)
                 if ACTIVATION is not None:
                     y = activate(x.to(ACC), parameter, ACTIVATION, HALF)
@@ -229,15 +228,14 @@ def moments_unit(
                 to_first += to_pos.to(tl.int64) * (STEP * ALIGNED)
                 d = x.to(SUMS) * shrink - less[None, :, :]
                 total += tl.sum(d, 0)
-                squares += tl.sum(d * d, 0)
-            own, own_m2 = own_moments(first, total, squares, inverse, shrink)
-            found, found_m2 = merged(own, own_m2, count, values, 0, ACC)
-            mean, m2 = tl.where(m2 < float("inf"), mean, found), tl.where(m2 < float("inf"), m2, found_m2)
-            again, shrink = too_large(m2, shrink), tl.full([], SHRUNK, SUMS)
-        at = (split.to(tl.int64) * K + k) * U + units
-        store_moments(partial_ptr, mean_ptr, at, plane, valid, mean, m2, splits)
-        if splits > 1 and pid < splits:  # the same for every unit and sub-batch
-            tl.store(partial_ptr + plane + plane + split + tl.arange(0, 1), values)
+                squares += tl.sum(d * d, 0).to(tl.float64)
+            own, own_m2, squares = own_moments(pivot, total, squares, inverse, shrink)
+            pivot = nearer(own, pivot, ACC)
+            mean, m2 = merged(own, own_m2, count, values, 0, ACC)
+            at = (split.to(tl.int64) * K + k) * U + units
+            store_moments(partial_ptr, mean_ptr, at, plane, valid & found(m2, shrink), mean, m2, values, pid, splits)
+            shrink, again = next_pass(m2, tl.sum(squares, 0), first_pass, SUMS, x_ptr.dtype.element_ty)
+            first_pass = False
     elif ACTIVATION is not None:
         t = pid - blocks * K * splits
         u = (t % blocks).to(tl.int64) * UB + tl.arange(0, UB)[None, None, :]
@@ -272,16 +270,17 @@ def part_of(pid, K, splits):
 
 
 @triton.jit
-def own_moments(first, total, squares, inverse, shrink):
-    """Mean and Σ (x - mean)² of an element, from its first value and the sums of d = shrink · (x - first) and of d².
+def own_moments(pivot, total, squares, inverse, shrink):
+    """Mean and Σ (x - mean)² of an element, of its sums of d = shrink · (x - pivot) and of d²; and Σ (x - pivot)².
 
-    The first being one of the 1 / ``inverse`` values, few digits cancel. d² past float32's range give an infinite m2.
+    Few digits cancel where the pivot is one of its 1 / ``inverse`` values and no outlier. d² past float32's range give
+    an infinite m2.
     """
     grow = 1.0 / shrink.to(tl.float64)
     total, squares = total.to(tl.float64), squares.to(tl.float64)
     mean = total * inverse
     m2 = tl.where(squares < float("inf"), squares - mean * total, squares) * (grow * grow)
-    return first.to(tl.float64) + mean * grow, m2
+    return pivot.to(tl.float64) + mean * grow, m2, squares * (grow * grow)
 
 
 @triton.jit
@@ -301,27 +300,42 @@ def merged(mean, m2, count, values, AXIS: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def not_yet(UB: tl.constexpr, SUMS: tl.constexpr):
-    """Mean, m2, what x is multiplied by, and whether to go on, before moments are found."""
-    mean = tl.zeros([UB], tl.float64)
-    return mean, mean + float("inf"), tl.full([], 1.0, SUMS), tl.full([], 1, tl.int1)
+def nearer(own, pivot, ACC: tl.constexpr):
+    """The pivot of a second pass: an element's mean, if its sums had one, as x is rounded."""
+    return tl.where(tl.abs(own) < float("inf"), own.to(ACC).to(pivot.dtype), pivot)
 
 
 @triton.jit
-def too_large(m2, shrink):
-    """Whether squares were past float32's range, and are not yet of values SHRUNK."""
-    if shrink.dtype == tl.float64:
-        return tl.full([], 0, tl.int1)
+def found(m2, shrink):
+    """Whether a pass has found m2: of shrunk x where it is so large that no square was below the range. Of NaN too."""
+    least = tl.where(shrink < 1.0, tl.full([], LARGE, tl.float64), float("-inf"))
+    return (m2 > least) | (m2 != m2)
+
+
+@triton.jit
+def next_pass(m2, squares, first_pass, SUMS: tl.constexpr, OF_X: tl.constexpr):
+    """What x is multiplied by in a second pass, and whether one is needed.
+
+    It is where squares were past float32's range, and where pivots were outliers: of Σ (x - pivot)² nearly all cancels.
+    """
+    shrink = tl.full([], 1.0, SUMS)
+    if tl.float32 == SUMS:
+        shrink = tl.where(tl.max(m2, 0) == float("inf"), SHRUNK, shrink)
+    if tl.float32 == SUMS or tl.float64 == OF_X:
+        lost = tl.max(tl.where(squares > m2 * CANCELLED, 1.0, 0.0), 0) > 0.0
+        return shrink, first_pass & (lost | (shrink != 1.0))
     else:
-        return (shrink == 1.0) & (tl.max(m2, 0) == float("inf"))
+        return shrink, False
 
 
 @triton.jit
-def store_moments(partial_ptr, mean_ptr, at, plane, valid, mean, m2, splits):
-    """Store mean and m2: of a whole sub-batch where they are wanted, of a part of it in two planes."""
+def store_moments(partial_ptr, mean_ptr, at, plane, valid, mean, m2, values, pid, splits):
+    """Store mean and m2: of a whole sub-batch where they are wanted; of a part of it in two planes, then its values."""
     tl.store(partial_ptr + plane + at, m2, mask=valid)
     if splits > 1:
         tl.store(partial_ptr + at, mean, mask=valid)
+        if pid < splits:  # the first of a split: they are the same for every unit and sub-batch
+            tl.store(partial_ptr + plane + plane + pid + tl.arange(0, 1), values)
     elif mean_ptr is not None:
         tl.store(mean_ptr + at, mean.to(mean_ptr.dtype.element_ty), mask=valid)
 
@@ -333,7 +347,8 @@ def rule(x: Geometry, writes: bool, itemsize: int) -> Settings:
     lanes = 32 * elements_of_thread(itemsize)
     if x.spatial:
         UB, FB = run_tile(x, 64, 2 * lanes, (lanes, lanes))
-        tile = {"NB": min(power_of_2(x.n), rows), "UB": UB, "FB": FB}
+        NB = min(power_of_2(x.n), 2 if writes and x.n in (5, 6) else rows)  # of which 6 are covered with less
+        tile = {"NB": NB, "UB": UB, "FB": FB}
         warps = 1 if UB == 1 else max(2, FB // lanes)  # what warps exchange goes by shared memory
     else:
         RB, few = min(power_of_2(x.M), rows), x.M <= ROWS
@@ -380,7 +395,8 @@ def plan(
         tiles, rest_tiles = cdiv(x.M, step), cdiv(rest * x.P, step)
     # merging takes as long as a tile: two in each split, but where a GPU would be idle
     idle = not x.spatial and x.M > FEW and cdiv(x.U, tile["UB"]) * x.K * tiles * warps <= WARPS // 4
-    per_split = cdiv(tiles, min(tiles if idle else max(1, tiles // 2), splits))
+    splits = min(tiles if idle else max(1, tiles // 2), splits)
+    per_split = cdiv(tiles, max(splits, cdiv(tiles, TILES)))
     splits = cdiv(tiles, per_split)
     grid = (cdiv(x.U, tile["UB"]) * (x.K * splits + rest_tiles),)
     constants = {**tile, "SUMS": tl.float64 if sums_in_float64(x, itemsize) else tl.float32}
