@@ -7,7 +7,7 @@ from conftest import GPU
 
 import vcl_kernels as vk
 from benchmarks.launches import activation_jobs, loss_jobs, moments_jobs, recorded, spec_of, values_of
-from vcl_kernels.backends.triton import launchers, multiply
+from vcl_kernels.backends.triton import launchers, moments, multiply
 from vcl_kernels.backends.triton.launch import Launch
 from vcl_kernels.checks import check_loss
 
@@ -66,31 +66,31 @@ def test_sizes_past_32_bits_reach_kernels_whole():
 @pytest.mark.parametrize(
     ("shape", "memory_format"),
     [
-        ((16384, 4), torch.contiguous_format),
-        ((512, 2, 8, 8), torch.contiguous_format),
-        ((64, 2, 24, 24), torch.contiguous_format),
-        ((64, 2, 24, 24), torch.channels_last),
+        ((65536, 4), torch.contiguous_format),
+        ((1024, 2, 8, 8), torch.contiguous_format),
+        ((128, 2, 24, 24), torch.contiguous_format),
+        ((128, 2, 24, 24), torch.channels_last),
     ],
 )
-def test_a_first_value_may_be_an_outlier(shape, memory_format, outlier):
-    """The pivot, of which all others are counted: relative errors of variances within twice eager PyTorch's.
-
-    Where that value is most of the variance, a pass that is not yet taken again may lose three digits in base two.
-    """
+def test_a_first_value_may_be_an_outlier(shape, memory_format, outlier, monkeypatch):
+    """It is taken off all others of an element, of which there are many: no GPU is to be filled with programs."""
+    monkeypatch.setattr(moments, "WARPS", 1)
+    moments.rule.cache_clear()
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     if outlier:
         x[0, :].view(shape[1], -1)[:, 0] = outlier
     _, found = vk.sub_batch_moments(x.to(memory_format=memory_format), shape[0], backend="triton")
+    moments.rule.cache_clear()
     dims = [0, *range(2, x.dim())]
     exact = x.double().var(dims)
     off, eager = (((var.double() - exact) / exact).abs().max() for var in (found[0], x.var(dims)))
-    assert off <= 2 * eager + (2**-23 if outlier < 100 else 2**-20 + 2**-21)
+    assert off <= 2 * eager + 2**-23
 
 
 def test_a_gradient_in_one_pass_with_an_outlier_in_the_first_row():
     """Of other rows, whose values are small: a difference from that row has lost their digits."""
     x = torch.randn(10, 3, 14, 14, generator=torch.Generator().manual_seed(0))
-    x[0, :, 0, 0] = 1000.0
+    x[0, :, 0, 0] = 100.0
     given = {"form": "relative_variance", "sub_batch_size": 5}
 
     def gradient(x, vcl_loss, **backend):
