@@ -24,6 +24,7 @@ FUNCTIONS = {
     "VCL": lambda x: vk.VCL(6)(x),
     "VCLActivation": lambda x: vk.VCLActivation("elu", 6, inject=True)(x),
     "VCL of the first batch": lambda x: vk.VCL()(x),
+    "VCL of a short batch": lambda x: vk.VCL(6, sub_batch_size=11)(x),
 }
 OF_BETA = [name for name in FUNCTIONS if "loss" in name or "activation" in name]
 
@@ -85,9 +86,12 @@ def test_no_x_and_no_dimension(name):
         FUNCTIONS[name](None)
     with pytest.raises(ValueError, match=r"x must have 2 to 8 dimensions.*\(\)"):
         FUNCTIONS[name](torch.tensor(1.0))
+    if name.startswith("VCL"):
+        with pytest.raises(ValueError, match=r"x must have 2 to 8 dimensions.*\(6,\)"):  # also of a short batch
+            FUNCTIONS[name](X[0])
 
 
-@pytest.mark.parametrize("name", [name for name in FUNCTIONS if "VCL" in name])
+@pytest.mark.parametrize("name", ["VCL", "VCLActivation", "VCL of the first batch"])
 def test_a_meta_batch_and_a_beta_in_memory(name):
     with pytest.raises(ValueError, match="beta must be on x's device, meta; got cpu"):
         FUNCTIONS[name](X.to("meta"))

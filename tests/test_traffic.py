@@ -231,7 +231,6 @@ def activation_there_and_back(launchers, x, form, name, keep_rows):
     return y, dy, dx, rows.numel()
 
 
-# (64, 6, 28, 28): the coefficients and partial moments are as small beside a channel's values as in a real network
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_activation_of_a_pair_costs_its_rows(traffic, launchers, channels_last):
     x = torch.randn(150, 3, 28, 28)

@@ -1,7 +1,7 @@
 """Transforms of torch.func and forward mode, which the reference has and kernels refuse, eager and compiled."""
 
 import copy
-import types
+import functools
 
 import pytest
 import torch
@@ -227,7 +227,9 @@ def test_a_torch_without_the_questions(monkeypatch):
     torch.testing.assert_close(loss(X[0]), loss(X[0], backend="reference"))
     with pytest.raises(RuntimeError, match="functorch transforms"):
         grad(loss)(X[0])
-    monkeypatch.setattr(transforms, "_levels", types.SimpleNamespace(_current_level=0))
+    monkeypatch.setattr(transforms, "_levels", None)
+    compiled = torch.compile(functools.partial(loss, backend="cpu"), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(X[0]), loss(X[0]))
     assert not transforms.has_transform(X[0], None)
     with fwAD.dual_level():
         assert transforms.has_transform(fwAD.make_dual(X[0], T[0]), None)

@@ -17,7 +17,7 @@ class Traffic:
         self._seen: list[tuple[str, np.ndarray]] = []
 
     def add(self, kind: str, addresses: np.ndarray) -> None:
-        self._seen.append((kind, np.unique(addresses)))  # what lanes have in common is fetched once
+        self._seen.append((kind, np.unique(addresses) if kind == "read" else addresses))  # lanes share what is fetched
 
     def of(self, kind: str, tensor: Tensor) -> int:
         """Elements of ``tensor``, dense in memory, that were "read" or "write"n; each as often as it was."""

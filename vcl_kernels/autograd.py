@@ -25,8 +25,7 @@ def loss(x: Tensor, beta: Tensor | None, spec: LossSpec, backend: Any) -> Tensor
         return DeferredLoss.apply(x, beta, spec, backend, True)[0]
     # float16: scaling by the upstream gradient (a GradScaler's) must come before rounding, or small values
     # vanish. Units that do not fit on chip or in a cache: x is read twice in any case, and then once the upstream is
-    # known.
-    # Nor is dx made for a beta that alone is learnt.
+    # known. Nor is dx made for a beta that alone is learnt. An export chooses nothing by sizes.
     deferred = x.dtype == torch.float16 or not x.requires_grad or torch.compiler.is_exporting()
     if deferred or not backend.one_pass(x, spec.n, spec.K, spec.per_activation):
         return DeferredLoss.apply(x, beta, spec, backend, False)[0]
@@ -166,7 +165,7 @@ class ActivationAndLoss(torch.autograd.Function):
         beta: Tensor | None,
         how: tuple[Activation, LossSpec, Any, Injection | None],  # one argument: PyTorch looks at each
     ) -> tuple[Tensor | None, ...]:
-        """Return y, the loss, the rows that are kept, and y again where that is what is kept of an injected loss."""
+        """Return y, the loss, the rows that are kept; with an injected loss also an alias of y, which is then saved."""
         ctx.set_materialize_grads(False)
         activation, spec, backend, injection = ctx.how = how
         ctx.keep_rows = ctx.needs_input_grad[0] and activation.from_output and _few(spec, x.shape[0])

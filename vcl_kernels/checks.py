@@ -66,6 +66,12 @@ def check_dimensions(shape: torch.Size) -> None:
         raise ValueError(f"x must have 2 to 8 dimensions (N, C, *spatial); got shape {tuple(shape)}")
 
 
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raise TypeError unless kernels know ``dtype``."""
+    if dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16; got {dtype}")
+
+
 class Like(NamedTuple):
     """What a check sees of a tensor."""
 
@@ -112,8 +118,7 @@ def check_moments(x: Tensor, sub_batch_size: int, unit: str, num_sub_batches: in
 def _cut(x: Like, sub_batch_size: int, unit: str, num_sub_batches: int | None) -> tuple[int, bool]:
     """Check what all functions share."""
     check_layout("x", x.layout)
-    if x.dtype not in FLOATING:
-        raise TypeError(f"x must be float32, float64, bfloat16 or float16; got {x.dtype}")
+    check_dtype("x", x.dtype)
     check_dimensions(x.shape)
     check_choice("unit", unit, UNITS)
     check_count("sub_batch_size", sub_batch_size, 1)

@@ -41,7 +41,10 @@ def activation_and_loss(
         # a compiler fuses the bare activation with its neighbours, which saves more than a few rows cost; x may be
         # overwritten afterwards where the activation allows it (a compiler leaves out the copy where nothing does)
         y, value = reference.activate(x, activation), loss(x[: spec.K * spec.n].clone(), beta, spec, backend)
-        return (y, value) if injection is None else injected(y, value, injection)
+        if injection is None:
+            return y, value
+        y, value = injected(y, value, injection)
+        return y.clone(), value  # of a view, a compiler refuses changes in place that eager code allows
     if _in_graph(backend) and not wants_gradient(x, beta):
         return ops.activation(x, beta, *spec, False, *activation, False)[:2]
     scaled = injection is not None and injection.scaler is not None  # which no graph holds: it breaks there

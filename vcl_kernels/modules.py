@@ -17,6 +17,7 @@ from .checks import (
     check_choice,
     check_count,
     check_dimensions,
+    check_dtype,
     check_number,
     check_tensor,
 )
@@ -139,6 +140,8 @@ class VCLActivation(nn.Module):
         if not x.shape:
             check_dimensions(x.shape)
         if x.shape[0] < 2 * self.sub_batch_size:
+            check_dtype("x", x.dtype)
+            check_dimensions(x.shape)
             loss = x.new_zeros((), dtype=accumulation_dtype(x.dtype))
             if self.beta is not None and not isinstance(self.beta, UninitializedParameter):
                 loss = loss + 0 * self.beta.sum()  # DistributedDataParallel waits for a gradient

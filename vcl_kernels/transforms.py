@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,19 +19,22 @@ in_functorch = getattr(torch._C, "_are_functorch_transforms_active", _never)
 
 # A private count of dual levels, -1 outside of any, which Dynamo guards on; it saves a small call the time of asking
 # tensors, which is what is done where a torch has no count.
-_levels: Any = forward_ad if hasattr(forward_ad, "_current_level") else SimpleNamespace(_current_level=0)
+_levels: Any = forward_ad if hasattr(forward_ad, "_current_level") else None
 
 
 def has_transform(x: Tensor, beta: object) -> bool:
     """Whether a transform of ``torch.func`` runs, or x or beta has a tangent.
 
     Compiled code does not see the tangents of its inputs: in a dual level the answer then is that they may have one.
+    Without the count it is that they have none.
     """
     if in_functorch():
         return True
-    if _levels._current_level < 0:
+    if _levels is not None and _levels._current_level < 0:
         return False
-    return torch.compiler.is_compiling() or _has_tangent(x) or (isinstance(beta, Tensor) and _has_tangent(beta))
+    if torch.compiler.is_compiling():
+        return _levels is not None
+    return _has_tangent(x) or (isinstance(beta, Tensor) and _has_tangent(beta))
 
 
 def _has_tangent(t: Tensor) -> bool:

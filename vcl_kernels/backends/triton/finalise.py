@@ -12,7 +12,7 @@ from .moments import plane
 
 ONE_PROGRAM = 2048  # values (K, units) of a tile of 16 warps, in float64
 SEVERAL = 128  # of a tile of one of several programs
-READ_BY_ONE = 16384  # values (split, K, U) that one program reads rather than that another launch adds the units
+READ_BY_ONE = 16384  # values (split, K, U): up to so many, one program also sums over units, which saves a launch
 
 
 @triton.jit(do_not_specialize=RUN_TIME)

@@ -15,7 +15,7 @@ from .runs import by_unit, run_length, run_steps, run_tile, value_steps
 
 ROWS = 8  # of a tile, which one thread has: as many loads are on their way at once
 TILES = 32  # of a program at most: roundings of its sums grow with each
-FEW = 256  # values of a unit in a sub-batch at most whose errors do not average out: summed in float64
+FEW = 256  # values of a unit in a sub-batch: up to so many, rounding errors do not average out, and sums are float64
 CANCELLED = tl.constexpr(8.0)  # times its Σ (x - mean)² that a unit's Σ (x - pivot)² may be; about 2 is to be expected
 LARGE = tl.constexpr(2.0**100)  # m2 of values that may have been past float32's range, and that SHRUNK are not below it
 SHRUNK = tl.constexpr(2.0**-80)  # so that squares of the largest values of float32 are within its range
