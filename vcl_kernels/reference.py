@@ -89,8 +89,7 @@ def loss(x: Tensor, beta: Tensor | None, spec: LossSpec) -> Tensor:
         bound = LowerBound if torch.compiler.is_compiling() else LowerBoundInForwardMode
         least = bound.apply(beta, spec.beta_min)[0]
     per_unit = loss_of_variances(var, least, FORMS[spec.form])
-    per_unit = spec.factor * per_unit  # a factor times a 0-dim tensor would have a tangent of float64
-    return per_unit.sum() if spec.reduce else per_unit
+    return spec.factor * (per_unit.sum() if spec.reduce else per_unit)
 
 
 def activation_and_loss(
