@@ -137,9 +137,7 @@ class VCLActivation(nn.Module):
         latest.in_grad_mode = torch.is_grad_enabled()
         injection = Injection(self.grad_scaler) if self.inject else None
         check_tensor("x", x)
-        if not x.shape:
-            check_dimensions(x.shape)
-        if x.shape[0] < 2 * self.sub_batch_size:
+        if not x.shape or x.shape[0] < 2 * self.sub_batch_size:
             check_dtype("x", x.dtype)
             check_dimensions(x.shape)
             loss = x.new_zeros((), dtype=accumulation_dtype(x.dtype))
