@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ...geometry import Geometry
 from .activations import times_derivative
-from .launch import RUN_TIME, WARPS, Launch, Settings, alignment, cdiv, even, power_of_2
+from .launch import RUN_TIME, WARPS, Launch, Settings, aligned, cdiv, even, power_of_2
 from .moments import value_at
 from .runs import run_length, run_steps, run_tile, unit_in_run, value_steps
 
@@ -243,11 +243,9 @@ def plan(
     grid = (programs_of(dx, tile) * parts,)
     if dx.spatial:
         UB, of_thread = tile["UB"], {"NB": tile["NB"], "FB": tile["FB"]}
-        runs = run_steps(saved, UB)
-        by = alignment(*runs)
+        by, steps = aligned(run_steps(saved, UB))
         launch = Launch(apply_spatial, grid, {"ALIGNED": by, "SHARED": UB > 1, **of_thread}, warps, REGISTERS)
-        return launch, (dx.N, dx.K, dx.n, dx.U, dx.P, *(step // by for step in runs), rows, parts, UB, cdiv(dx.U, UB))
-    steps = value_steps(saved)
-    by = alignment(*steps)
+        return launch, (dx.N, dx.K, dx.n, dx.U, dx.P, *steps, rows, parts, UB, cdiv(dx.U, UB))
+    by, steps = aligned(value_steps(saved))
     launch = Launch(apply_unit, grid, {"ALIGNED": by, "EVEN": even(saved), **tile}, warps, REGISTERS)
-    return launch, (dx.N, dx.K, dx.n, dx.P, *(step // by for step in steps), dx.M, rows, parts)
+    return launch, (dx.N, dx.K, dx.n, dx.P, *steps, dx.M, rows, parts)

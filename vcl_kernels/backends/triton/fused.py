@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ...geometry import Geometry
 from .formulas import coefficients
-from .launch import RUN_TIME, Launch, Settings, alignment, cdiv, even, power_of_2, warps_for
+from .launch import RUN_TIME, Launch, Settings, aligned, cdiv, even, power_of_2, warps_for
 from .moments import SHRUNK, merged, value_at
 from .runs import by_unit, of_unit, run_length, run_steps, run_tile, unit_in_run, value_steps
 
@@ -211,11 +211,9 @@ def plan(x: Geometry, itemsize: int, settings: Settings | None = None) -> tuple[
     tile, warps, _ = settings or rule(x, itemsize)
     grid = (cdiv(x.U, tile["UB"]),)
     if x.spatial:
-        runs = run_steps(x, tile["UB"])
-        by = alignment(*runs)
+        by, steps = aligned(run_steps(x, tile["UB"]))
         launch = Launch(one_pass_spatial, grid, {"ALIGNED": by, **tile}, warps, 255)
-        return launch, (x.N, x.K, x.n, x.U, x.P, *(step // by for step in runs))
-    steps = value_steps(x)
-    by = alignment(*steps)
+        return launch, (x.N, x.K, x.n, x.U, x.P, *steps)
+    by, steps = aligned(value_steps(x))
     launch = Launch(one_pass_unit, grid, {"ALIGNED": by, "EVEN": even(x), **tile}, warps)
-    return launch, (x.N, x.K, x.n, x.P, *(step // by for step in steps), x.M)
+    return launch, (x.N, x.K, x.n, x.P, *steps, x.M)

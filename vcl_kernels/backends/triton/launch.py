@@ -90,6 +90,12 @@ def alignment(*distances: int) -> int:
     return math.gcd(16, *distances)
 
 
+def aligned(distances: tuple[int, ...], most: int = 16) -> tuple[int, tuple[int, ...]]:
+    """Return the alignment of ``distances``, ``most`` at most, and how many times it they are."""
+    by = min(alignment(*distances), most)
+    return by, tuple(distance // by for distance in distances)
+
+
 def even(x: Geometry) -> bool:
     """Whether all values of a unit lie one distance apart, across rows too."""
     return x.P == 1 or x.row_stride == x.P * x.pos_stride

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ...geometry import Geometry
 from .activations import activate
-from .launch import RUN_TIME, WARPS, Launch, Settings, alignment, cdiv, even, power_of_2
+from .launch import RUN_TIME, WARPS, Launch, Settings, aligned, cdiv, even, power_of_2
 from .runs import by_unit, run_length, run_steps, run_tile, value_steps
 
 ROWS = 8  # of a tile, which one thread has: as many loads are on their way at once
@@ -402,11 +402,10 @@ def plan(
     constants = {**tile, "SUMS": tl.float64 if sums_in_float64(x, itemsize) else tl.float32}
     parts = plane(x, splits), splits, per_split
     if x.spatial:
-        runs = run_steps(x, tile["UB"])
-        by = alignment(*runs)
+        by, steps = aligned(run_steps(x, tile["UB"]))
         launch = Launch(moments_spatial, grid, {"ALIGNED": by, **constants}, warps)
-        return launch, (x.N, x.K, x.n, x.U, x.P, *(step // by for step in runs), *parts), splits
-    steps = value_steps(x)
-    by = min(alignment(*steps), elements_of_thread(itemsize))  # sums of more columns take too many registers
+        return launch, (x.N, x.K, x.n, x.U, x.P, *steps, *parts), splits
+    # sums of more columns take too many registers
+    by, steps = aligned(value_steps(x), elements_of_thread(itemsize))
     launch = Launch(moments_unit, grid, {"ALIGNED": by, "EVEN": even(x), **constants}, warps)
-    return launch, (x.N, x.K, x.n, x.P, *(step // by for step in steps), x.M, *parts), splits
+    return launch, (x.N, x.K, x.n, x.P, *steps, x.M, *parts), splits
