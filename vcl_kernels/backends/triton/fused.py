@@ -45,53 +45,56 @@ def one_pass_spatial(
     UB: tl.constexpr,
     FB: tl.constexpr,
 ):
-    """Tile [row, sub-batch, element of a run]: the program of UB units holds all of their values."""
+    """Tile [row, sub-batch · element of a run]: the program of UB units holds all of their values.
+
+    Of two dimensions, as in moments: rows are a thread's own. Those of three, Triton 3.6 spreads over threads.
+    """
     PB: tl.constexpr = FB // UB
     group = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, NB)[:, None, None]
-    k = tl.arange(0, KB)[:, None]
-    f = tl.arange(0, FB)[None, :]
+    i = tl.arange(0, NB)[:, None]
+    e = tl.arange(0, KB * FB)
+    k, f = e // FB, e % FB
     p = tl.arange(0, PB)[None, :, None]
     units = group * UB + tl.arange(0, UB)
-    unit = tl.minimum(unit_in_run(f, P), UB - 1)
-    row = k * n + i
-    there = (k < K) & (f < run_length(group, U, P, UB, ALIGNED))
-    mask = (i < n) & there[None, :, :]
+    length = run_length(group, U, P, UB, ALIGNED)
+    row = k[None, :] * n + i
+    mask = (i < n) & ((k < K) & (f < length))[None, :]
     x_at = x_ptr + group * x_step * ALIGNED
-    to = dx_ptr + group * to_step * ALIGNED + f
-    at = x_at + row.to(tl.int64) * x_row * ALIGNED + f
-    x = tl.load(at, mask=mask, other=0.0).to(ACC)
+    to = dx_ptr + group * to_step * ALIGNED
+    x = tl.load(x_at + row.to(tl.int64) * x_row * ALIGNED + f[None, :], mask=mask, other=0.0).to(ACC)
     # its first value is taken off all others of an element: |mean| >> std costs nothing
     first = first_row(x, i)
-    d = tl.where(i < n, x - first[None, :, :], 0.0)
+    d = tl.where(i < n, x - first[None, :], 0.0)
 
     own = tl.sum(d, 0) * (1.0 / n.to(ACC))
-    own_m2 = sum_of_squares(tl.where(i < n, d - own[None, :, :], 0.0), 0)
+    own_m2 = sum_of_squares(tl.where(i < n, d - own[None, :], 0.0), 0)
     mean = by_unit(first.to(tl.float64) + own.to(tl.float64), P, KB, UB, FB)
     m2 = tl.where(p < P, by_unit(own_m2, P, KB, UB, FB), 0.0)
     mean, m2 = merged(mean, m2, tl.where(p < P, n, 0), (n * P).to(tl.float64), 1, ACC)
     loss, scale, dbeta = coefficients(
-        m2, k, K, n * P, units, units < U, beta_ptr, beta_value, beta_min, factor, FORM, BETA, ACC, KB, UB
-    )
+        m2, tl.arange(0, KB)[:, None], K, n * P, units, units < U, beta_ptr, beta_value, beta_min, factor,
+        FORM, BETA, ACC, KB, UB,
+    )  # fmt: skip
     tl.store(loss_ptr + units, loss, mask=units < U)
     if dbeta_ptr is not None:
         tl.store(dbeta_ptr + units, dbeta, mask=units < U)
-    exact = of_unit(mean, unit, KB, UB, FB)
-    rounded = exact.to(ACC)
-    error = (exact - rounded.to(tl.float64)).to(ACC)
-    dx = of_unit(scale, unit, KB, UB, FB)[None, :, :] * (x - rounded[None, :, :] - error[None, :, :])
-    tl.store(to + row.to(tl.int64) * to_row * ALIGNED, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    one = tl.arange(0, 1)[None, :, None]
+    unit = tl.minimum(unit_in_run(f, P), UB - 1)
+    rounded = mean.to(ACC)
+    error = of_unit((mean - rounded.to(tl.float64)).to(ACC), k, unit, KB, UB, FB)
+    d = x - of_unit(rounded, k, unit, KB, UB, FB)[None, :] - error[None, :]
+    dx = of_unit(scale, k, unit, KB, UB, FB)[None, :] * d
+    tl.store(to + row.to(tl.int64) * to_row * ALIGNED + f[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    of_run = tl.arange(0, FB)[None, :]
     for start in range(K * n, N, NB):  # rows that take no part
-        rest = start + one + i
-        tail = (rest < N) & (f < run_length(group, U, P, UB, ALIGNED))
-        rest_at = to + rest.to(tl.int64) * to_row * ALIGNED
-        tl.store(rest_at, tl.zeros([NB, 1, FB], dx_ptr.dtype.element_ty), mask=tail)
+        rest = start + i
+        tail = (rest < N) & (of_run < length)
+        rest_at = to + rest.to(tl.int64) * to_row * ALIGNED + of_run
+        tl.store(rest_at, tl.zeros([NB, FB], dx_ptr.dtype.element_ty), mask=tail)
 
 
 @triton.jit
 def first_row(x, i):
-    """Row 0 of x [NB, KB, FB], by its bits: adding zeros to those costs nothing where a thread has all rows."""
+    """Row 0 of x [NB, KB · FB], by its bits: adding zeros to those costs nothing where a thread has all rows."""
     bits = tl.int64 if x.dtype == tl.float64 else tl.int32
     return tl.sum(tl.where(i == 0, x.to(bits, bitcast=True), 0), 0).to(bits).to(x.dtype, bitcast=True)
 

@@ -137,7 +137,7 @@ def moments_spatial(
 @triton.jit
 def columns(a, P, UB: tl.constexpr, FB: tl.constexpr):
     """[FB // UB, UB] of the elements of a run [FB]."""
-    return tl.reshape(by_unit(a[None, :], P, 1, UB, FB), [FB // UB, UB])
+    return tl.reshape(by_unit(a, P, 1, UB, FB), [FB // UB, UB])
 
 
 @triton.jit
@@ -174,50 +174,50 @@ def moments_unit(
     MB: tl.constexpr,
     UB: tl.constexpr,
 ):
-    """Program (units, sub-batch, split): likewise with tiles [RB, MB, UB] of RB · MB values, of UB units each.
+    """Program (units, sub-batch, split): likewise with tiles [RB, MB · UB] of RB · MB values, of UB units each.
 
     EVEN: values lie one distance apart, across rows too. They do in y and in the rows that are kept.
     """
     HALF: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
     STEP: tl.constexpr = RB * MB
     U = to_pos.to(tl.int64) * ALIGNED
-    r = tl.arange(0, RB)[:, None, None]
-    m = r * MB + tl.arange(0, MB)[None, :, None]
+    r = tl.arange(0, RB)[:, None]
+    e = tl.arange(0, MB * UB)
+    m = e // UB
     blocks = tl.cdiv(U, UB).to(tl.int32)
     pid = tl.program_id(0)
     if pid < blocks * K * splits:
         split, k, block = part_of(pid, K, splits)
         units = block.to(tl.int64) * UB + tl.arange(0, UB)
-        valid = units < U
-        u = units[None, None, :]
+        u = block.to(tl.int64) * UB + e % UB
+        valid = u < U
         begin = (split * tiles_per_split).to(M.dtype)
         end = tl.minimum(begin + tiles_per_split, tl.cdiv(M, STEP))
         x_at = x_ptr + k.to(tl.int64) * n * x_row * ALIGNED
         of_k = k.to(tl.int64) * M * to_pos * ALIGNED
         seen = tl.minimum(tl.cdiv(M - tl.arange(0, MB)[:, None], MB), end * RB) - begin * RB
         count = tl.maximum(seen, 0)
-        inverse = 1.0 / tl.maximum(count, 1).to(tl.float64)
         values = (tl.minimum(M, end * STEP) - begin * STEP).to(tl.float64)
-        m_first = begin * STEP + tl.arange(0, MB)[:, None]
-        start_at = x_at + value_at(m_first, P, x_row, x_pos, EVEN) * ALIGNED + units[None, :]
-        pivot = tl.load(start_at, mask=(m_first < M) & valid[None, :], other=0.0)
+        m_first = begin * STEP + m
+        start_at = x_at + value_at(m_first, P, x_row, x_pos, EVEN) * ALIGNED + u
+        pivot = tl.load(start_at, mask=(m_first < M) & valid, other=0.0)
         shrink, again, first_pass = tl.full([], 1.0, SUMS), True, True
         while again:
-            total = tl.zeros([MB, UB], SUMS)
-            squares = tl.zeros([MB, UB], tl.float64)  # of few elements: their roundings would not average out
+            total = tl.zeros([MB * UB], SUMS)
+            squares = tl.zeros([MB * UB], tl.float64)  # of few elements: their roundings would not average out
             less = pivot.to(SUMS) * shrink
-            value = m_first[None, :, :]
-            x_first = x_at + value_at(value, P, x_row, x_pos, EVEN) * ALIGNED + u
-            to_first = of_k + value.to(tl.int64) * to_pos * ALIGNED + u
+            value = m_first[None, :]
+            x_first = x_at + value_at(value, P, x_row, x_pos, EVEN) * ALIGNED + u[None, :]
+            to_first = of_k + value.to(tl.int64) * to_pos * ALIGNED + u[None, :]
             for t in range(begin, end):
-                mask = (value < M - r * MB) & valid[None, None, :]
+                mask = (value < M - r * MB) & valid[None, :]
                 unread = mask & ((r > 0) | (t > begin) | (not first_pass))
                 if EVEN:
                     here = x_first + r.to(tl.int64) * x_pos * (MB * ALIGNED)
                     x_first += x_pos.to(tl.int64) * (STEP * ALIGNED)
                 else:
-                    here = x_at + value_at(value + r * MB, P, x_row, x_pos, EVEN) * ALIGNED + u
-                x = tl.load(here, mask=unread, other=pivot[None, :, :])
+                    here = x_at + value_at(value + r * MB, P, x_row, x_pos, EVEN) * ALIGNED + u[None, :]
+                x = tl.load(here, mask=unread, other=pivot[None, :])
                 to = to_first + r.to(tl.int64) * to_pos * (MB * ALIGNED)
                 if ACTIVATION is not None:
                     y = activate(x.to(ACC), parameter, ACTIVATION, HALF)
@@ -226,24 +226,29 @@ def moments_unit(
                     tl.store(rows_ptr + to, x, mask=mask)
                 value += STEP
                 to_first += to_pos.to(tl.int64) * (STEP * ALIGNED)
-                d = x.to(SUMS) * shrink - less[None, :, :]
+                d = x.to(SUMS) * shrink - less[None, :]
                 total += tl.sum(d, 0)
                 squares += tl.sum(d * d, 0).to(tl.float64)
-            own, own_m2, squares = own_moments(pivot, total, squares, inverse, shrink)
+            inverse = tl.broadcast_to(1.0 / tl.maximum(count, 1).to(tl.float64), [MB, UB])
+            own, own_m2, squares = own_moments(pivot, total, squares, tl.reshape(inverse, [MB * UB]), shrink)
             pivot = nearer(own, pivot, ACC)
+            own, own_m2 = tl.reshape(own, [MB, UB]), tl.reshape(own_m2, [MB, UB])
+            squares = tl.reshape(squares, [MB, UB])
             mean, m2 = merged(own, own_m2, count, values, 0, ACC)
             at = (split.to(tl.int64) * K + k) * U + units
-            store_moments(partial_ptr, mean_ptr, at, plane, valid & found(m2, shrink), mean, m2, values, pid, splits)
+            store_moments(
+                partial_ptr, mean_ptr, at, plane, (units < U) & found(m2, shrink), mean, m2, values, pid, splits
+            )
             shrink, again = next_pass(m2, tl.sum(squares, 0), first_pass, SUMS, x_ptr.dtype.element_ty)
             first_pass = False
     elif ACTIVATION is not None:
         t = pid - blocks * K * splits
-        u = (t % blocks).to(tl.int64) * UB + tl.arange(0, UB)[None, None, :]
-        value = (t // blocks).to(tl.int64) * STEP + m
-        mask = (value < (N - K.to(tl.int64) * n) * P) & (u < U)
+        u = (t % blocks).to(tl.int64) * UB + e % UB
+        value = (t // blocks).to(tl.int64) * STEP + r * MB + m[None, :]
+        mask = (value < (N - K.to(tl.int64) * n) * P) & (u < U)[None, :]
         here = K.to(tl.int64) * n * x_row + value_at(value, P, x_row, x_pos, EVEN)
-        to = (K.to(tl.int64) * n * P + value) * to_pos * ALIGNED + u
-        x = tl.load(x_ptr + here * ALIGNED + u, mask=mask, other=0.0).to(ACC)
+        to = (K.to(tl.int64) * n * P + value) * to_pos * ALIGNED + u[None, :]
+        x = tl.load(x_ptr + here * ALIGNED + u[None, :], mask=mask, other=0.0).to(ACC)
         tl.store(y_ptr + to, activate(x, parameter, ACTIVATION, HALF).to(y_ptr.dtype.element_ty), mask=mask)
 
 

@@ -18,27 +18,25 @@ def run_length(group, U, P, UB, ALIGNED: tl.constexpr):
 
 @triton.jit
 def by_unit(a, P, KB: tl.constexpr, UB: tl.constexpr, FB: tl.constexpr):
-    """[KB, FB // UB, UB] of the elements of KB runs [KB, FB]: those of a unit, then its last again, are a column.
+    """[KB, FB // UB, UB] of the elements of KB runs [KB · FB]: those of a unit, then its last again, are a column.
 
-    As one dimension: so its elements go through shared memory. Of two, Triton would shuffle each with each.
+    Of one dimension, elements go through shared memory. Of two, Triton would shuffle each with each.
     """
     if UB == 1:
         return tl.reshape(a, [KB, FB, 1])
     else:
-        p = tl.minimum(tl.arange(0, FB // UB), P - 1)[None, :, None]
-        index = tl.arange(0, KB)[:, None, None] * FB + tl.arange(0, UB)[None, None, :] * P + p
-        moved = tl.gather(tl.reshape(a, [KB * FB]), tl.reshape(index, [KB * FB]), 0)
-        return tl.reshape(moved, [KB, FB // UB, UB])
+        e = tl.arange(0, KB * FB)
+        index = e // FB * FB + e % UB * P + tl.minimum(e % FB // UB, P - 1)
+        return tl.reshape(tl.gather(a, index, 0), [KB, FB // UB, UB])
 
 
 @triton.jit
-def of_unit(a, unit, KB: tl.constexpr, UB: tl.constexpr, FB: tl.constexpr):
-    """[KB, FB] of values of units [KB, UB]: that of the unit [1, FB] that each element of a run belongs to."""
+def of_unit(a, k, unit, KB: tl.constexpr, UB: tl.constexpr, FB: tl.constexpr):
+    """[KB · FB] of values of units [KB, UB]: that of run k and of the unit that each element belongs to."""
     if UB == 1:
-        return a
+        return tl.reshape(tl.broadcast_to(a, [KB, FB]), [KB * FB])
     else:
-        index = tl.reshape(tl.arange(0, KB)[:, None] * UB + unit, [KB * FB])
-        return tl.reshape(tl.gather(tl.reshape(a, [KB * UB]), index, 0), [KB, FB])
+        return tl.gather(tl.reshape(a, [KB * UB]), k * UB + unit, 0)
 
 
 @triton.jit
