@@ -10,7 +10,7 @@ from .formulas import coefficients
 from .launch import RUN_TIME, Launch, Settings, cdiv, power_of_2, warps_for
 from .moments import plane
 
-ONE_PROGRAM = 2048  # values (K, units) of a tile of 16 warps, in float64
+ONE_PROGRAM = 2048  # values (split, K, units) of a tile of 16 warps, in float64: more would take too many registers
 SEVERAL = 128  # of a tile of one of several programs
 READ_BY_ONE = 16384  # values (split, K, U): up to so many, one program also sums over units, which saves a launch
 
@@ -112,7 +112,8 @@ def rule(x: Geometry, splits: int, reduce: bool) -> Settings:
     if reduce and KB * x.U * splits <= READ_BY_ONE:
         return Settings({"SB": 1, "KB": KB, "UB": max(1, ONE_PROGRAM // KB)}, 16)
     UB = max(4, SEVERAL // KB)  # 4 units of float64 are the least that memory moves
-    return Settings({"SB": 4, "KB": KB, "UB": UB}, warps_for(64 * KB * UB), 2)
+    SB = max(1, min(4, ONE_PROGRAM // (KB * UB)))
+    return Settings({"SB": SB, "KB": KB, "UB": UB}, warps_for(64 * KB * UB), 2)
 
 
 def plan(x: Geometry, splits: int, reduce: bool, settings: Settings | None = None) -> tuple[Launch, tuple[int, ...]]:
