@@ -62,8 +62,8 @@ def test_sub_batch_moments(backend, unit, layout):
         return vk.sub_batch_moments(x, 3, unit=unit, backend=backend)
 
     check_derivatives(backend, moments, (x,))
-    for chosen in (0, 1):
-        assert torch.autograd.gradcheck(lambda x, c=chosen: moments(x)[c], (x,))
+    for chosen in (0, 1):  # with no gradient of the other
+        assert torch.autograd.gradcheck(lambda x, c=chosen: moments(x)[c], (x,), fast_mode=backend == "triton")
 
 
 def test_beta_alone(kernel_backend):

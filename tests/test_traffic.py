@@ -45,7 +45,7 @@ class Kind(NamedTuple):
 
 # A unit of n values has a mean, a scale, and Σ (x - mean)² written and read: nearly as many as it has values.
 KINDS = {
-    "spatial": Kind((20, 6, 40, 40), True, 0.006),
+    "spatial": Kind((20, 3, 40, 40), True, 0.006),
     "spatial, small P": Kind((20, 16, 7, 7), False, 0.04),
     "unit": Kind((20, 24, 24, 24), True, 0.12, channels_last=True),
     "unit, small P": Kind((20, 40, 2, 3), False, 0.2, channels_last=True),
@@ -233,7 +233,7 @@ def activation_there_and_back(launchers, x, form, name, keep_rows):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_activation_of_a_pair_costs_its_rows(traffic, launchers, channels_last):
-    x = torch.randn(150, 3, 28, 28)
+    x = torch.randn(60, 3, 28, 28)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
     y, dy, dx, kept = activation_there_and_back(launchers, x, "ratio", "elu", keep_rows=True)
     E = x.numel()
@@ -245,7 +245,7 @@ def test_activation_of_a_pair_costs_its_rows(traffic, launchers, channels_last):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_activation_of_all_sub_batches_reads_three_tensors(traffic, launchers, channels_last):
-    x = torch.randn(64, 6, 28, 28)
+    x = torch.randn(24, 3, 28, 28)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
     y, _, dx, _ = activation_there_and_back(launchers, x, "relative_variance", "gelu", keep_rows=False)
     E = x.numel()
