@@ -207,7 +207,7 @@ def moments_unit(
             squares = tl.zeros([MB * UB], tl.float64)  # of few elements: their roundings would not average out
             less = pivot.to(SUMS) * shrink
             value = m_first[None, :]
-            x_first = x_at + value_at(value, P, x_row, x_pos, EVEN) * ALIGNED + u[None, :]
+            x_first = start_at[None, :]
             to_first = of_k + value.to(tl.int64) * to_pos * ALIGNED + u[None, :]
             for t in range(begin, end):
                 mask = (value < M - r * MB) & valid[None, :]
