@@ -85,14 +85,13 @@ def warps_for(elements: int) -> int:
     return min(16, max(1, power_of_2(cdiv(elements, 1024))))
 
 
-def alignment(*distances: int) -> int:
-    """Return the greatest power of two that divides all ``distances``; 16 at most, all that an access can use."""
-    return math.gcd(16, *distances)
-
-
 def aligned(distances: tuple[int, ...], most: int = 16) -> tuple[int, tuple[int, ...]]:
-    """Return the alignment of ``distances``, ``most`` at most, and how many times it they are."""
-    by = min(alignment(*distances), most)
+    """Return the alignment of ``distances``, and how many times it they are.
+
+    It is the greatest power of two that divides all of them; at most ``most``, itself one, and 16 is all that an access
+    can use.
+    """
+    by = math.gcd(most, *distances)
     return by, tuple(distance // by for distance in distances)
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .launch import RUN_TIME, Launch, Settings, alignment, cdiv, warps_for
+from .launch import RUN_TIME, Launch, Settings, aligned, cdiv, warps_for
 
 TILE = 4096
 
@@ -27,5 +27,5 @@ def rule() -> Settings:
 def plan(elements: int, settings: Settings | None = None) -> tuple[Launch, tuple[int, ...]]:
     """Decide the launch and its shape argument."""
     tile, warps, _ = settings or rule()
-    by = alignment(elements)
-    return Launch(multiply, (cdiv(elements, tile["EB"]),), {"ALIGNED": by, **tile}, warps), (elements // by,)
+    by, sizes = aligned((elements,))
+    return Launch(multiply, (cdiv(elements, tile["EB"]),), {"ALIGNED": by, **tile}, warps), sizes
