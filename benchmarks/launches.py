@@ -16,7 +16,7 @@ from torch import Tensor
 from vcl_kernels.backends.triton import fused, launchers
 from vcl_kernels.backends.triton.launch import Launch
 from vcl_kernels.geometry import Geometry, accumulation_dtype, empty_rows, empty_units
-from vcl_kernels.spec import ACTIVATIONS, FORMS, NO_MINIMUM, Activation, LossSpec, sub_batches
+from vcl_kernels.options import ACTIVATIONS, FORMS, NO_MINIMUM, Activation, LossSpec, sub_batches
 
 Job = Callable[[], Any]
 SUB_BATCH_SIZE = {"ratio": 5, "variance": 8, "relative_variance": 8}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vcl_kernels import reference
 from vcl_kernels.geometry import empty_rows, in_layout
-from vcl_kernels.spec import ACTIVATIONS, FORMS, NO_MINIMUM, Activation, LossSpec
+from vcl_kernels.options import ACTIVATIONS, FORMS, NO_MINIMUM, Activation, LossSpec
 
 DEVICE = "cuda" if GPU else "cpu"
 PARAMETERS = {"elu": 1.3, "leaky_relu": 0.2}

@@ -17,7 +17,7 @@ from traffic import counted
 
 import vcl_kernels as vk
 from vcl_kernels.geometry import Geometry
-from vcl_kernels.spec import ACTIVATIONS, FORMS, NO_MINIMUM, Activation, LossSpec
+from vcl_kernels.options import ACTIVATIONS, FORMS, NO_MINIMUM, Activation, LossSpec
 
 pytestmark = pytest.mark.skipif(GPU, reason="counts come from the interpreter; a GPU runs the kernels themselves")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import reference
 from .geometry import accumulation_dtype, empty_rows
-from .spec import Activation, LossSpec
+from .options import Activation, LossSpec
 from .transforms import in_functorch
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .geometry import accumulation_dtype, unit_shape
-from .spec import ACTIVATIONS, DEFAULT_BETA, FORMS, NO_MINIMUM, REDUCTIONS, UNITS, Activation, LossSpec, sub_batches
+from .options import ACTIVATIONS, DEFAULT_BETA, FORMS, NO_MINIMUM, REDUCTIONS, UNITS, Activation, LossSpec, sub_batches
 
 _NAMED = tuple(name for name in ACTIVATIONS if name != "gelu_tanh")  # which is gelu with approximate="tanh"
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

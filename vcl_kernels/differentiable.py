@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import autograd, ops, reference
 from .autograd import Injection, injected, wants_gradient
-from .spec import Activation, LossSpec
+from .options import Activation, LossSpec
 
 ops.define(f"loss_autograd(Tensor x, Tensor? beta, {ops.SPEC}) -> Tensor")
 ops.define(

@@ -10,7 +10,7 @@ from . import autograd, differentiable, ops, reference
 from .backends import choose, interpreted_triton
 from .checks import check_activation, check_loss, check_moments
 from .geometry import in_layout
-from .spec import IDENTITY, NO_MINIMUM, Activation
+from .options import IDENTITY, NO_MINIMUM, Activation
 from .transforms import has_transform
 
 __all__ = ["sub_batch_moments", "vcl_activation", "vcl_loss"]

@@ -23,7 +23,7 @@ from .checks import (
 )
 from .functional import weighted_activation
 from .geometry import accumulation_dtype, unit_shape
-from .spec import FORMS, UNITS
+from .options import FORMS, UNITS
 from .transforms import in_functorch
 
 __all__ = ["VCL", "VCLActivation"]

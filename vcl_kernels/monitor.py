@@ -17,7 +17,7 @@ from .checks import channels_first, check_channel_dim, check_choice, check_count
 from .functional import sub_batch_moments
 from .geometry import accumulation_dtype
 from .modules import VCLActivation
-from .spec import UNITS
+from .options import UNITS
 from .stand_ins import Calls, FusedActivation
 
 __all__ = ["VCLMonitor"]

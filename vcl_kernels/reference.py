@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .checks import check_activation, check_loss, check_moments
 from .geometry import dense_strides, with_strides
-from .spec import FORMS, IDENTITY, NO_MINIMUM, Activation, LossSpec
+from .options import FORMS, IDENTITY, NO_MINIMUM, Activation, LossSpec
 from .transforms import has_transform
 
 __all__ = ["sub_batch_moments", "vcl_activation", "vcl_loss"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .checks import check_activation
 from .modules import VCL, VCLActivation
-from .spec import Activation
+from .options import Activation
 
 __all__ = ["Calls", "FusedActivation", "before_activation", "can_fuse", "vcl_for"]
 

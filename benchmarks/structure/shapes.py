@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from benchmarks.cases import CONVNEXT, ELU_11, RESNET_50, VIT, Case
 from benchmarks.launches import Recorded, activation_jobs, loss_jobs, moments_jobs, recorded, spec_of
-from vcl_kernels.spec import ACTIVATIONS
+from vcl_kernels.options import ACTIVATIONS
 
 EVERY_DTYPE = ("float32", "bfloat16", "float16")
 MLP = [(N, C) for N in (128, 1024, 4096) for C in (64, 1024, 8192)]

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import Geometry, accumulation_dtype, empty_rows, empty_units, in_layout, in_unit_order, with_strides
-from ...spec import ACTIVATIONS, FORMS, NO_MINIMUM
+from ...options import ACTIVATIONS, FORMS, NO_MINIMUM
 from . import apply, finalise, fused, multiply
 from . import moments as partial_moments
 from .launch import ROOM

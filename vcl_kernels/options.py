@@ -12,6 +12,14 @@ REDUCTIONS = ("mean", "sum", "none")
 DEFAULT_BETA = {"ratio": 1.0, "variance": 0.0, "relative_variance": 1e-5}
 
 
+class SubBatches(NamedTuple):
+    """How the rows of x are cut, and what is a unit, in the order of the registered ops' arguments."""
+
+    n: int  # samples in a sub-batch
+    K: int  # sub-batches that take part
+    per_activation: bool
+
+
 class LossSpec(NamedTuple):
     """The loss apart from its tensors, in the order of the registered ops' arguments."""
 
@@ -23,6 +31,11 @@ class LossSpec(NamedTuple):
     per_activation: bool
     factor: float  # multiplies the loss and its gradients: weight, and 1 / U for reduction="mean"
     reduce: bool  # one value, not one for each unit
+
+    @property
+    def sub_batches(self) -> SubBatches:
+        """The part of it that moments depend on."""
+        return SubBatches(self.n, self.K, self.per_activation)
 
 
 NO_MINIMUM = -math.inf
