@@ -13,9 +13,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from vcl_kernels.backends.triton import fused, launchers
+from vcl_kernels.backends.interface import Coefficients, Saved
+from vcl_kernels.backends.triton import launchers
 from vcl_kernels.backends.triton.launch import Launch
-from vcl_kernels.geometry import Geometry, accumulation_dtype, empty_rows, empty_units
+from vcl_kernels.geometry import accumulation_dtype, empty_rows, empty_units
 from vcl_kernels.options import ACTIVATIONS, FORMS, NO_MINIMUM, Activation, LossSpec, sub_batches
 
 Job = Callable[[], Any]
@@ -95,20 +96,20 @@ def loss_jobs(x: Tensor, spec: LossSpec) -> dict[str, Job]:
     rows = x[: spec.K * spec.n] if keep else x
     with_grad = beta is not None
     mean, scale = (empty_units(x, spec.per_activation, spec.K).fill_(0.5) for _ in range(2))
-    same = spec.n, x.shape[0], spec.per_activation
-    jobs: dict[str, Job] = {"loss": lambda: launchers.loss(x, beta, *spec)}
-    if rows is x and fused.fits(Geometry.of(x, spec.n, spec.K, spec.per_activation), x.element_size()):
+    of_loss = Coefficients(mean, scale)
+    jobs: dict[str, Job] = {"loss": lambda: launchers.loss(x, beta, spec)}
+    if rows is x and launchers.one_pass(x, spec):
         dx = empty_rows(x, x.shape[0])
 
         def multiplied() -> Tensor:
             launchers.multiply_(dx.fill_(2.0), g)
             return dx
 
-        jobs["loss and dx"] = lambda: launchers.loss_dx(x, beta, *spec, with_grad)
+        jobs["loss and dx"] = lambda: launchers.loss_dx(x, beta, spec, with_grad)
         jobs["dx times g"] = multiplied
     else:
-        jobs["loss, to be differentiated"] = lambda: launchers.loss_coefficients(x, beta, *spec, with_grad, keep)
-        jobs["dx of loss"] = lambda: launchers.moments_dx(rows, mean, scale, None, g, *same)
+        jobs["loss, to be differentiated"] = lambda: launchers.loss_coefficients(x, beta, spec, with_grad, keep)
+        jobs["dx of loss"] = lambda: launchers.moments_dx(rows, of_loss, g, spec.sub_batches, x.shape[0])
     return jobs
 
 
@@ -116,9 +117,9 @@ def moments_jobs(x: Tensor, spec: LossSpec) -> dict[str, Job]:
     """What sub_batch_moments calls."""
     mean, scale, shift = (empty_units(x, spec.per_activation, spec.K).fill_(0.5) for _ in range(3))
     return {
-        "moments": lambda: launchers.moments(x, spec.n, spec.K, spec.per_activation),
+        "moments": lambda: launchers.moments(x, spec.sub_batches),
         "dx of moments": lambda: launchers.moments_dx(
-            x, mean, scale, shift, None, spec.n, x.shape[0], spec.per_activation
+            x, Coefficients(mean, scale, shift), None, spec.sub_batches, x.shape[0]
         ),
     }
 
@@ -133,11 +134,11 @@ def activation_jobs(x: Tensor, spec: LossSpec, name: str) -> dict[str, Job]:
     mean, scale = (empty_units(x, spec.per_activation, spec.K).fill_(0.5) for _ in range(2))
 
     def backward(dy: Tensor | None, g: Tensor | None) -> Tensor:
-        of_loss = mean, scale, g, spec.n, x.shape[0], spec.per_activation
-        return launchers.activation_dx(x, keep, rows, dy, *of_loss, *chosen)
+        saved, of_loss = Saved(x, rows, keep), Coefficients(mean, scale)
+        return launchers.activation_dx(saved, dy, of_loss, g, chosen, spec.sub_batches, x.shape[0])
 
     return {
-        f"{name}": lambda: launchers.activation(x, beta, *spec, beta is not None, *chosen, keep),
+        f"{name}": lambda: launchers.activation(x, beta, spec, chosen, beta is not None, keep),
         f"dx of {name} and loss": lambda: backward(dy, g),
         f"dx of {name}": lambda: backward(dy, None),
         f"dx of {name}'s loss": lambda: backward(None, g),

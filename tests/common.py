@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vcl_kernels import reference
+from vcl_kernels.options import SubBatches
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
@@ -42,8 +43,9 @@ def gradients(loss: Tensor, inputs: list[Tensor], g: Tensor | None = None) -> tu
     return torch.autograd.grad(loss, inputs, g)
 
 
-def written_out(x: Tensor, n: int, K: int, per_activation: bool) -> tuple[Tensor, Tensor]:
+def written_out(x: Tensor, sub_batches: SubBatches) -> tuple[Tensor, Tensor]:
     """Moments in the arithmetic of x's own accumulation dtype; torch.var sums in float64 on the CPU."""
+    n, K, per_activation = sub_batches
     samples = x[: K * n].unflatten(0, (K, n))
     samples = samples.float() if samples.dtype in (torch.float16, torch.bfloat16) else samples
     over = [1] if per_activation else [1, *range(3, samples.dim())]

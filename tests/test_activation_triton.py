@@ -12,8 +12,9 @@ from conftest import GPU
 from torch import Tensor
 
 from vcl_kernels import reference
+from vcl_kernels.backends.interface import Coefficients, Saved
 from vcl_kernels.geometry import empty_rows, in_layout
-from vcl_kernels.options import ACTIVATIONS, FORMS, NO_MINIMUM, Activation, LossSpec
+from vcl_kernels.options import ACTIVATIONS, FORMS, NO_MINIMUM, Activation, LossSpec, SubBatches
 
 DEVICE = "cuda" if GPU else "cpu"
 PARAMETERS = {"elu": 1.3, "leaky_relu": 0.2}
@@ -39,15 +40,16 @@ def spec(form: str, x: Tensor, per_activation: bool = False, reduce: bool = True
 
 
 def forward(x: Tensor, given: LossSpec, chosen: Activation, keep_rows: bool, beta: Tensor | None = None):
-    return launchers().activation(x, beta, *given, beta is not None, *chosen, keep_rows)
+    y, loss, (mean, scale, _), *rest = launchers().activation(x, beta, given, chosen, beta is not None, keep_rows)
+    return y, loss, mean, scale, *rest
 
 
 def backward(x, y, rows, mean, scale, dy, g, given: LossSpec, chosen: Activation, from_output: bool) -> Tensor:
     """Gradient from what autograd would save: y and rows; else x, with the rows if they are kept all the same."""
     saved = None if chosen.name == "identity" and rows.numel() and g is not None else y if from_output else x
     kept = rows if rows.numel() else None
-    of_loss = mean, scale, g, n, x.shape[0], given.per_activation
-    return launchers().activation_dx(saved, from_output, kept, dy, *of_loss, *chosen)
+    of_x, cut = Saved(saved, kept, from_output), given.sub_batches
+    return launchers().activation_dx(of_x, dy, Coefficients(mean, scale), g, chosen, cut, x.shape[0])
 
 
 def oracle(x: Tensor, dy: Tensor | None, g: float | None, given: LossSpec, chosen: Activation, dtype: torch.dtype):
@@ -206,7 +208,8 @@ def test_bitwise_repeatable(name, form):
 def test_same_loss_as_without_an_activation(name, beta_shape, reduce):
     x, _ = sample("contiguous", torch.float32)
     given, beta = spec("ratio", x, reduce=reduce), torch.full(beta_shape, 0.7, device=DEVICE)
-    expected = launchers().loss_coefficients(x, beta, *given, True, False)
+    loss, (mean, scale, _), *rest = launchers().loss_coefficients(x, beta, given, True, False)
+    expected = loss, mean, scale, *rest
     _, *actual = forward(x, given, act(name), False, beta)
     assert actual[-1].numel() == 0
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
@@ -218,8 +221,10 @@ def test_loss_part_alone_is_that_of_the_moments():
     y, _, mean, scale, _, rows = forward(x, given, chosen, True)
     dx = backward(x, y, rows, mean, scale, None, g, given, chosen, True)
     shift = torch.zeros_like(mean)
-    assert torch.equal(dx, launchers().moments_dx(rows, mean, scale, None, g, n, N, False))
-    assert torch.equal(dx, launchers().moments_dx(rows, mean, scale * g, shift, None, n, N, False))
+    assert torch.equal(dx, launchers().moments_dx(rows, Coefficients(mean, scale), g, SubBatches(n, 2, False), N))
+    assert torch.equal(
+        dx, launchers().moments_dx(rows, Coefficients(mean, scale * g, shift), None, SubBatches(n, 2, False), N)
+    )
     assert not dx[2 * n :].any()
 
 
@@ -227,5 +232,7 @@ def test_upstream_multiplies_the_shift_too():
     x, _ = sample("channels_last", torch.float32)
     mean, scale, shift = torch.randn(3, 2, 5, device=DEVICE)
     g = torch.tensor(2.0, device=DEVICE)
-    dx = launchers().moments_dx(x, mean, scale, shift, g, n, N, False)
-    assert torch.equal(dx, 2 * launchers().moments_dx(x, mean, scale, shift, None, n, N, False))
+    dx = launchers().moments_dx(x, Coefficients(mean, scale, shift), g, SubBatches(n, 2, False), N)
+    assert torch.equal(
+        dx, 2 * launchers().moments_dx(x, Coefficients(mean, scale, shift), None, SubBatches(n, 2, False), N)
+    )

@@ -13,7 +13,6 @@ from torch import nn
 
 import vcl_kernels as vk
 from benchmarks.gpu_check.sanitized import launched
-from vcl_kernels import ops
 from vcl_kernels.checks import check_activation, check_loss
 
 pytestmark = needs_device
@@ -324,13 +323,16 @@ def test_module_compiled_without_a_break(inject):
 @pytest.mark.skipif(vk.backends()["cpu"] != "available" and not GPU, reason="the ops have no kernels for CPU tensors")
 def test_ops_as_registered():
     """Schemas and fake results against those of the device's own kernels."""
+    registered = torch.ops.vcl_kernels
     for x in (sample((16, 5, 3, 4)), sample((16, 5, 3, 4), layout="channels_last"), sample((16, 7), torch.bfloat16)):
         beta, given = check_loss(x, torch.ones(x.shape[1], device=DEVICE), 4, "ratio", "channel", None, "mean")
-        torch.library.opcheck(ops.loss_dx, (x, beta, *given, True))
-        torch.library.opcheck(ops.loss_coefficients, (x, beta, *given, True, True))
-        torch.library.opcheck(ops.activation, (x, beta, *given, True, *check_activation("elu"), True))
-        mean, var = ops.moments(x, 4, 3, False)
-        torch.library.opcheck(ops.moments_dx, (x, mean, var, None, torch.tensor(0.5, device=DEVICE), 4, 20, False))
+        torch.library.opcheck(registered.loss_dx.default, (x, beta, *given, True))
+        torch.library.opcheck(registered.loss_coefficients.default, (x, beta, *given, True, True))
+        torch.library.opcheck(registered.activation.default, (x, beta, *given, True, *check_activation("elu"), True))
+        mean, var = registered.moments(x, 4, 3, False)
+        torch.library.opcheck(
+            registered.moments_dx.default, (x, mean, var, None, torch.tensor(0.5, device=DEVICE), 4, 20, False)
+        )
 
 
 @needs_gpu

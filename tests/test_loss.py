@@ -257,15 +257,15 @@ def test_half_gradient_does_not_vanish_under_a_loss_scale(kernel_backend):
 
 
 def test_beta_below_its_minimum_may_only_rise(backend):
-    from vcl_kernels.checks import check_activation
-    from vcl_kernels.functional import weighted_activation
+    from vcl_kernels.checks import check_loss
+    from vcl_kernels.functional import activation_and_loss
+    from vcl_kernels.options import IDENTITY
 
     torch.manual_seed(7)
     x = torch.randn(10, 40, 4).to(device_of(backend))
-    options = {"sub_batch_size": 5, "form": "ratio", "unit": "channel", "num_sub_batches": None, "reduction": "sum"}
     beta = torch.full((40,), 1e-4, device=x.device, requires_grad=True)
-    identity = check_activation("identity")
-    _, loss = weighted_activation(x, identity, beta, **options, backend=backend, beta_min=1e-3, weight=0.5)
+    _, spec = check_loss(x, beta, 5, "ratio", "channel", None, "sum", weight=0.5, beta_min=1e-3)
+    _, loss = activation_and_loss(x, beta, spec, IDENTITY, backend)
     at_minimum = torch.full((40,), 1e-3, device=x.device, requires_grad=True)
     expected = 0.5 * vk.vcl_loss(x, at_minimum, reduction="sum", backend=backend)
     torch.testing.assert_close(loss, expected)

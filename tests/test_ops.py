@@ -13,8 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 import vcl_kernels as vk
 from vcl_kernels import ops
-from vcl_kernels.backends import interpreted_triton
+from vcl_kernels.backends import triton_backend
+from vcl_kernels.backends.interface import Coefficients, Saved
 from vcl_kernels.checks import check_activation, check_loss
+from vcl_kernels.options import SubBatches
+
+registered = torch.ops.vcl_kernels
 
 
 def inputs():
@@ -31,17 +35,19 @@ def test_opcheck(form, unit):
     for x in inputs():
         beta, spec = check_loss(x, None if form == "variance" else 0.5, 4, form, unit, None, "mean")
         for s in (spec, spec._replace(reduce=False)):
-            torch.library.opcheck(ops.loss, (x, beta, *s))
-            torch.library.opcheck(ops.loss_dx, (x, beta, *s, False))
+            torch.library.opcheck(registered.loss.default, (x, beta, *s))
+            torch.library.opcheck(registered.loss_dx.default, (x, beta, *s, False))
             for keep_rows in (False, True):
-                torch.library.opcheck(ops.loss_coefficients, (x, beta, *s, False, keep_rows))
+                torch.library.opcheck(registered.loss_coefficients.default, (x, beta, *s, False, keep_rows))
             if form != "variance":
-                torch.library.opcheck(ops.loss_dx, (x, torch.tensor(0.5), *s, True))
+                torch.library.opcheck(registered.loss_dx.default, (x, torch.tensor(0.5), *s, True))
         per_activation = unit == "activation"
-        torch.library.opcheck(ops.moments, (x, 4, 3, per_activation))
-        mean, var = ops.moments(x, 4, 3, per_activation)
-        torch.library.opcheck(ops.moments_dx, (x, mean, var, None, torch.tensor(0.5), 4, 20, per_activation))
-        torch.library.opcheck(ops.moments_dx, (x, mean, var, mean, None, 4, 16, per_activation))
+        torch.library.opcheck(registered.moments.default, (x, 4, 3, per_activation))
+        mean, var = registered.moments.default(x, 4, 3, per_activation)
+        torch.library.opcheck(
+            registered.moments_dx.default, (x, mean, var, None, torch.tensor(0.5), 4, 20, per_activation)
+        )
+        torch.library.opcheck(registered.moments_dx.default, (x, mean, var, mean, None, 4, 16, per_activation))
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -53,21 +59,22 @@ def test_opcheck_of_activations(name, unit):
             beta, spec = check_loss(x, beta, 4, form, unit, None, "mean")
             for keep_rows in (False, True):
                 args = (x, beta, *spec, beta is not None, *activation, keep_rows)
-                torch.library.opcheck(ops.activation, args)
-                y, _, mean, scale, _, rows = ops.activation(*args)
+                torch.library.opcheck(registered.activation.default, args)
+                y, _, mean, scale, _, rows = registered.activation.default(*args)
                 saved = y if keep_rows and activation.from_output else x
                 rest = (mean, scale, torch.tensor(0.5), 4, x.shape[0], per_activation, *activation)
                 from_output = saved is y
                 torch.library.opcheck(
-                    ops.activation_dx, (saved, from_output, rows if keep_rows else None, torch.randn_like(y), *rest)
+                    registered.activation_dx.default,
+                    (saved, from_output, rows if keep_rows else None, torch.randn_like(y), *rest),
                 )
                 if keep_rows:
-                    torch.library.opcheck(ops.activation_dx, (None, True, rows, None, *rest))
+                    torch.library.opcheck(registered.activation_dx.default, (None, True, rows, None, *rest))
 
 
 def ops_of(backend):
     """The backend's ops, of which the interpreter's are not registered."""
-    return interpreted_triton() if (backend, device_of(backend)) == ("triton", "cpu") else ops
+    return triton_backend() if (backend, device_of(backend)) == ("triton", "cpu") else ops
 
 
 def test_ops_read_nothing_past_their_tensors(kernel_backend):
@@ -78,16 +85,17 @@ def test_ops_read_nothing_past_their_tensors(kernel_backend):
     for wrong in (spec._replace(n=5), spec._replace(K=6)):
         for op, rest in (("loss", ()), ("loss_dx", (True,)), ("loss_coefficients", (True, False))):
             with pytest.raises((ValueError, RuntimeError), match="16 rows"):
-                getattr(backend, op)(x, beta, *wrong, *rest)
+                getattr(backend, op)(x, beta, wrong, *rest)
     with pytest.raises((ValueError, RuntimeError), match="16 rows"):
-        backend.moments(x, 4, 5, False)
+        backend.moments(x, SubBatches(4, 5, False))
     with pytest.raises((ValueError, RuntimeError), match="each unit"):
-        backend.loss(x, beta[:3], *spec)
-    mean, var = backend.moments(x, 4, 4, False)
+        backend.loss(x, beta[:3], spec)
+    mean, var = backend.moments(x, SubBatches(4, 4, False))
     with pytest.raises((ValueError, RuntimeError), match="rows"):
-        backend.moments_dx(x, mean, var, None, None, 4, 15, False)
+        backend.moments_dx(x, Coefficients(mean, var), None, SubBatches(4, 4, False), 15)
+    saved, relu = Saved(x[:12], None, True), check_activation("relu")
     with pytest.raises((ValueError, RuntimeError), match="rows"):
-        backend.activation_dx(x[:12], True, None, x, mean[:3], var[:3], None, 4, 16, False, 1, 0.0)
+        backend.activation_dx(saved, x, Coefficients(mean[:3], var[:3]), None, relu, SubBatches(4, 3, False), 16)
 
 
 def laid_out(t, order):
@@ -111,39 +119,31 @@ def test_whatever_layout_a_compiler_chooses(kernel_backend, unit, order):
     def other(t):
         return laid_out(t, order[: t.dim()] if t.dim() == 4 else tuple(reversed(range(t.dim()))))
 
-    args = (*spec, True)
-    for found, wanted in (
-        ([backend.loss(other(x), other(beta), *spec)], [backend.loss(x, beta, *spec)]),
-        (
-            backend.loss_coefficients(other(x), other(beta), *args, True),
-            backend.loss_coefficients(x, beta, *args, True),
-        ),
-        (backend.loss_dx(other(x), other(beta), *args), backend.loss_dx(x, beta, *args)),
-        (backend.moments(other(x), *args[2:4], args[5]), backend.moments(x, *args[2:4], args[5])),
-        (
-            backend.activation(other(x), other(beta), *args, *chosen, True),
-            backend.activation(x, beta, *args, *chosen, True),
-        ),
+    cut = spec.sub_batches
+    for call in (
+        lambda x, beta: [backend.loss(x, beta, spec)],
+        lambda x, beta: backend.loss_coefficients(x, beta, spec, True, True),
+        lambda x, beta: backend.loss_dx(x, beta, spec, True),
+        lambda x, beta: backend.moments(x, cut),
+        lambda x, beta: backend.activation(x, beta, spec, chosen, True, True),
     ):
-        for a, b in zip(found, wanted, strict=True):
-            torch.testing.assert_close(a, b)
-    y, _, mean, scale, _, rows = backend.activation(x, beta, *args, *chosen, True)
-    tensors, rest = (y, True, rows, torch.randn_like(y), mean, scale), (x.new_tensor(0.5), 4, 16, spec[5], *chosen)
-    wanted = backend.activation_dx(*tensors, *rest)
+        torch.testing.assert_close(call(other(x), other(beta)), call(x, beta))
+    y, _, (mean, scale, _), _, rows = backend.activation(x, beta, spec, chosen, True, True)
+    g = x.new_tensor(0.5)
+
+    def dx(y, rows, dy, mean, scale):
+        return backend.activation_dx(Saved(y, rows, True), dy, Coefficients(mean, scale), g, chosen, cut, 16)
+
+    tensors = [y, rows, torch.randn_like(y), mean, scale]
+    wanted = dx(*tensors)
     for index, t in enumerate(tensors):
-        if index != 1:
-            moved = (*tensors[:index], other(t), *tensors[index + 1 :])
-            torch.testing.assert_close(backend.activation_dx(*moved, *rest), wanted)
+        torch.testing.assert_close(dx(*tensors[:index], other(t), *tensors[index + 1 :]), wanted)
+    wanted = dx(None, rows, None, mean, scale)
     gaps = torch.stack([rows, rows], 1)[:, 0]  # between samples
-    for moved, dense in (
-        ((None, True, gaps, None, mean, scale), rows),
-        ((y, True, other(rows), None, mean, scale), rows),
-    ):
-        wanted = backend.activation_dx(None, True, dense, None, mean, scale, *rest)
-        torch.testing.assert_close(backend.activation_dx(*moved, *rest), wanted)
-    wanted = backend.moments_dx(x, mean, scale, mean, None, 4, 16, spec[5])
-    found = backend.moments_dx(other(x), other(mean), other(scale), other(mean), None, 4, 16, spec[5])
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(dx(None, gaps, None, mean, scale), wanted)
+    torch.testing.assert_close(dx(y, other(rows), None, mean, scale), wanted)
+    moved = backend.moments_dx(other(x), Coefficients(other(mean), other(scale), other(mean)), None, cut, 16)
+    torch.testing.assert_close(moved, backend.moments_dx(x, Coefficients(mean, scale, mean), None, cut, 16))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:dynamo_pgo force disabled")

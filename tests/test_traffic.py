@@ -16,8 +16,9 @@ from torch import Tensor
 from traffic import counted
 
 import vcl_kernels as vk
+from vcl_kernels.backends.interface import Coefficients, Saved
 from vcl_kernels.geometry import Geometry
-from vcl_kernels.options import ACTIVATIONS, FORMS, NO_MINIMUM, Activation, LossSpec
+from vcl_kernels.options import ACTIVATIONS, FORMS, NO_MINIMUM, Activation, LossSpec, SubBatches
 
 pytestmark = pytest.mark.skipif(GPU, reason="counts come from the interpreter; a GPU runs the kernels themselves")
 
@@ -103,24 +104,24 @@ def test_kinds_are_split_or_not(kind):
     from vcl_kernels.backends.triton import moments
 
     x = kind.tensor()
-    *_, splits = moments.plan(Geometry.of(x, n, 2, kind.per_activation), False, x.element_size())
+    *_, splits = moments.plan(Geometry.of(x, SubBatches(n, 2, kind.per_activation)), False, x.element_size())
     assert (splits > 1) == kind.split
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_loss_reads_its_rows_once(traffic, launchers, kind, form):
     x, given = kind.tensor(), spec(kind, form)
-    launchers.loss(x, None, *given)
+    launchers.loss(x, None, given)
     assert_at_floor(traffic, kind, {x: given.K * n * x[0].numel()}, {x: 0})
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_loss_and_dx_in_one_pass(traffic, launchers, kind, form):
     x, given = kind.tensor(), spec(kind, form)
-    if not launchers.one_pass(x, n, given.K, kind.per_activation):
+    if not launchers.one_pass(x, given):
         assert kind.split
         return
-    _, dx, _ = launchers.loss_dx(x, None, *given, False)
+    _, dx, _ = launchers.loss_dx(x, None, given, False)
     assert_at_floor(traffic, kind, {x: given.K * n * x[0].numel()}, {dx: x.numel()})
 
 
@@ -129,7 +130,7 @@ def test_loss_and_dx_in_one_pass(traffic, launchers, kind, form):
 def test_coefficients_of_the_loss_cost_a_read_and_the_rows_that_are_kept(traffic, launchers, kind, form, beta_grad):
     x, given = kind.tensor(), spec(kind, form)
     beta = torch.tensor(0.5) if beta_grad else None
-    *_, rows = launchers.loss_coefficients(x, beta, *given, beta_grad, form == "ratio")
+    *_, rows = launchers.loss_coefficients(x, beta, given, beta_grad, form == "ratio")
     taking_part = given.K * n * x[0].numel()
     assert rows.numel() == (taking_part if form == "ratio" else 0)
     assert_at_floor(traffic, kind, {x: taking_part}, {rows: rows.numel()})
@@ -137,7 +138,7 @@ def test_coefficients_of_the_loss_cost_a_read_and_the_rows_that_are_kept(traffic
 
 def test_moments_cost_a_read(traffic, launchers, kind):
     x, K = kind.tensor(), kind.shape[0] // n
-    launchers.moments(x, n, K, kind.per_activation)
+    launchers.moments(x, SubBatches(n, K, kind.per_activation))
     assert_at_floor(traffic, kind, {x: x.numel()}, {x: 0})
 
 
@@ -148,7 +149,9 @@ def test_dx_of_moments_reads_the_rows_that_take_part(traffic, launchers, kind, r
     x, K = kind.tensor()[:rows], rows // n
     mean, scale, shift = coefficients(kind, x, K)
     g = torch.tensor(2.0) if with_g else None
-    dx = launchers.moments_dx(x, mean, scale, shift if with_shift else None, g, n, 20, kind.per_activation)
+    dx = launchers.moments_dx(
+        x, Coefficients(mean, scale, shift if with_shift else None), g, SubBatches(n, K, kind.per_activation), 20
+    )
     assert_at_floor(traffic, kind, {x: x.numel()}, {dx: dx.numel()})
 
 
@@ -156,7 +159,7 @@ def test_dx_of_moments_reads_the_rows_that_take_part(traffic, launchers, kind, r
 @pytest.mark.parametrize("keep_rows", [False, True])
 def test_activation_reads_x_and_writes_y(traffic, launchers, kind, name, keep_rows):
     x, given, chosen = kind.tensor(), spec(kind, "ratio"), activation(name)
-    y, *_, rows = launchers.activation(x, None, *given, False, *chosen, keep_rows)
+    y, *_, rows = launchers.activation(x, None, given, chosen, False, keep_rows)
     assert rows.numel() == keep_rows * given.K * n * x[0].numel()
     writes = {y: x.numel(), **({rows: rows.numel()} if keep_rows else {})}
     assert_at_floor(traffic, kind, {x: x.numel()}, writes)
@@ -171,8 +174,10 @@ def test_activation_gradient_reads_what_it_needs(traffic, launchers, kind, name,
     rows = taking_part if saved == "y and rows" else None
     dy = torch.randn_like(x) if upstream != "g" else None
     g = torch.tensor(2.0) if upstream != "dy" else None
-    of_loss = mean, scale, g, n, x.shape[0], kind.per_activation
-    dx = launchers.activation_dx(x, saved != "x", rows, dy, *of_loss, *chosen)
+    cut = SubBatches(n, K, kind.per_activation)
+    dx = launchers.activation_dx(
+        Saved(x, rows, saved != "x"), dy, Coefficients(mean, scale), g, chosen, cut, x.shape[0]
+    )
     E, few = x.numel(), taking_part.numel()
     for_derivative = dy is not None and name != "identity"
     for_loss = g is not None and rows is None
@@ -224,10 +229,10 @@ def activation_there_and_back(launchers, x, form, name, keep_rows):
     chosen = activation(name)
     K = 2 if form == "ratio" else x.shape[0] // n
     given = LossSpec(1.0, NO_MINIMUM, n, K, FORMS.index(form), False, 1.0, True)
-    y, loss, mean, scale, _, rows = launchers.activation(x, None, *given, False, *chosen, keep_rows)
+    y, loss, coefficients, _, rows = launchers.activation(x, None, given, chosen, False, keep_rows)
     dy, kept = torch.ones_like(x), rows if keep_rows else None
-    of_loss = mean, scale, torch.ones_like(loss), n, x.shape[0], False
-    dx = launchers.activation_dx(y if keep_rows else x, keep_rows, kept, dy, *of_loss, *chosen)
+    saved, g = Saved(y if keep_rows else x, kept, keep_rows), torch.ones_like(loss)
+    dx = launchers.activation_dx(saved, dy, coefficients, g, chosen, given.sub_batches, x.shape[0])
     return y, dy, dx, rows.numel()
 
 
@@ -267,7 +272,7 @@ def test_sum_over_units_needs_no_launch_of_its_own(launchers, monkeypatch, U, sc
     for reduce in (False, True):
         given = LossSpec(0.0, NO_MINIMUM, 5, 2, 0, False, 1.0, reduce)
         with counted() as traffic:
-            results.append(launchers.loss_coefficients(x, beta, *given, True, False))
+            results.append(launchers.loss_coefficients(x, beta, given, True, False))
     each, reduced = results
     assert reduced[0].shape == ()
     assert torch.allclose(reduced[0], each[0].sum(), rtol=1e-12)

@@ -10,7 +10,7 @@ from conftest import FORMS, UNITS, device_of
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
 import vcl_kernels as vk
-from vcl_kernels import transforms
+from vcl_kernels import torch_private as transforms
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -7,9 +7,11 @@ from conftest import GPU
 
 import vcl_kernels as vk
 from benchmarks.launches import activation_jobs, loss_jobs, moments_jobs, recorded, spec_of, values_of
+from vcl_kernels.backends.interface import Coefficients
 from vcl_kernels.backends.triton import launchers, moments, multiply
 from vcl_kernels.backends.triton.launch import Launch
 from vcl_kernels.checks import check_loss
+from vcl_kernels.options import SubBatches
 
 pytestmark = pytest.mark.skipif(GPU, reason="its tensors are on the CPU, which takes the interpreter")
 
@@ -114,8 +116,8 @@ def test_no_product_of_sizes_is_of_32_bits():
     x = torch.empty((1, 2**31), dtype=torch.float32, device="meta")
     mean = x.new_empty((1, 2**31))
     jobs = {
-        "moments_unit": lambda: launchers.moments(x, 1, 1, True),
-        "apply_unit": lambda: launchers.moments_dx(x, mean, mean, None, None, 1, 1, True),
+        "moments_unit": lambda: launchers.moments(x, SubBatches(1, 1, True)),
+        "apply_unit": lambda: launchers.moments_dx(x, Coefficients(mean, mean), None, SubBatches(1, 1, True), 1),
     }
     for name, job in jobs.items():
         launch, args = recorded(job)[0]
@@ -135,7 +137,7 @@ def test_no_product_of_sizes_is_of_32_bits():
 def test_sizes_whose_last_tile_would_pass_32_bits_are_refused(shape, n):
     x = torch.empty(shape, dtype=torch.float16, device="meta")
     with pytest.raises(ValueError, match=r"x has .* rows, 2 units of .* among the last 65536 numbers below 2\^31"):
-        launchers.moments(x, n, 1, False)
+        launchers.moments(x, SubBatches(n, 1, False))
 
 
 def test_a_unit_of_many_positions_has_a_run_of_its_own():
@@ -202,10 +204,7 @@ def test_one_pass_of_what_does_not_fit_in_the_layout_that_a_compiler_chose():
 
     x = torch.randn(10, 8, 24, 24)
     moved = x.to(memory_format=torch.channels_last)
-    assert launchers.one_pass(x, 5, 2, False)
-    assert not launchers.one_pass(moved, 5, 2, False)
     _, spec = check_loss(x, 0.5, 5, "ratio", "channel", None, "mean")
-    for a, b in zip(
-        launchers.loss_dx(moved, None, *spec, False), launchers.loss_dx(x, None, *spec, False), strict=True
-    ):
-        torch.testing.assert_close(a, b)
+    assert launchers.one_pass(x, spec)
+    assert not launchers.one_pass(moved, spec)
+    torch.testing.assert_close(launchers.loss_dx(moved, None, spec, False), launchers.loss_dx(x, None, spec, False))

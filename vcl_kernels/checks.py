@@ -12,7 +12,18 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .geometry import accumulation_dtype, unit_shape
-from .options import ACTIVATIONS, DEFAULT_BETA, FORMS, NO_MINIMUM, REDUCTIONS, UNITS, Activation, LossSpec, sub_batches
+from .options import (
+    ACTIVATIONS,
+    DEFAULT_BETA,
+    FORMS,
+    NO_MINIMUM,
+    REDUCTIONS,
+    UNITS,
+    Activation,
+    LossSpec,
+    SubBatches,
+    sub_batches,
+)
 
 _NAMED = tuple(name for name in ACTIVATIONS if name != "gelu_tanh")  # which is gelu with approximate="tanh"
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -100,7 +111,7 @@ def check_layout(name: str, layout: torch.layout) -> None:
 _SHAPELESS = (UninitializedParameter, UninitializedBuffer)
 
 
-def _seen(name: str, value: Tensor) -> Like:
+def _described(name: str, value: Tensor) -> Like:
     if not isinstance(value, Tensor):
         check_tensor(name, value)
     try:
@@ -110,13 +121,13 @@ def _seen(name: str, value: Tensor) -> Like:
         raise
 
 
-def check_moments(x: Tensor, sub_batch_size: int, unit: str, num_sub_batches: int | None) -> tuple[int, bool]:
-    """Check the arguments of ``sub_batch_moments``; return (number of sub-batches asked for or all, per_activation)."""
-    return _cut(_seen("x", x), sub_batch_size, unit, num_sub_batches)
+def check_moments(x: Tensor, sub_batch_size: int, unit: str, num_sub_batches: int | None) -> SubBatches:
+    """Check the arguments of ``sub_batch_moments``; return how x is cut."""
+    return _sub_batches(_described("x", x), sub_batch_size, unit, num_sub_batches)
 
 
-def _cut(x: Like, sub_batch_size: int, unit: str, num_sub_batches: int | None) -> tuple[int, bool]:
-    """Check what all functions share."""
+def _sub_batches(x: Like, sub_batch_size: int, unit: str, num_sub_batches: int | None) -> SubBatches:
+    """Check what all functions share; K is the number asked for, or all."""
     check_layout("x", x.layout)
     check_dtype("x", x.dtype)
     check_dimensions(x.shape)
@@ -138,7 +149,7 @@ def _cut(x: Like, sub_batch_size: int, unit: str, num_sub_batches: int | None) -
             f"needs at least {least * sub_batch_size}"
         )
     K = x.shape[0] // sub_batch_size if num_sub_batches is None else num_sub_batches
-    return K, per_activation
+    return SubBatches(sub_batch_size, K, per_activation)
 
 
 def check_loss(
@@ -153,8 +164,18 @@ def check_loss(
     beta_min: float = NO_MINIMUM,
 ) -> tuple[Tensor | None, LossSpec]:
     """Check the arguments of a loss; return beta as a tensor, if it is one, and everything else resolved."""
-    given = _seen("beta", beta) if isinstance(beta, Tensor) else beta
-    arguments = (_seen("x", x), given, sub_batch_size, form, unit, num_sub_batches, reduction, weight, beta_min)
+    described = _described("beta", beta) if isinstance(beta, Tensor) else beta
+    arguments = (
+        _described("x", x),
+        described,
+        sub_batch_size,
+        form,
+        unit,
+        num_sub_batches,
+        reduction,
+        weight,
+        beta_min,
+    )
     spec = None
     if not torch.compiler.is_compiling():
         try:
@@ -186,7 +207,7 @@ def _loss_spec(
             check_number(name, value)
     if num_sub_batches is not None:
         check_count("num_sub_batches", num_sub_batches, 2)
-    _, per_activation = _cut(x, sub_batch_size, unit, num_sub_batches)
+    per_activation = _sub_batches(x, sub_batch_size, unit, num_sub_batches).per_activation
     if x.shape[0] < 2 * sub_batch_size:
         raise ValueError(
             f"x has {x.shape[0]} samples; a loss over two sub-batches of sub_batch_size={sub_batch_size} "
@@ -222,7 +243,7 @@ def _check_beta(x: Like, beta: float | Like | None, form: str, per_activation: b
     if beta is None:
         return DEFAULT_BETA[form]
     if form == "variance":
-        raise ValueError(f'form="variance" takes no beta; got {_described(beta)}')
+        raise ValueError(f'form="variance" takes no beta; got {_shown(beta)}')
     if isinstance(beta, (int, float)) and not isinstance(beta, bool):
         return float(beta)
     if not isinstance(beta, Like):
@@ -240,5 +261,5 @@ def _check_beta(x: Like, beta: float | Like | None, form: str, per_activation: b
     return 0.0
 
 
-def _described(beta: object) -> str:
+def _shown(beta: object) -> str:
     return f"a tensor of shape {tuple(beta.shape)}" if isinstance(beta, Like) else repr(beta)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from . import autograd, differentiable, ops, reference
-from .backends import choose, interpreted_triton
+from . import differentiable, ops, reference
+from .autograd import ActivationSettings
+from .backends import choose, triton_backend
+from .backends.interface import Backend
 from .checks import check_activation, check_loss, check_moments
 from .geometry import in_layout
-from .options import IDENTITY, NO_MINIMUM, Activation
-from .transforms import has_transform
+from .injection import Injection, injected
+from .options import IDENTITY, Activation, LossSpec
+from .torch_private import has_transform
 
 __all__ = ["sub_batch_moments", "vcl_activation", "vcl_loss"]
 
@@ -72,21 +73,11 @@ def vcl_loss(
     >>> vcl_loss(x, 0.0, sub_batch_size=2)
     tensor(0.5625)
     """
-    _, loss = weighted_activation(
-        x,
-        IDENTITY,
-        beta,
-        sub_batch_size=sub_batch_size,
-        form=form,
-        unit=unit,
-        num_sub_batches=num_sub_batches,
-        reduction=reduction,
-        backend=backend,
-    )
-    return loss
+    beta, spec = check_loss(x, beta, sub_batch_size, form, unit, num_sub_batches, reduction)
+    return activation_and_loss(x, beta, spec, IDENTITY, backend)[1]
 
 
-def vcl_activation(
+def vcl_activation(  # the public signature
     x: Tensor,
     activation: str = "elu",
     beta: float | Tensor | None = None,
@@ -139,49 +130,29 @@ def vcl_activation(
     >>> y.flatten()
     tensor([1., 3., 2., 0.])
     """
-    return weighted_activation(
-        x,
-        check_activation(activation, alpha, negative_slope, approximate),
-        beta,
-        sub_batch_size=sub_batch_size,
-        form=form,
-        unit=unit,
-        num_sub_batches=num_sub_batches,
-        reduction=reduction,
-        backend=backend,
-    )
+    beta, spec = check_loss(x, beta, sub_batch_size, form, unit, num_sub_batches, reduction)
+    return activation_and_loss(x, beta, spec, check_activation(activation, alpha, negative_slope, approximate), backend)
 
 
-def weighted_activation(
+def activation_and_loss(
     x: Tensor,
+    beta: Tensor | None,
+    spec: LossSpec,
     activation: Activation,
-    beta: float | Tensor | None,
-    *,
-    sub_batch_size: int,
-    form: str,
-    unit: str,
-    num_sub_batches: int | None,
-    reduction: str,
     backend: str | None,
-    weight: float = 1.0,
-    beta_min: float = NO_MINIMUM,
-    injection: autograd.Injection | None = None,
+    injection: Injection | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`vcl_activation` with ``weight`` times its loss, and beta acting as ``max(beta, beta_min)``.
-
-    The weight is inside the kernels, so that the upstream gradient can stay 1 and backward has nothing to scale.
-    With an ``injection`` the loss, detached, is in the graph of y.
-    """
-    beta, spec = check_loss(x, beta, sub_batch_size, form, unit, num_sub_batches, reduction, weight, beta_min)
+    """:func:`vcl_activation` of checked arguments. With an ``injection`` the loss, detached, is in the graph of y."""
     implementation = _implementation(x, beta, backend)
     if implementation is None:
         y, loss = reference.activation_and_loss(x, activation, beta, spec)
     else:
-        seen = in_layout(x, spec.per_activation)
+        readable = in_layout(x, spec.per_activation)
         if activation != IDENTITY:
-            return differentiable.activation_and_loss(seen, activation, beta, spec, implementation, injection)
-        y, loss = x, differentiable.loss(seen, beta, spec, implementation)
-    return (y, loss) if injection is None else autograd.injected(y, loss, injection)
+            settings = ActivationSettings(activation, spec, implementation, injection)
+            return differentiable.activation_and_loss(readable, beta, settings)
+        y, loss = x, differentiable.loss(readable, beta, spec, implementation)
+    return (y, loss) if injection is None else injected(y, loss, injection)
 
 
 def sub_batch_moments(
@@ -217,15 +188,15 @@ def sub_batch_moments(
             [4.]]), tensor([[2.],
             [8.]]))
     """
-    K, per_activation = check_moments(x, sub_batch_size, unit, num_sub_batches)
+    sub_batches = check_moments(x, sub_batch_size, unit, num_sub_batches)
     implementation = _implementation(x, None, backend)
     if implementation is None:
-        return reference.moments(reference.in_layout_of_gradient(x), sub_batch_size, K, per_activation)
-    return differentiable.moments(in_layout(x, per_activation), sub_batch_size, K, per_activation, implementation)
+        return reference.moments(reference.in_layout_of_gradient(x), sub_batches)
+    return differentiable.moments(in_layout(x, sub_batches.per_activation), sub_batches, implementation)
 
 
-def _implementation(x: Tensor, beta: Tensor | None, backend: str | None) -> Any:
-    """Return the namespace of ops that serves ``x``, or None for the reference."""
+def _implementation(x: Tensor, beta: Tensor | None, backend: str | None) -> Backend | None:
+    """Return what serves ``x``, or None for the reference."""
     chosen = choose(backend, x)
     if chosen != "reference" and has_transform(x, beta):
         if backend is not None:
@@ -237,5 +208,5 @@ def _implementation(x: Tensor, beta: Tensor | None, backend: str | None) -> Any:
     if chosen == "reference" or x.numel() == 0:
         return None
     if chosen == "triton" and x.device.type == "cpu":
-        return interpreted_triton()
+        return triton_backend()
     return ops

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .options import LossSpec, SubBatches
+
 
 class Geometry(NamedTuple):
     """Shape and strides of x as ``[row, unit, position]``, with K sub-batches of n rows."""
@@ -29,9 +31,9 @@ class Geometry(NamedTuple):
     pos_stride: int
 
     @classmethod
-    def of(cls, x: Tensor, n: int, K: int, per_activation: bool) -> Geometry:
+    def of(cls, x: Tensor, cut: SubBatches | LossSpec) -> Geometry:
         """See ``x``, which must lie in a supported layout (``in_layout``)."""
-        return cls.of_shape(x.shape, x.stride(), n, K, per_activation)
+        return cls.of_shape(x.shape, x.stride(), cut.n, cut.K, cut.per_activation)
 
     @classmethod
     def of_shape(cls, shape: torch.Size, strides: tuple[int, ...], n: int, K: int, per_activation: bool) -> Geometry:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from . import reference
-from .autograd import Injection, injected
 from .checks import (
     channels_first,
     check_activation,
@@ -18,13 +17,15 @@ from .checks import (
     check_count,
     check_dimensions,
     check_dtype,
+    check_loss,
     check_number,
     check_tensor,
 )
-from .functional import weighted_activation
+from .functional import activation_and_loss
 from .geometry import accumulation_dtype, unit_shape
+from .injection import Injection, injected
 from .options import FORMS, UNITS
-from .transforms import in_functorch
+from .torch_private import in_functorch
 
 __all__ = ["VCL", "VCLActivation"]
 
@@ -149,20 +150,18 @@ class VCLActivation(nn.Module):
             latest.loss = loss
             return y
         seen = channels_first(x, self.channel_dim)
-        y, latest.loss = weighted_activation(
+        beta, spec = check_loss(
             seen,
-            self.activation,
             self._beta(seen),
-            sub_batch_size=self.sub_batch_size,
-            form=self.form,
-            unit=self.unit,
-            num_sub_batches=self._present(x),
-            reduction="mean",
-            backend=self.backend,
-            weight=self.weight,
-            beta_min=self.beta_min,
-            injection=injection,
+            self.sub_batch_size,
+            self.form,
+            self.unit,
+            self._present(x),
+            "mean",
+            self.weight,
+            self.beta_min,
         )
+        y, latest.loss = activation_and_loss(seen, beta, spec, self.activation, self.backend, injection)
         if y is seen:
             return x
         return y if seen is x else y.movedim(1, self.channel_dim)

@@ -1,16 +1,21 @@
-"""The registered ops: their schemas, what they return for fake tensors, and the backend that each device gets.
+"""The registered ops: their schemas, what they return for fake tensors, and the functions of a ``Backend`` on them.
 
-Every function here but ``multiply_`` takes tensors however they lie, and the values of a ``LossSpec``. ``mean``,
-``var``, ``scale`` and ``shift`` are ``(K, *units)`` in the accumulation dtype. Results lie as x does, those of units in
-x's order of units; or as for a contiguous x where kernels cannot read x where it lies.
+Schemas list plain arguments in the order of ``LossSpec``, ``SubBatches`` and ``Activation``. ``mean``, ``var``,
+``scale`` and ``shift`` are ``(K, *units)`` in the accumulation dtype.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from typing import Any
 
-from .backends import load_native, one_pass, register_triton
+import torch
+from torch import Tensor
+
+from .backends import cpu, one_pass, triton, triton_backend
+from .backends.interface import Backend, Coefficients, Saved
 from .geometry import accumulation_dtype, empty_rows, empty_units, in_layout
+from .options import Activation, LossSpec, SubBatches
 
 __all__ = [
     "activation",
@@ -56,72 +61,182 @@ define(
 )
 library.define("multiply_(Tensor(a!) dx, Tensor g) -> ()")  # dx is dense
 
-load_native()
-register_triton(library)
-
-# What autograd calls. A triton backend under the interpreter has functions of the same names.
-loss = torch.ops.vcl_kernels.loss.default
-loss_dx = torch.ops.vcl_kernels.loss_dx.default
-loss_coefficients = torch.ops.vcl_kernels.loss_coefficients.default
-moments = torch.ops.vcl_kernels.moments.default
-moments_dx = torch.ops.vcl_kernels.moments_dx.default
-activation = torch.ops.vcl_kernels.activation.default
-activation_dx = torch.ops.vcl_kernels.activation_dx.default
-multiply_ = torch.ops.vcl_kernels.multiply_.default
+_ops = torch.ops.vcl_kernels
+_LOSS = len(LossSpec._fields)
 
 
-def _loss_and_dbeta(x, beta, per_activation, reduce, beta_grad):  # type: ignore[no-untyped-def]
-    loss = x.new_empty((), dtype=accumulation_dtype(x.dtype)) if reduce else empty_units(x, per_activation)
-    if not beta_grad:
-        return loss, x.new_empty(0, dtype=accumulation_dtype(x.dtype))
-    return loss, torch.empty_like(loss) if reduce and beta.dim() == 0 else empty_units(x, per_activation)
+# A Backend on the ops: values become plain arguments.
 
 
-@torch.library.register_fake("vcl_kernels::loss", lib=library)
-def _(x, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce):  # type: ignore[no-untyped-def]
-    x = in_layout(x, per_activation)
-    return _loss_and_dbeta(x, beta, per_activation, reduce, False)[0]
+def loss(x: Tensor, beta: Tensor | None, spec: LossSpec) -> Tensor:
+    """See :class:`Backend`, as of all functions here."""
+    return _ops.loss.default(x, beta, *spec)
 
 
-@torch.library.register_fake("vcl_kernels::loss_dx", lib=library)
-def _(x, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce, beta_grad):  # type: ignore[no-untyped-def]
-    x = in_layout(x, per_activation)
-    loss, dbeta = _loss_and_dbeta(x, beta, per_activation, reduce, beta_grad)
+def loss_dx(x: Tensor, beta: Tensor | None, spec: LossSpec, beta_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """See :class:`Backend`."""
+    return _ops.loss_dx.default(x, beta, *spec, beta_grad)
+
+
+def loss_coefficients(
+    x: Tensor, beta: Tensor | None, spec: LossSpec, beta_grad: bool, keep_rows: bool
+) -> tuple[Tensor, Coefficients, Tensor, Tensor]:
+    """See :class:`Backend`."""
+    loss, mean, scale, dbeta, rows = _ops.loss_coefficients.default(x, beta, *spec, beta_grad, keep_rows)
+    return loss, Coefficients(mean, scale), dbeta, rows
+
+
+def activation(
+    x: Tensor, beta: Tensor | None, spec: LossSpec, activation: Activation, beta_grad: bool, keep_rows: bool
+) -> tuple[Tensor, Tensor, Coefficients, Tensor, Tensor]:
+    """See :class:`Backend`."""
+    y, loss, mean, scale, dbeta, rows = _ops.activation.default(x, beta, *spec, beta_grad, *activation, keep_rows)
+    return y, loss, Coefficients(mean, scale), dbeta, rows
+
+
+def activation_dx(
+    saved: Saved,
+    dy: Tensor | None,
+    coefficients: Coefficients,
+    g: Tensor | None,
+    activation: Activation,
+    sub_batches: SubBatches,
+    N: int,
+) -> Tensor:
+    """See :class:`Backend`."""
+    (n, _, per_activation), (mean, scale, _) = sub_batches, coefficients
+    return _ops.activation_dx.default(
+        saved.tensor, saved.from_output, saved.rows, dy, mean, scale, g, n, N, per_activation, *activation
+    )
+
+
+def moments(x: Tensor, sub_batches: SubBatches) -> tuple[Tensor, Tensor]:
+    """See :class:`Backend`."""
+    return _ops.moments.default(x, *sub_batches)
+
+
+def moments_dx(x: Tensor, coefficients: Coefficients, g: Tensor | None, sub_batches: SubBatches, N: int) -> Tensor:
+    """See :class:`Backend`."""
+    return _ops.moments_dx.default(x, *coefficients, g, sub_batches.n, N, sub_batches.per_activation)
+
+
+def multiply_(dx: Tensor, g: Tensor) -> None:
+    """See :class:`Backend`."""
+    _ops.multiply_.default(dx, g)
+
+
+# The other way round: a Backend serves a device's tensors, and plain arguments become values again.
+
+
+def _register(backend: Callable[[], Backend], device: str) -> None:
+    """Register a backend that is fetched in the first call."""
+
+    def loss(x: Tensor, beta: Tensor | None, *spec: Any) -> Any:
+        return backend().loss(x, beta, LossSpec(*spec))
+
+    def loss_dx(x: Tensor, beta: Tensor | None, *plain: Any) -> Any:
+        return backend().loss_dx(x, beta, LossSpec(*plain[:_LOSS]), *plain[_LOSS:])
+
+    def loss_coefficients(x: Tensor, beta: Tensor | None, *plain: Any) -> Any:
+        loss, (mean, scale, _), dbeta, rows = backend().loss_coefficients(
+            x, beta, LossSpec(*plain[:_LOSS]), *plain[_LOSS:]
+        )
+        return loss, mean, scale, dbeta, rows
+
+    def activation(x: Tensor, beta: Tensor | None, *plain: Any) -> Any:
+        beta_grad, kind, parameter, keep_rows = plain[_LOSS:]
+        y, loss, (mean, scale, _), dbeta, rows = backend().activation(
+            x, beta, LossSpec(*plain[:_LOSS]), Activation(kind, parameter), beta_grad, keep_rows
+        )
+        return y, loss, mean, scale, dbeta, rows
+
+    def activation_dx(saved: Tensor | None, from_output: bool, rows: Tensor | None, *plain: Any) -> Any:
+        dy, mean, scale, g, n, N, per_activation, kind, parameter = plain
+        of_x, cut = Saved(saved, rows, from_output), SubBatches(n, mean.shape[0], per_activation)
+        return backend().activation_dx(of_x, dy, Coefficients(mean, scale), g, Activation(kind, parameter), cut, N)
+
+    def moments(x: Tensor, *sub_batches: Any) -> Any:
+        return backend().moments(x, SubBatches(*sub_batches))
+
+    def moments_dx(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor | None, *plain: Any) -> Any:
+        g, n, N, per_activation = plain
+        cut = SubBatches(n, mean.shape[0], per_activation)
+        return backend().moments_dx(x, Coefficients(mean, scale, shift), g, cut, N)
+
+    def multiply_(dx: Tensor, g: Tensor) -> None:
+        backend().multiply_(dx, g)
+
+    for function in (loss, loss_dx, loss_coefficients, activation, activation_dx, moments, moments_dx, multiply_):
+        library.impl(function.__name__, function, device)
+
+
+cpu.load()  # its library registers itself
+if triton.reason_not_installed() is None and not triton.interpreting():
+    _register(triton_backend, "CUDA")
+
+
+# What the ops return for fake tensors: shapes, dtypes and strides.
+
+
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return torch.library.register_fake(f"vcl_kernels::{name}", lib=library)
+
+
+def _fake_loss_and_dbeta(x: Tensor, beta: Tensor | None, spec: LossSpec, beta_grad: bool) -> tuple[Tensor, Tensor]:
+    sum_dtype, per_activation = accumulation_dtype(x.dtype), spec.per_activation
+    loss = x.new_empty((), dtype=sum_dtype) if spec.reduce else empty_units(x, per_activation)
+    if beta is None or not beta_grad:
+        return loss, x.new_empty(0, dtype=sum_dtype)
+    return loss, torch.empty_like(loss) if spec.reduce and beta.dim() == 0 else empty_units(x, per_activation)
+
+
+@_fake("loss")
+def _(x: Tensor, beta: Tensor | None, *spec: Any) -> Tensor:
+    of = LossSpec(*spec)
+    return _fake_loss_and_dbeta(in_layout(x, of.per_activation), beta, of, False)[0]
+
+
+@_fake("loss_dx")
+def _(x: Tensor, beta: Tensor | None, *plain: Any) -> tuple[Tensor, ...]:
+    spec = LossSpec(*plain[:_LOSS])
+    x = in_layout(x, spec.per_activation)
+    loss, dbeta = _fake_loss_and_dbeta(x, beta, spec, plain[_LOSS])
     return loss, empty_rows(x, x.shape[0]), dbeta
 
 
-@torch.library.register_fake("vcl_kernels::loss_coefficients", lib=library)
-def _(x, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce, beta_grad, keep):  # type: ignore[no-untyped-def]
-    x = in_layout(x, per_activation)
-    loss, dbeta = _loss_and_dbeta(x, beta, per_activation, reduce, beta_grad)
-    mean, scale = empty_units(x, per_activation, K), empty_units(x, per_activation, K)
-    return loss, mean, scale, dbeta, empty_rows(x, K * n) if keep else x.new_empty(0)
+@_fake("loss_coefficients")
+def _fake_coefficients(x: Tensor, beta: Tensor | None, *plain: Any) -> tuple[Tensor, ...]:
+    spec, (beta_grad, *_, keep_rows) = LossSpec(*plain[:_LOSS]), plain[_LOSS:]
+    x = in_layout(x, spec.per_activation)
+    loss, dbeta = _fake_loss_and_dbeta(x, beta, spec, beta_grad)
+    mean, scale = (empty_units(x, spec.per_activation, spec.K) for _ in range(2))
+    return loss, mean, scale, dbeta, empty_rows(x, spec.K * spec.n) if keep_rows else x.new_empty(0)
 
 
-@torch.library.register_fake("vcl_kernels::moments", lib=library)
-def _(x, n, K, per_activation):  # type: ignore[no-untyped-def]
+@_fake("activation")
+def _(x: Tensor, beta: Tensor | None, *plain: Any) -> tuple[Tensor, ...]:
+    y = empty_rows(in_layout(x, LossSpec(*plain[:_LOSS]).per_activation), x.shape[0])
+    return y, *_fake_coefficients(x, beta, *plain)
+
+
+@_fake("moments")
+def _(x: Tensor, n: int, K: int, per_activation: bool) -> tuple[Tensor, ...]:
     x = in_layout(x, per_activation)
     return empty_units(x, per_activation, K), empty_units(x, per_activation, K)
 
 
-@torch.library.register_fake("vcl_kernels::moments_dx", lib=library)
-def _(x, mean, scale, shift, g, n, N, per_activation):  # type: ignore[no-untyped-def]
+@_fake("moments_dx")
+def _(x: Tensor, *plain: Any) -> Tensor:
+    *_, N, per_activation = plain
     return empty_rows(in_layout(x, per_activation), N)
 
 
-@torch.library.register_fake("vcl_kernels::activation", lib=library)
-def _(x, beta, beta_value, beta_min, n, K, form, per_activation, factor, reduce, beta_grad, kind, parameter, keep):  # type: ignore[no-untyped-def]
-    x = in_layout(x, per_activation)
-    loss, dbeta = _loss_and_dbeta(x, beta, per_activation, reduce, beta_grad)
-    mean, scale = empty_units(x, per_activation, K), empty_units(x, per_activation, K)
-    return empty_rows(x, x.shape[0]), loss, mean, scale, dbeta, empty_rows(x, K * n) if keep else x.new_empty(0)
-
-
-@torch.library.register_fake("vcl_kernels::activation_dx", lib=library)
-def _(saved, from_output, rows, dy, mean, scale, g, n, N, per_activation, kind, parameter):  # type: ignore[no-untyped-def]
+@_fake("activation_dx")
+def _(saved: Tensor | None, from_output: bool, rows: Tensor, *plain: Any) -> Tensor:
+    N, per_activation = plain[5:7]
     return empty_rows(in_layout(rows if saved is None else saved, per_activation), N)
 
 
-@torch.library.register_fake("vcl_kernels::multiply_", lib=library)
-def _(dx, g):  # type: ignore[no-untyped-def]
+@_fake("multiply_")
+def _(dx: Tensor, g: Tensor) -> None:
     return None

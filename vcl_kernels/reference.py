@@ -21,8 +21,8 @@ from torch import Tensor
 
 from .checks import check_activation, check_loss, check_moments
 from .geometry import dense_strides, with_strides
-from .options import FORMS, IDENTITY, NO_MINIMUM, Activation, LossSpec
-from .transforms import has_transform
+from .options import FORMS, IDENTITY, NO_MINIMUM, Activation, LossSpec, SubBatches
+from .torch_private import has_transform
 
 __all__ = ["sub_batch_moments", "vcl_activation", "vcl_loss"]
 
@@ -42,7 +42,7 @@ def vcl_loss(
     return loss(in_layout_of_gradient(x), beta, spec)
 
 
-def vcl_activation(
+def vcl_activation(  # the public signature
     x: Tensor,
     activation: str = "elu",
     beta: float | Tensor | None = None,
@@ -65,12 +65,12 @@ def sub_batch_moments(
     x: Tensor, sub_batch_size: int, *, unit: str = "channel", num_sub_batches: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance of each sub-batch: see :func:`vcl_kernels.sub_batch_moments`."""
-    K, per_activation = check_moments(x, sub_batch_size, unit, num_sub_batches)
-    return moments(in_layout_of_gradient(x), sub_batch_size, K, per_activation)
+    return moments(in_layout_of_gradient(x), check_moments(x, sub_batch_size, unit, num_sub_batches))
 
 
-def moments(x: Tensor, n: int, K: int, per_activation: bool) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor, sub_batches: SubBatches) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance ``(K, *units)``, in float32 for half precision."""
+    n, K, per_activation = sub_batches
     samples = x[: K * n].unflatten(0, (K, n))
     if samples.dtype in (torch.float16, torch.bfloat16):
         samples = samples.float()
@@ -83,12 +83,8 @@ def moments(x: Tensor, n: int, K: int, per_activation: bool) -> tuple[Tensor, Te
 
 def loss(x: Tensor, beta: Tensor | None, spec: LossSpec) -> Tensor:
     """``factor`` times the loss of each unit, or their sum if ``spec.reduce``."""
-    _, var = moments(x, spec.n, spec.K, spec.per_activation)
-    least: Tensor | float = spec.beta_value if beta is None else beta
-    if beta is not None and spec.beta_min != NO_MINIMUM:
-        bound = LowerBound if torch.compiler.is_compiling() else LowerBoundInForwardMode
-        least = bound.apply(beta, spec.beta_min)[0]
-    per_unit = loss_of_variances(var, least, FORMS[spec.form])
+    _, var = moments(x, spec.sub_batches)
+    per_unit = loss_of_variances(var, bounded_beta(beta, spec), FORMS[spec.form])
     return spec.factor * (per_unit.sum() if spec.reduce else per_unit)
 
 
@@ -141,6 +137,16 @@ def loss_of_variances(var: Tensor, beta: Tensor | float, form: str) -> Tensor:
     vbar = var.mean(0)
     variation = (var - vbar).square().sum(0) / (var.shape[0] - 1)
     return variation if form == "variance" else variation / (vbar + beta).square()
+
+
+def bounded_beta(beta: Tensor | None, spec: LossSpec) -> Tensor | float:
+    """max(beta, beta_min), the beta that acts."""
+    if spec.beta_min == NO_MINIMUM:
+        return spec.beta_value if beta is None else beta
+    if beta is None:
+        return max(spec.beta_value, spec.beta_min)
+    bound = LowerBound if torch.compiler.is_compiling() else LowerBoundInForwardMode
+    return bound.apply(beta, spec.beta_min)[0]
 
 
 def in_layout_of_gradient(x: Tensor) -> Tensor:

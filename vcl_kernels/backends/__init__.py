@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
 
-import torch
 from torch import Tensor
 
+from ..options import LossSpec
 from . import cpu, triton
+from .interface import Backend
 
 NAMES = ("cpu", "triton", "reference")
 
 
-def load_native() -> None:
-    """Load the compiled ops, if they were built."""
-    cpu.load()
-
-
-def register_triton(library: torch.library.Library) -> None:
-    """Register the Triton kernels for CUDA tensors, if Triton is installed."""
-    if triton.reason_not_installed() is None and not triton.interpreting():
-        triton.register(library)
-
-
-def interpreted_triton() -> Any:
-    """Return the Triton launchers themselves, which take CPU tensors under the interpreter."""
+@cache
+def triton_backend() -> Backend:
+    """Import Triton and return its launchers, which serve CUDA tensors, and CPU tensors under the interpreter."""
     from .triton import launchers
 
     return launchers
@@ -65,8 +56,8 @@ def choose(name: str | None, x: Tensor) -> str:
     return name
 
 
-def one_pass(x: Tensor, n: int, K: int, per_activation: bool) -> bool:
+def one_pass(x: Tensor, spec: LossSpec) -> bool:
     """Whether the backend of x's device computes loss and gradient from one read of memory."""
     if x.device.type in ("cpu", "meta"):
-        return cpu.one_pass(x, n, K, per_activation)
-    return triton.one_pass(x, n, K, per_activation)
+        return cpu.one_pass(x, spec)
+    return triton_backend().one_pass(x, spec)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import Geometry
+from ..options import LossSpec
 
 # Bytes of x that are read again from a cache for the gradient
 _ONE_PASS_UNIT = 4 << 20  # of one unit
@@ -50,13 +51,13 @@ def reason() -> str | None:
     return _reason
 
 
-def one_pass(x: Tensor, n: int, K: int, per_activation: bool) -> bool:
+def one_pass(x: Tensor, spec: LossSpec) -> bool:
     """Whether loss and gradient come from one read of memory."""
     size = x.element_size()
     if x.numel() * size <= _ONE_PASS_COLUMN:  # said at once: a small loss is all fixed cost
         return True
-    g = Geometry.of(x, n, K, per_activation)
+    g = Geometry.of(x, spec)
     if g.spatial:
-        return K * g.M * size <= _ONE_PASS_UNIT
+        return g.K * g.M * size <= _ONE_PASS_UNIT
     coefficients = 2 * max(size, 4)  # mean and scale of a sub-batch, which a gradient made in backward keeps
-    return min(64, g.U) * K * g.M * size <= _ONE_PASS_COLUMN or g.M * size <= coefficients
+    return min(64, g.U) * g.K * g.M * size <= _ONE_PASS_COLUMN or g.M * size <= coefficients

@@ -4,22 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor
-
-_OPS = (
-    "loss",
-    "loss_dx",
-    "loss_coefficients",
-    "moments",
-    "moments_dx",
-    "activation",
-    "activation_dx",
-    "multiply_",
-)
 
 
 def interpreting() -> bool:
@@ -42,25 +28,3 @@ def reason() -> str | None:
     if missing is None and not interpreting() and not torch.cuda.is_available():
         return "no CUDA or ROCm device is visible to torch; TRITON_INTERPRET=1 runs the kernels on CPU tensors"
     return missing
-
-
-def register(library: torch.library.Library) -> None:
-    """Register the launchers for CUDA tensors; Triton itself is imported by the first call."""
-    for name in _OPS:
-        library.impl(name, _launcher(name), "CUDA")
-
-
-def _launcher(name: str) -> Callable[..., Any]:
-    def launch(*args: Any) -> Any:
-        from . import launchers
-
-        return getattr(launchers, name)(*args)
-
-    return launch
-
-
-def one_pass(x: Tensor, n: int, K: int, per_activation: bool) -> bool:
-    """Whether loss and gradient come from one read of memory."""
-    from . import launchers
-
-    return launchers.one_pass(x, n, K, per_activation)

@@ -1,0 +1,60 @@
+"""Losses that nobody adds: they enter the graph through a layer's output."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .geometry import accumulation_dtype
+from .torch_private import in_functorch
+
+
+class Injection(NamedTuple):
+    """A loss whose backward starts with that of the layer's output."""
+
+    scaler: torch.amp.GradScaler | None = None  # that of the objective
+
+    def upstream(self, x: Tensor) -> Tensor:
+        """Return the loss's upstream gradient: 1, times the scaler's scale."""
+        one = torch.ones((), dtype=accumulation_dtype(x.dtype), device=x.device)
+        return one if self.scaler is None else self.scaler.scale(one)
+
+
+def injected(y: Tensor, loss: Tensor, injection: Injection) -> tuple[Tensor, Tensor]:
+    """Put ``loss`` into the graph of ``y``; return y and the loss detached."""
+    if in_functorch():  # there a loss inside vmap does not tell whether it requires a gradient
+        return InjectLossInFunctorch.apply(y, loss, injection), loss.detach()
+    return (InjectLoss.apply(y, loss, injection) if loss.requires_grad else y), loss.detach()
+
+
+class InjectLoss(torch.autograd.Function):
+    """The identity on y, whose backward starts that of ``loss``."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, loss: Tensor, injection: Injection) -> Tensor:
+        """Return y."""
+        ctx.injection = injection
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Pass dy on."""
+        return dy, ctx.injection.upstream(dy), None
+
+
+class InjectLossInFunctorch(InjectLoss):
+    """The same in the form that ``torch.func`` wants, which takes longer."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, loss: Tensor, injection: Injection) -> Tensor:  # type: ignore[override]
+        """Return y."""
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Injection], output: Tensor) -> None:
+        """Remember the injection."""
+        ctx.injection = inputs[2]

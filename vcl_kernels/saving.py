@@ -1,0 +1,64 @@
+"""What forward saves for backward. It decides which kernels both call.
+
+Of a loss:
+
+- at most half of the rows take part: those rows, and the coefficients. Backward makes dx.
+- the backend computes loss and gradient from one read of x: dx. Backward multiplies it by the upstream gradient.
+- else x, and the coefficients. Backward makes dx.
+
+Of an activation and its loss, one tensor of x's size, as the bare activation saves: y, which the next layer saves
+anyway, and the rows that take part, where the derivative follows from y and those rows are few; else x.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+import torch
+from torch import Tensor
+
+from .backends.interface import Backend
+from .options import Activation, LossSpec
+
+
+class LossSaving(Enum):
+    """What a loss saves."""
+
+    ROWS = auto()  # the rows that take part
+    DX = auto()  # the gradient for an upstream gradient of 1 (and x, for second derivatives)
+    X = auto()
+
+
+def for_loss(x: Tensor, spec: LossSpec, backend: Backend) -> LossSaving:
+    """Decide what the loss of ``x`` saves."""
+    if _holds(2 * spec.K * spec.n <= x.shape[0]):
+        return LossSaving.ROWS
+    # float16: the upstream gradient (a GradScaler's) must multiply before rounding, or small values vanish. A beta
+    # that alone is learnt needs no dx. An exported graph serves all sizes.
+    if x.dtype == torch.float16 or not x.requires_grad or torch.compiler.is_exporting():
+        return LossSaving.X
+    return LossSaving.DX if backend.one_pass(x, spec) else LossSaving.X
+
+
+def output_and_rows(x: Tensor, spec: LossSpec, activation: Activation) -> bool:
+    """Whether an activation saves y and the rows that take part, rather than x."""
+    if not activation.from_output:
+        return False
+    few = _holds(spec.K * spec.n <= x.shape[0] // 2)
+    return few or (_holds(spec.K == 2) and _holds(2 * spec.n < x.shape[0]))
+
+
+def apart_in_graph(x: Tensor, spec: LossSpec) -> bool:
+    """Whether a compiler gets the bare activation, and the loss of the rows that take part, as two things.
+
+    It fuses the activation with its neighbours, which saves more than reading a quarter of the rows twice costs.
+    """
+    compiles = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return compiles and 4 * spec.K * spec.n <= x.shape[0]
+
+
+def _holds(condition: bool | torch.SymBool) -> bool:
+    """Return ``condition``; False for a symbolic size in an export, where that choice is right for all sizes."""
+    if type(condition) is bool:
+        return condition
+    return not torch.compiler.is_exporting() and bool(condition)
