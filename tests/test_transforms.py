@@ -1,7 +1,6 @@
 """Transforms of torch.func and forward mode, which the reference has and kernels refuse, eager and compiled."""
 
 import copy
-import functools
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from conftest import FORMS, UNITS, device_of
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
 import vcl_kernels as vk
-from vcl_kernels import torch_private as transforms
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -219,17 +217,3 @@ def test_a_tangent_of_beta():
     with fwAD.dual_level():
         found = fwAD.unpack_dual(loss(X[0], beta=fwAD.make_dual(beta, direction))).tangent
     torch.testing.assert_close(found, (backward(lambda b: loss(X[0], beta=b), beta) * direction).sum())
-
-
-def test_a_torch_without_the_questions(monkeypatch):
-    """Kernels then refuse by autograd's own errors."""
-    monkeypatch.setattr(transforms, "in_functorch", transforms._never)
-    torch.testing.assert_close(loss(X[0]), loss(X[0], backend="reference"))
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        grad(loss)(X[0])
-    monkeypatch.setattr(transforms, "_levels", None)
-    compiled = torch.compile(functools.partial(loss, backend="cpu"), fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(X[0]), loss(X[0]))
-    assert not transforms.has_transform(X[0], None)
-    with fwAD.dual_level():
-        assert transforms.has_transform(fwAD.make_dual(X[0], T[0]), None)
