@@ -77,7 +77,7 @@ def vcl_loss(
     return activation_and_loss(x, beta, spec, IDENTITY, backend)[1]
 
 
-def vcl_activation(  # the public signature
+def vcl_activation(  # noqa: PLR0913  # the public signature
     x: Tensor,
     activation: str = "elu",
     beta: float | Tensor | None = None,

@@ -1,9 +1,9 @@
 """How a tensor is seen: the one description of shape and memory that kernels work from.
 
-An activation tensor ``(N, C, *spatial)`` is ``[row, unit, position]`` with P positions for each unit:
-U = C and P = the product of spatial sizes for channel units, U = C * P and one position for activation
-units. Kernels know two layouts: *spatial*, where a unit's positions are contiguous (NCHW), and *unit*,
-where neighbouring units are (2-D, channels_last, and all activation units, taken in memory order).
+Kernels see ``(N, C, *spatial)`` as ``[row, unit, position]``. For channel units U = C, and P is the product of the
+spatial sizes; for activation units U = C · P, and P = 1. There are two layouts: *spatial*, where a unit's positions are
+contiguous (NCHW), and *unit*, where neighbouring units are (2-D, channels_last, and activation units, which are taken
+in memory order).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Geometry(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, cut: SubBatches | LossSpec) -> Geometry:
-        """See ``x``, which must lie in a supported layout (``in_layout``)."""
+        """See ``x``, which is what ``in_layout`` returned."""
         return cls.of_shape(x.shape, x.stride(), cut.n, cut.K, cut.per_activation)
 
     @classmethod
@@ -51,13 +51,13 @@ class Geometry(NamedTuple):
 
 
 def _position_stride(shape: torch.Size, strides: tuple[int, ...]) -> int:
-    """Distance of neighbouring positions, whatever the order of the spatial dimensions."""
+    """Return the distance of neighbouring positions, whatever the order of the spatial dimensions."""
     steps = [d for s, d in zip(shape[2:], strides[2:], strict=True) if s > 1]
     return min(steps) if steps else 1
 
 
 def _fills(shape: torch.Size, strides: tuple[int, ...], step: int) -> bool:
-    """Whether the dimensions, in some order, are one dimension of stride ``step``."""
+    """Whether the dimensions, in some order, lie as one dimension of stride ``step`` would."""
     wanted = step * math.prod(shape)
     for _ in shape:
         for size, stride in zip(shape, strides, strict=True):
@@ -67,7 +67,7 @@ def _fills(shape: torch.Size, strides: tuple[int, ...], step: int) -> bool:
 
 
 def in_layout(x: Tensor, per_activation: bool) -> Tensor:
-    """Return ``x``, or a contiguous copy where its strides fit neither layout (every second column, overlaps)."""
+    """Return ``x``, or a contiguous copy if its strides fit neither layout (every second column, overlaps)."""
     if x.is_contiguous():
         return x
     if per_activation:
@@ -91,7 +91,7 @@ def unit_strides(x: Tensor, per_activation: bool) -> tuple[int, ...]:
 
 
 def in_unit_order(t: Tensor, x: Tensor, per_activation: bool) -> Tensor:
-    """Return ``t``, one value or one for each unit (and each sub-batch before it), in x's order of units."""
+    """Return ``t``, of shape ``()``, units or ``(K, *units)``, with its units laid out as those of x."""
     if t.dim() == 0:
         return t
     units = unit_shape(x.shape, per_activation)
@@ -113,7 +113,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def empty_units(x: Tensor, per_activation: bool, K: int | None = None) -> Tensor:
-    """Return an empty value for each unit (and with K for each sub-batch), in x's order of units."""
+    """Return an empty tensor of shape units, or with K ``(K, *units)``, with its units laid out as those of x."""
     shape, strides = unit_shape(x.shape, per_activation), unit_strides(x, per_activation)
     if not per_activation or x.is_contiguous():
         return x.new_empty(shape if K is None else (K, *shape), dtype=accumulation_dtype(x.dtype))
@@ -123,7 +123,7 @@ def empty_units(x: Tensor, per_activation: bool, K: int | None = None) -> Tensor
 
 
 def dense_strides(x: Tensor) -> tuple[int, ...]:
-    """Return the strides of samples one after another, each laid out as x's are: those of its gradient."""
+    """Return the strides of x's gradient: rows one after another, each laid out as a row of x."""
     inner = x.stride()[1:]
     if not _fills(x.shape[1:], inner, 1):
         inner = torch.empty_like(x[:1]).stride()[1:]
@@ -131,14 +131,14 @@ def dense_strides(x: Tensor) -> tuple[int, ...]:
 
 
 def empty_rows(x: Tensor, rows: int) -> Tensor:
-    """Return an empty tensor of ``rows`` samples, one after another, each laid out as x's are."""
+    """Return an empty tensor of ``rows`` rows, one after another, each laid out as a row of x."""
     if x.is_contiguous():
         return x.new_empty((rows, *x.shape[1:]))
     return x.new_empty_strided((rows, *x.shape[1:]), dense_strides(x))
 
 
 def with_strides(t: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """Return ``t``, or a copy that lies as a tensor of those strides; the copy is differentiable."""
+    """Return ``t``, or a (differentiable) copy with those strides."""
     if all(a == b for size, a, b in zip(t.shape, t.stride(), strides, strict=True) if size > 1):
         return t
     return t.new_empty_strided(t.shape, strides).copy_(t)

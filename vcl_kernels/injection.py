@@ -33,7 +33,7 @@ class InjectLoss(torch.autograd.Function):
     """The identity on y, whose backward starts that of ``loss``."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, loss: Tensor, injection: Injection) -> Tensor:
+    def forward(ctx: Any, y: Tensor, _loss: Tensor, injection: Injection) -> Tensor:
         """Return y."""
         ctx.injection = injection
         return y.view_as(y)
@@ -50,11 +50,11 @@ class InjectLossInFunctorch(InjectLoss):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(y: Tensor, loss: Tensor, injection: Injection) -> Tensor:  # type: ignore[override]
+    def forward(y: Tensor, _loss: Tensor, _injection: Injection) -> Tensor:  # type: ignore[override]
         """Return y."""
         return y.view_as(y)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Injection], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Injection], _output: Tensor) -> None:
         """Remember the injection."""
         ctx.injection = inputs[2]

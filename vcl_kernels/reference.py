@@ -42,7 +42,7 @@ def vcl_loss(
     return loss(in_layout_of_gradient(x), beta, spec)
 
 
-def vcl_activation(  # the public signature
+def vcl_activation(  # noqa: PLR0913  # the public signature
     x: Tensor,
     activation: str = "elu",
     beta: float | Tensor | None = None,
@@ -84,7 +84,8 @@ def moments(x: Tensor, sub_batches: SubBatches) -> tuple[Tensor, Tensor]:
 def loss(x: Tensor, beta: Tensor | None, spec: LossSpec) -> Tensor:
     """``factor`` times the loss of each unit, or their sum if ``spec.reduce``."""
     _, var = moments(x, spec.sub_batches)
-    per_unit = loss_of_variances(var, bounded_beta(beta, spec), FORMS[spec.form])
+    acting = bounded_beta(spec.beta_value if beta is None else beta, spec.beta_min)
+    per_unit = loss_of_variances(var, acting, FORMS[spec.form])
     return spec.factor * (per_unit.sum() if spec.reduce else per_unit)
 
 
@@ -139,25 +140,25 @@ def loss_of_variances(var: Tensor, beta: Tensor | float, form: str) -> Tensor:
     return variation if form == "variance" else variation / (vbar + beta).square()
 
 
-def bounded_beta(beta: Tensor | None, spec: LossSpec) -> Tensor | float:
-    """max(beta, beta_min), the beta that acts."""
-    if spec.beta_min == NO_MINIMUM:
-        return spec.beta_value if beta is None else beta
-    if beta is None:
-        return max(spec.beta_value, spec.beta_min)
+def bounded_beta(beta: Tensor | float, beta_min: float) -> Tensor | float:
+    """max(beta, beta_min), the beta that acts. Its gradient is the projected one: see :class:`LowerBound`."""
+    if beta_min == NO_MINIMUM:
+        return beta
+    if not isinstance(beta, Tensor):
+        return max(beta, beta_min)
     bound = LowerBound if torch.compiler.is_compiling() else LowerBoundInForwardMode
-    return bound.apply(beta, spec.beta_min)[0]
+    return bound.apply(beta, beta_min)[0]
 
 
 def in_layout_of_gradient(x: Tensor) -> Tensor:
-    """Return ``x`` with a gradient that comes in x's memory format, where PyTorch's own is contiguous or lies as dy."""
+    """Return ``x``, with a gradient in x's memory format. PyTorch's own is contiguous, or lies as dy."""
     if not (torch.is_grad_enabled() and x.requires_grad) or has_transform(x, None):
         return x
     return LayoutOfGradient.apply(x)
 
 
 class LayoutOfGradient(torch.autograd.Function):
-    """The identity, whose gradient lies as its input."""
+    """The identity, with a gradient that has its input's strides."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -167,23 +168,23 @@ class LayoutOfGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> Tensor:
-        """Copy dx if it lies otherwise."""
+        """Copy dx if it has other strides."""
         return with_strides(dx, ctx.strides)
 
 
 class LowerBound(torch.autograd.Function):
-    """max(beta, least), whose gradient below the bound is kept where it raises beta (a projected gradient)."""
+    """max(beta, least), with a projected gradient: below the bound, only what raises beta passes."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(beta: Tensor, least: float) -> tuple[Tensor, Tensor]:
-        """Bound ``beta`` from below; return also where it is free to move."""
+        """Return max(beta, least), and where beta is free to move."""
         return beta.clamp(min=least), beta >= least
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:
-        """Save where beta is free, not beta: it may be overwritten, and compiled code makes no check of that."""
+    def setup_context(ctx: Any, _inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+        """Save where beta is free. Beta itself may be overwritten, which compiled code does not check."""
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1])
         ctx.save_for_forward(output[1])
