@@ -70,7 +70,6 @@ def stages(out: Path, budget: float, rehearse: bool) -> list[Stage]:
         _compiled(stage, rehearse),
         _build(stage, out, rehearse),  # the CPU's backend: no stage on the GPU needs it
         *(benchmark(f"benchmark-{name}", ["benchmarks.run", name], *t, no_suites) for name, t in SUITES.items()),
-        benchmark("launch-sweep", ["benchmarks.sweep"], 30, 120),
     ]
 
 

@@ -1,1 +1,0 @@
-"""The launch settings that rules choose, timed against their neighbours: what the rules of the kernels rest on."""
