@@ -18,7 +18,7 @@ KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184  # 
 build: .venv/ready
 
 demo: build
-	$(KEEP) $(BIN)/python -m benchmarks.demo $(ARGS)
+	$(KEEP) $(BIN)/python -m examples.demo $(ARGS)
 
 test: build check
 	$(BIN)/python -m vcl_kernels

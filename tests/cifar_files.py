@@ -2,33 +2,23 @@
 
 import io
 import pickle
-import struct
+import pickletools
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.demo import cifar, packed
+from benchmarks.accuracy.data import cifar, packed
 
-
-class Python2Pickler(pickle._Pickler):
-    """Protocol 2 with bytes as the str of Python 2, and numpy by its old name, as in the published files."""
-
-    dispatch = pickle._Pickler.dispatch.copy()
-
-    def save_bytes(self, obj):
-        if len(obj) < 256:
-            self.write(pickle.SHORT_BINSTRING + bytes([len(obj)]) + obj)
-        else:
-            self.write(pickle.BINSTRING + struct.pack("<i", len(obj)) + obj)
-        self.memoize(obj)
-
-    dispatch[bytes] = save_bytes
+OLD_NAMES = {"SHORT_BINBYTES": pickle.SHORT_BINSTRING, "BINBYTES": pickle.BINSTRING}
 
 
 def write_python2(path, content):
-    with path.open("wb") as file:
-        Python2Pickler(file, protocol=2).dump(content)
-    path.write_bytes(path.read_bytes().replace(b"cnumpy._core.", b"cnumpy.core."))
+    """Pickle as the published files are: protocol 2, bytes as the str of Python 2, numpy by its old name."""
+    text = bytearray(pickle.dumps(content, protocol=3))
+    for opcode, _, position in pickletools.genops(bytes(text)):
+        if opcode.name in OLD_NAMES:
+            text[position : position + 1] = OLD_NAMES[opcode.name]
+    path.write_bytes(bytes(text).replace(b"\x80\x03", b"\x80\x02", 1).replace(b"cnumpy._core.", b"cnumpy.core."))
 
 
 def write_cifar(folder, classes, count=3):

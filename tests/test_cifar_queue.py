@@ -1,10 +1,10 @@
 """The CIFAR study: its plan, the queue that works it off, the turns on one GPU, the runs that are finished."""
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,11 +15,10 @@ from common import wait_until
 
 from benchmarks.accuracy.__main__ import main
 from benchmarks.accuracy.cifar import agenda, files, machine, queue, records, runs, training, turns
-from benchmarks.accuracy.cifar.process import Stop, only_one
+from benchmarks.accuracy.cifar.process import Stop, only_one, stop_signals
 from benchmarks.accuracy.options import RESULTS, parse
 from benchmarks.accuracy.page import cifar as page
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -60,15 +59,12 @@ def names(found):
 def test_the_plan_has_the_runs_of_its_stages():
     found = list(runs.planned({}))
     assert len(set(names(found))) == len(found) == 9 + 24 + 24 + 12
-    assert {(r.stage, r.dataset, r.epochs, r.k, r.held_out) for r in found} == {
-        ("0", "cifar10", 20, 0.25, 5000),
-        ("1", "cifar10", 60, 0.25, None),
-        ("1b", "cifar10", 60, 0.25, None),
-        ("2", "cifar100", 60, 0.25, None),
+    kinds = {(r.stage, r.dataset, r.epochs, r.k, r.held_out) for r in found}
+    assert kinds == {("0", "cifar10", 20, 0.25, 5000)} | {
+        (stage, data, 60, 0.25, None) for stage, data in (("1", "cifar10"), ("1b", "cifar10"), ("2", "cifar100"))
     }
-    assert {(r.method, r.learning_rate) for r in found if r.stage == "0"} == {
-        (method, rate) for method in runs.BASE for rate in (0.02, 0.05, 0.1)
-    }
+    tuned = {(r.method, r.learning_rate) for r in found if r.stage == "0"}
+    assert tuned == {(method, rate) for method in runs.BASE for rate in ERRORS}
 
 
 def test_the_rate_of_the_lowest_error_is_chosen_once_all_are_done(tmp_path):
@@ -78,37 +74,26 @@ def test_the_rate_of_the_lowest_error_is_chosen_once_all_are_done(tmp_path):
         if run.stage == "0" and run.method == "none" and run.learning_rate != 0.05:
             write(store, run, error=20.0, nll=0.5 if run.learning_rate == 0.1 else 2)
     assert store.rates()["none"] == 0.1
-    by_name = {run.name: run for run in runs.planned(store.rates())}
-    assert by_name["1-cifar10-none-seed3"].learning_rate == 0.1
-    assert by_name["1b-cifar10-none-he-seed0"].learning_rate == 0.1
-    assert by_name["1b-cifar10-vcl-relu-seed0"].learning_rate == 0.05
-    assert by_name["1b-cifar10-gn-seed0"].learning_rate is None
-    assert by_name["2-cifar100-bn-seed0"].learning_rate is None
+    rates = {run.name: run.learning_rate for run in runs.planned(store.rates())}
+    assert rates["1-cifar10-none-seed3"] == rates["1b-cifar10-none-he-seed0"] == 0.1
+    assert rates["1b-cifar10-vcl-relu-seed0"] == 0.05
+    assert rates["1b-cifar10-gn-seed0"] is rates["2-cifar100-bn-seed0"] is None
+    found = agenda.Agenda(store, ["1-*"])
+    assert {run.method for run in found.possible()} == {"none", "vcl"}
+    assert {name.split("-")[2] for name in found.waiting()} == {"bn"}
+    assert "stage 0" in found.waiting()["1-cifar10-bn-seed5"]
 
 
 def test_runs_are_taken_in_the_order_of_patterns_those_begun_first(tmp_path):
     store = with_stage_0(tmp_path)
     found = agenda.Agenda(store, ["2-*-seed1", "1-*"])
-    assert names(found.possible())[:4] == [
-        "2-cifar100-none-seed1",
-        "2-cifar100-bn-seed1",
-        "2-cifar100-vcl-seed1",
-        "1-cifar10-none-seed0",
-    ]
+    first = [f"2-cifar100-{method}-seed1" for method in runs.BASE] + ["1-cifar10-none-seed0"]
+    assert names(found.possible())[:4] == first
     by_name = {run.name: run for run in found.wanted()}
     write(store, by_name["1-cifar10-bn-seed4"], epochs=7)
     write(store, by_name["2-cifar100-none-seed1"])
     assert names(found.possible())[:2] == ["1-cifar10-bn-seed4", "2-cifar100-bn-seed1"]
     assert list(found.status(workers=2))[-1].startswith("1 finished, 1 begun, 25 to do; ")
-
-
-def test_what_has_no_learning_rate_yet_waits(tmp_path):
-    store = with_stage_0(tmp_path, ["none"])
-    found = agenda.Agenda(store, ["1-*"])
-    assert {run.method for run in found.possible()} == {"none"}
-    reasons = found.waiting()
-    assert {name.split("-")[2] for name in reasons} == {"bn", "vcl"}
-    assert "stage 0" in reasons["1-cifar10-vcl-seed5"]
 
 
 def test_a_seed_goes_on_only_on_the_kind_of_cpu_where_it_began(tmp_path):
@@ -169,27 +154,35 @@ def record_of(tmp_path, name):
     return json.loads(path.read_text()) if path.exists() else None
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_asks_to_stop(number):
+    with stop_signals() as stop:
+        os.kill(os.getpid(), number)
+        wait_until(lambda: stop.asked)
+    assert signal.getsignal(number) != stop.ask
+
+
 def test_the_queue_can_be_stopped_and_started_again_and_names_a_run_that_fails(tmp_path, capfd, monkeypatch):
     keep_environment(monkeypatch)
-    write_packed(tmp_path / "data", 10, training=2500, tested=100)
-    name = "0-cifar10-vcl-rate0.1-seed0"
+    write_packed(tmp_path / "data", 10, training=1500, tested=100)
+    name, fails = "0-cifar10-vcl-rate0.1-seed0", "0-cifar10-bn-rate0.1-seed0"
     alone = asked(tmp_path, "--runs", name, "--workers", "1")
-    program = [sys.executable, "-W", "ignore", "-m", "benchmarks.accuracy"]
-    resumed = []
-    for number, to_all in ((signal.SIGTERM, False), (signal.SIGINT, True)):  # the second as Ctrl-C does
-        started = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
-        with subprocess.Popen([*program, *alone], **started) as process:
-            least = len(resumed) + 1
-            wait_until(lambda least=least: epochs_begun(tmp_path, name) >= least)
-            (os.killpg if to_all else os.kill)(process.pid, number)
-            printed = process.communicate(timeout=60)[0]
-        assert process.returncode == 0
-        assert "the same command continues" in printed
-        assert "hours left" in printed
-        resumed.append(epochs_begun(tmp_path, name))
-        assert f"{name}: epoch {resumed[-1]} of 6" in printed
-        assert record_of(tmp_path, name) is None
-    fails = "0-cifar10-bn-rate0.1-seed0"
+
+    def press_ctrl_c():
+        wait_until(lambda: epochs_begun(tmp_path, name) >= 1)
+        for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
+            os.kill(process.pid, signal.SIGINT)
+
+    thread = threading.Thread(target=press_ctrl_c)
+    thread.start()
+    assert main(alone) == 0
+    thread.join()
+    printed = capfd.readouterr().out
+    assert "the same command continues" in printed
+    assert "hours left" in printed
+    done = epochs_begun(tmp_path, name)
+    assert f"{name}: epoch {done} of 6" in printed
+    assert record_of(tmp_path, name) is None
     checkpoint = tmp_path / "state" / fails / "checkpoint.pt"
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_bytes(b"cut off")
@@ -199,9 +192,9 @@ def test_the_queue_can_be_stopped_and_started_again_and_names_a_run_that_fails(t
     assert f"{name} failed" not in printed
     assert f"{checkpoint} cannot be resumed; delete its folder" in printed
     found = record_of(tmp_path, name)
-    assert found["resumed_after_epochs"] == resumed
+    assert found["resumed_after_epochs"] == [done]
     assert len(found["epochs"]["test_error"]) == 6
-    assert (found["images"]["training"], found["images"]["scored"]) == (2000, 500)
+    assert (found["images"]["training"], found["images"]["scored"]) == (1200, 300)
     assert main([*alone, "--status"]) == 0
     assert f"{name}: epoch 6 of 6" in capfd.readouterr().out
 
@@ -246,70 +239,63 @@ def test_no_worker_outlives_a_queue_that_ends_by_an_error(tmp_path, monkeypatch)
     assert not process.is_alive()
 
 
-def gpu(tmp_path, *arguments):
-    folders = ["--data-dir", tmp_path / "data", "--state", tmp_path / "state", "--results", tmp_path / "results"]
-    small_ = ["--k", "0.02", "--epochs", "3", "--device", "cpu"]
-    return main(list(map(str, ["cifar-gpu", *folders, *small_, *arguments])))
-
-
-def test_on_one_device_methods_take_turns_within_a_budget(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def gpu(tmp_path):
+    """The command of turns on one device, with tiny networks; and the epochs that each method has done."""
     write_packed(tmp_path / "data", 10, training=40, tested=20)
-    took = []
-    epoch = training.Training.epoch
+    folders = ["--data-dir", tmp_path / "data", "--state", tmp_path / "state", "--results", tmp_path / "results"]
+    small = ["--k", "0.02", "--epochs", "3", "--device", "cpu"]
+    return lambda *arguments: main(list(map(str, ["cifar-gpu", *folders, *small, *arguments])))
+
+
+def of_turns(tmp_path, seed=0):
+    """The records of a seed: epochs done, and those after which it was resumed."""
+    found = [record_of(tmp_path, f"gpu-cifar10-{method}-seed{seed}") for method in runs.BASE]
+    return [len(record["epochs"]["test_error"]) for record in found], [r["resumed_after_epochs"] for r in found]
+
+
+def test_on_one_device_methods_take_turns_within_a_budget(tmp_path, monkeypatch, capsys, gpu):
+    took, epoch = [], training.Training.epoch
     monkeypatch.setattr(
         training.Training, "epoch", lambda self: (took.append((self.run.seed, self.run.method)), epoch(self))
     )
-    assert gpu(tmp_path, "--budget", "0.001", "--seeds", "1") == 0
+    assert gpu("--budget", "0.001", "--seeds", "1") == 0
     assert took == []
-    assert gpu(tmp_path, "--budget", "1000", "--seeds", "2") == 0
+    assert gpu("--budget", "1000", "--seeds", "2") == 0
     assert took == [(seed, method) for seed in (0, 1) for _ in range(3) for method in runs.BASE]
-    for method in runs.BASE:
-        record = record_of(tmp_path, f"gpu-cifar10-{method}-seed1")
-        assert len(record["epochs"]["test_error"]) == 3
-    assert gpu(tmp_path, "--budget", "1000", "--seeds", "2") == 0
+    assert of_turns(tmp_path, seed=1)[0] == [3, 3, 3]
+    assert gpu("--budget", "1000", "--seeds", "2") == 0
     assert len(took) == 18
     assert "gpu-cifar10-vcl-seed0: epoch 3 of 3" in capsys.readouterr().out
+    assert gpu("--budget", "1000", "--seeds", "1", "--k", "0.03") == 2  # a record of other settings is not the run's
+    assert "cannot be resumed" in capsys.readouterr().err
 
 
-def test_a_budget_that_ends_leaves_records_and_what_continues(tmp_path, monkeypatch):
-    write_packed(tmp_path / "data", 10, training=40, tested=20)
+def test_a_budget_that_ends_or_an_error_leaves_what_continues(tmp_path, monkeypatch, gpu):
     clock = iter(range(1000))
-    monkeypatch.setattr(turns, "monotonic", lambda: next(clock))
-    assert gpu(tmp_path, "--budget", "16", "--seeds", "1") == 0
-    done = {m: len(record_of(tmp_path, f"gpu-cifar10-{m}-seed0")["epochs"]["test_error"]) for m in runs.BASE}
-    assert 1 <= min(done.values()) <= max(done.values()) < 3
-    monkeypatch.undo()
-    assert gpu(tmp_path, "--budget", "1000", "--seeds", "1") == 0
-    for method in runs.BASE:
-        record = record_of(tmp_path, f"gpu-cifar10-{method}-seed0")
-        assert len(record["epochs"]["test_error"]) == 3
-        assert record["resumed_after_epochs"] == [done[method]]
-
-
-def test_an_error_on_the_device_leaves_checkpoints(tmp_path, monkeypatch):
-    write_packed(tmp_path / "data", 10, training=40, tested=20)
+    with monkeypatch.context() as patch:
+        patch.setattr(turns, "monotonic", lambda: next(clock))
+        assert gpu("--budget", "16", "--seeds", "1") == 0
+    done = of_turns(tmp_path)[0]
+    assert 1 <= min(done) <= max(done) < 3
     epoch, calls = training.Training.epoch, []
 
     def failing(self):
         calls.append(self.run.method)
-        if len(calls) == 5:
+        if len(calls) == 2:
             raise RuntimeError("CUDA error")
         epoch(self)
 
     monkeypatch.setattr(training.Training, "epoch", failing)
     with pytest.raises(RuntimeError, match="CUDA error"):
-        gpu(tmp_path, "--budget", "1000", "--seeds", "1")
+        gpu("--budget", "1000", "--seeds", "1")
     monkeypatch.undo()
-    assert gpu(tmp_path, "--budget", "1000", "--seeds", "1") == 0
-    resumed = [record_of(tmp_path, f"gpu-cifar10-{m}-seed0")["resumed_after_epochs"] for m in runs.BASE]
-    assert resumed == [[2], [1], [1]]
-
-
-def test_a_record_of_other_settings_is_not_taken_for_the_run(tmp_path, capsys):
-    write_packed(tmp_path / "data", 10, training=40, tested=20)
-    assert gpu(tmp_path, "--budget", "1000", "--seeds", "1") == 0
-    assert gpu(tmp_path, "--budget", "1000", "--seeds", "1", "--k", "0.03") == 2
-    assert "cannot be resumed" in capsys.readouterr().err
+    after = of_turns(tmp_path)[0]
+    assert sum(after) == sum(done) + 1
+    assert gpu("--budget", "1000", "--seeds", "1") == 0
+    epochs, resumed = of_turns(tmp_path)
+    assert epochs == [3, 3, 3]
+    assert [of[-1] for of, count in zip(resumed, after, strict=True) if count < 3] == [n for n in after if n < 3]
 
 
 def test_a_rehearsal_has_folders_of_its_own():
@@ -324,26 +310,22 @@ def test_a_rehearsal_has_folders_of_its_own():
 FINISHED = sorted((RESULTS / "cifar").glob("*.json"))
 
 
-@pytest.mark.parametrize("path", FINISHED, ids=lambda path: path.stem)
-def test_finished_runs_are_those_of_the_plan(path):
-    store = files.Store(RESULTS / "cifar", RESULTS)
-    by_name = {run.name: run for run in runs.planned(store.rates())}
-    record = json.loads(path.read_text())
-    assert record["run"] == asdict(by_name[path.stem])
-    (epochs,) = {len(column) for column in record["epochs"].values()}
-    assert record["diverged"] or epochs == record["run"]["epochs"]
-    images = (45_000, 5_000) if record["run"]["stage"] == "0" else (50_000, 10_000)
-    assert (record["images"]["training"], record["images"]["scored"]) == images
-    assert record["machine"]["dtype"] in ("bfloat16", "float32")
-
-
-def test_the_methods_of_a_seed_ran_on_one_kind_of_cpu_in_one_dtype():
-    seen = {}
+def test_finished_runs_are_those_of_the_plan_on_one_kind_of_cpu_for_a_seed():
+    by_name = {run.name: run for run in runs.planned(files.Store(RESULTS / "cifar", RESULTS).rates())}
+    machines = {}
     for path in FINISHED:
         record = json.loads(path.read_text())
         run = record["run"]
-        seen.setdefault((run["dataset"], run["held_out"], run["seed"]), set()).add(tuple(record["machine"].values()))
-    assert {seed: found for seed, found in seen.items() if len(found) > 1} == {}
+        assert run == asdict(by_name[path.stem])
+        (epochs,) = {len(column) for column in record["epochs"].values()}
+        assert record["diverged"] or epochs == run["epochs"]
+        images = (45_000, 5_000) if run["stage"] == "0" else (50_000, 10_000)
+        assert (record["images"]["training"], record["images"]["scored"]) == images
+        assert record["machine"]["dtype"] in ("bfloat16", "float32")
+        machines.setdefault((run["dataset"], run["held_out"], run["seed"]), set()).add(
+            tuple(record["machine"].values())
+        )
+    assert {seed: found for seed, found in machines.items() if len(found) > 1} == {}
 
 
 def test_the_plan_has_the_learning_rates_that_stage_0_chose():

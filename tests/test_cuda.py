@@ -354,7 +354,7 @@ def test_a_training_on_the_device_continues_from_its_checkpoint(tmp_path, method
     for package in ("matplotlib", "rich"):  # what the benchmarks' reports are made with
         pytest.importorskip(package)
     from benchmarks.accuracy.cifar import files, machine, runs, training
-    from benchmarks.demo.data import Data
+    from benchmarks.accuracy.data import Data
 
     x, y = torch.randn(500, 3, 32, 32).to(DEVICE), torch.randint(10, (500,)).to(DEVICE)
     data, device = Data(x, y, x[:100], y[:100], 10), torch.device(DEVICE)

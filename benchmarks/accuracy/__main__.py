@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from rich.console import Console
 
-from ..demo.errors import DataError
+from .errors import DataError
 from .options import parse
 
 # Where a study is that is not a module of its name; each is imported when it runs, with what only it needs

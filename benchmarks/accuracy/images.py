@@ -12,11 +12,10 @@ import torch
 from rich.console import Console
 from torch.nn import functional as F
 
-from ..demo import data, measure
-from ..demo.learner import Learner
-from ..demo.training import train
-from . import methods, results
+from . import data, measure, methods, results
+from .learner import Learner
 from .networks import build
+from .training import train
 from .work import Record, do
 
 EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 10, 100, 0.05, 5e-4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from ..demo.errors import DataError
+from .errors import DataError
 
 # fmt: off
 NAMES = (  # small ones first

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import vcl_kernels as vk
 
-from ..demo.learner import Learner, initialise
-from ..networks.models import mlp
+from .learner import Learner, initialise
+from .models import mlp
 
 METHODS = {
     "none": "no normalisation",

@@ -70,7 +70,7 @@ def threshold(priors: list[float], cosines: list[list[float]]) -> tuple[float, f
 
     fate = (np.array(cosines) > SEPARATED).astype(float)  # (priors, units)
 
-    def turning(units: np.ndarray, axis: int = -1) -> float:
+    def turning(units: np.ndarray) -> float:
         share = IsotonicRegression().fit(priors, fate[:, units.astype(int)].mean(1))
         low, high = share.predict([priors[0], priors[-1]])
         if not low < 0.5 < high:

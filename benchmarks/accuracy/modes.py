@@ -12,10 +12,9 @@ from rich.console import Console
 
 import vcl_kernels as vk
 
-from ..demo import data, measure
-from ..demo.learner import demo_learner, middle
-from ..demo.training import train
-from . import mixture, results
+from . import data, measure, mixture, results
+from .learner import demo_learner, middle
+from .training import train
 from .work import Record, do
 
 METHODS = ("none", "bn", "vcl")

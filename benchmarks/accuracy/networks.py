@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ..demo.learner import network as demo_network
-from ..networks.models import elu_11
+from .learner import network as demo_network
 from .methods import ACTIVATIONS, multilayer
+from .models import elu_11
 
 
 def build(name: str, example: Tensor, classes: int, method: str, activation: str, k: float) -> nn.Module:

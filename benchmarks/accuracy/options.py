@@ -6,13 +6,19 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..demo.data import DATASETS
-from ..demo.options import count
+from .data import DATASETS
 from .methods import ACTIVATIONS, IMAGE_DEFAULT, IMAGE_METHODS
 
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
 STATE = Path("out/cifar")
 PAGE = Path(__file__).parents[2] / "docs" / "findings.md"
+
+
+def count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"wants 1 or more, got {text}")
+    return value
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -11,7 +11,7 @@ import scipy
 import sklearn
 import torch
 
-from ..demo import report
+from . import record
 from .work import Record
 
 FOLDERS = ("out", "data_dir")
@@ -29,10 +29,10 @@ def write(name: str, records: list[Record], settings: dict[str, Any], out: Path)
         "study": name,
         "settings": {k: v for k, v in settings.items() if k not in FOLDERS},
         "units": len(records),
-        "versions": report.versions() | {"scipy": scipy.__version__, "scikit-learn": sklearn.__version__},
-        "machine": report.machine(torch.device("cpu")),
+        "versions": record.versions() | {"scipy": scipy.__version__, "scikit-learn": sklearn.__version__},
+        "machine": record.machine(torch.device("cpu")),
     }
-    report.write(about, out / f"{name}.json")
+    record.write(about, out / f"{name}.json")
 
 
 def flat(record: Record) -> Record:

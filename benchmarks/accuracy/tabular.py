@@ -14,10 +14,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ..demo.learner import Learner
-from ..demo.training import batches, scores
 from . import keel, results
+from .learner import Learner
 from .methods import ACTIVATIONS, METHODS, VCL, learner, multilayer
+from .training import batches, scores
 from .work import Record, do
 
 DEPTH, WIDTH, BATCH = 4, 64, 64
@@ -63,7 +63,7 @@ def work(unit: Record) -> Record:
     inner, chosen_by = _inner(y[train], unit["split"])
     classes = int(y.max()) + 1
     searched = _tensors(x, y, train[inner], train[chosen_by])
-    trials = [_draw(unit, trial) for trial in range(unit["trials"])]
+    trials = [draw(unit, trial) for trial in range(unit["trials"])]
     found = [_score(_learn(unit, drawn, searched, classes), searched) for drawn in trials]
     best = max(range(len(trials)), key=lambda trial: found[trial])
     final = _tensors(x, y, train, test)
@@ -94,7 +94,7 @@ def _tensors(x: Any, y: np.ndarray, train: np.ndarray, test: np.ndarray) -> tupl
     return torch.from_numpy(a), torch.from_numpy(y[train]), torch.from_numpy(b), torch.from_numpy(y[test])
 
 
-def _draw(unit: Record, trial: int) -> Record:
+def draw(unit: Record, trial: int) -> Record:
     """The settings of a trial: the same learning rates and decays for every method; VCL has its weight too."""
     random = np.random.default_rng([unit["split"], trial, *unit["set"].encode()])
     ranges = {"learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, "weight": VCL_WEIGHT}

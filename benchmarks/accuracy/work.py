@@ -9,14 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-
-from ..demo.report import progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 Record = dict[str, Any]
 
@@ -51,12 +51,12 @@ def do(
     done = {key(line["unit"]): line["found"] for line in load(path)}
     left = [unit for unit in units if key(unit) not in done]
     until = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
-    with progress(console, len(left), "units") as advance, path.open("a") as file:
+    with progress(console, len(left)) as advance, path.open("a") as file:
         for unit, result in finished(left, work, processes, until):
             done[key(unit)] = result
             file.write(json.dumps({"unit": unit, "found": result}) + "\n")
             file.flush()
-            advance(" ".join(str(value) for value in unit.values()), "")
+            advance(" ".join(str(value) for value in unit.values()))
     missing = sum(key(unit) not in done for unit in units)
     if missing:
         console.print(f"{path}: {missing} of {len(units)} units are left; the same command continues")
@@ -96,3 +96,15 @@ def begin() -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+@contextmanager
+def progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
+    """Give a function that counts a finished unit, on a terminal by a bar."""
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("units,")
+    with Progress(*columns, TimeRemainingColumn(compact=True), TextColumn("left"), console=console) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda doing: bar.update(task, advance=1, description=doing)

@@ -12,10 +12,10 @@ from torch import nn
 
 import vcl_kernels as vk
 
+from ..accuracy.models import elu_11, mlp, resnet_50
 from ..contest import Contest
 from ..memory import saved_bytes
 from ..race import Candidate, Clock
-from .models import elu_11, mlp, resnet_50
 
 METHODS: dict[str, dict[str, Any] | None] = {
     "no normalisation": None,

@@ -10,7 +10,7 @@ from typing import IO
 
 import torch
 
-from ...demo.errors import DataError
+from ..errors import DataError
 from .records import Record, score, text
 from .runs import Rates, Run, chosen
 from .training import Training

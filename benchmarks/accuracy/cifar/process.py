@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ...demo.errors import DataError
+from ..errors import DataError
 
 
 class Stop:

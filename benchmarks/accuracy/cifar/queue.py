@@ -16,8 +16,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ...demo import data as datasets
-from ...demo.errors import DataError
+from .. import data as datasets
+from ..errors import DataError
 from ..work import begin
 from . import machine
 from .agenda import Agenda

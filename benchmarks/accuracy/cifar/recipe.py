@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 import vcl_kernels as vk
 
-from ...demo.learner import initialise, parameter_groups
-from ...networks.models import elu_11
+from ..learner import initialise, parameter_groups
 from ..methods import ACTIVATIONS
+from ..models import elu_11
 from .runs import METHODS
 
 BATCH = 250

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ...demo.report import strict
+from ..record import strict
 from .runs import Run
 
 Record = dict[str, Any]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import vcl_kernels as vk
 
-from ...demo import report
-from ...demo.data import Data
-from ...demo.training import scores
+from .. import record
+from ..data import Data
+from ..training import scores
 from . import machine
 from .recipe import BATCH, ReferenceLearner, attach, crop_and_flip, draw, network
 from .records import COLUMNS, Record, epochs_of
@@ -54,7 +54,7 @@ class Training:
         self.record: Record = {
             "run": asdict(run),
             "machine": machine.describe(device, dtype),
-            "versions": report.versions(),
+            "versions": record.versions(),
             "parameters": {"network": plain, "vcl": sum(p.numel() for p in model.parameters()) - plain},
             "images": {
                 "training": len(data.train_x),
@@ -83,7 +83,7 @@ class Training:
             Stopped: ``stop()`` said so between two steps.
         """
         if self.done == 0:
-            self._look()
+            self.look()
         began = time.process_time()
         self._set_dropout()
         learner, data = self.learner, self.data
@@ -107,7 +107,7 @@ class Training:
             self.record["epochs"][column].append(value)
         self.record["diverged"] = not math.isfinite(task)
         if self.done in looked_at(self.run.epochs):
-            self._look()
+            self.look()
 
     def state(self) -> Record:
         """Return all that another process needs to go on: model, optimizer, schedule, generators, record."""
@@ -147,7 +147,7 @@ class Training:
         else:
             torch.set_rng_state(self.dropout)
 
-    def _look(self) -> None:
+    def look(self) -> None:
         """Record what the layers are like on the first batch of training images, as they are in training.
 
         Of each activation's input: variance and constancy (as VCLMonitor defines them), mean over channels and mean

@@ -13,8 +13,8 @@ from time import monotonic
 import torch
 from rich.console import Console
 
-from ...demo import data as datasets
-from ...demo.errors import DataError
+from .. import data as datasets
+from ..errors import DataError
 from . import machine
 from .files import Store
 from .process import only_one, say, stop_signals

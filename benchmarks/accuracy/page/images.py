@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...demo.data import SPLIT_BY_US
 from .. import results
 from ..comparisons import Comparison, cell, judge, paired
+from ..data import SPLIT_BY_US
 from ..methods import IMAGE_METHODS, VCL, redundant
 from ..work import Record
 from .markdown import OTHERS, asked_for, linked, made, none_yet, table

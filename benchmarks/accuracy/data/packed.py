@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import DataError
+from ..errors import DataError
 
 PARTS = (1, 2)
 KEYS = ("data", "offsets", "labels", "split")

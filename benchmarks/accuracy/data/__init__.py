@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import DataError
 from . import cifar, idx, packed
-from .errors import DataError
 
 DATASETS = ("mnist5k", "digits", "fashion-mnist", "cifar10", "cifar100")
 SPLIT_BY_US = ("mnist5k", "digits")  # sets without test images of their own

@@ -1,4 +1,4 @@
-"""The network with one of three methods, its optimizer, and one training step."""
+"""A small network with one of three methods, its optimizer, and one training step."""
 
 from __future__ import annotations
 

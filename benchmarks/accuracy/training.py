@@ -31,7 +31,7 @@ def train(
     epochs: int,
     batch_size: int,
     seed: int,
-    after: Callable[[Run], None] = lambda run: None,
+    after: Callable[[Run], None] = lambda _: None,
 ) -> Run:
     """Train in batches of equal size (what is left over waits for another epoch's order); call ``after`` each epoch."""
     order = torch.Generator().manual_seed(seed)

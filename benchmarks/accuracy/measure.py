@@ -51,11 +51,7 @@ def saved_bytes(learner: Learner, x: Tensor, y: Tensor) -> int:
 def pre_activations(model: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
     """Return what enters ``activation`` in evaluation, as (C, values of that channel)."""
     seen: list[Tensor] = []
-
-    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(args[0])
-
-    hook = activation.register_forward_pre_hook(record)
+    hook = activation.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model.eval()
     model(x)
     hook.remove()

@@ -11,8 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: no window system, and Agg for a PNG
 from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
 
-from .learner import METHODS
-
+METHODS = {"none": "no normalisation", "bn": "batch norm", "vcl": "VCL"}
 COLOURS = {"none": "#555555", "bn": "#0072B2", "vcl": "#D55E00"}  # Okabe and Ito: told apart by the colour-blind
 LINES = {"none": ":", "bn": "--", "vcl": "-"}
 STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}

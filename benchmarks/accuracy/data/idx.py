@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import DataError
+from ..errors import DataError
 
 DEFAULT_DIR = Path("/usr/share/datasets/fashion-mnist")
 SOURCE = "install the Debian package dataset-fashion-mnist"

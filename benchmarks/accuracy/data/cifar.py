@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import DataError
+from ..errors import DataError
 
 SOURCE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 SUBFOLDER = {10: "cifar-10-batches-py", 100: "cifar-100-python"}

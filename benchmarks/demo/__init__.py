@@ -1,1 +1,0 @@
-"""Handwritten digits learnt with no normalisation, batch norm and VCL, side by side."""

@@ -1,0 +1,77 @@
+"""What a method costs, and what it does to the pre-activations."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .learning import Learner
+
+
+def step_times(learners: dict[str, Learner], x: Tensor, y: Tensor, rounds: int) -> dict[str, dict[str, Any]]:
+    """Return milliseconds of each training step. The methods take turns, so that a busy machine slows all alike."""
+    names = list(learners)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for learner in learners.values():
+        learner.model.train()
+        for _ in range(3):
+            learner.step(x, y)
+    for turn in range(rounds):
+        for i in range(len(names)):
+            name = names[(turn + i) % len(names)]  # nobody always follows the same other
+            _wait(x.device)
+            start = time.perf_counter()
+            learners[name].step(x, y)
+            _wait(x.device)
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: {"step_ms": of, "median_step_ms": statistics.median(of)} for name, of in times.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def saved_bytes(learner: Learner, x: Tensor, y: Tensor) -> int:
+    """Return the bytes that one training forward keeps for backward, each storage once and without parameters."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in learner.model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}  # holds the storages, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    learner.model.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        learner.objective(x, y)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@torch.no_grad()
+def pre_activations(model: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
+    """Return what enters ``activation`` in evaluation, as (C, values of that channel)."""
+    seen: list[Tensor] = []
+    hook = activation.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.eval()
+    model(x)
+    hook.remove()
+    return seen[0].transpose(0, 1).flatten(1).cpu()
+
+
+def kurtosis(values: Tensor) -> Tensor:
+    """Return each row's E[(v - mean)⁴] / variance²: 3 for a Gaussian, 1 for two points of equal weight."""
+    centred = values.double() - values.double().mean(1, keepdim=True)
+    return centred.pow(4).mean(1) / centred.square().mean(1).square()
+
+
+def histogram(values: Tensor, bins: int = 80, reach: float = 4.0) -> dict[str, Any]:
+    """Return the density of all channels together, each standardised, and the median channel's kurtosis."""
+    standard = (values - values.mean(1, keepdim=True)) / values.std(1, keepdim=True).clamp_min(1e-12)
+    density, edges = torch.histogram(standard.flatten(), bins, range=(-reach, reach), density=True)
+    return {"edges": edges.tolist(), "density": density.tolist(), "kurtosis": float(kurtosis(values).median())}
