@@ -60,12 +60,12 @@ RESULTS ?= out
 
 bench: build
 	for suite in loss activation launch networks; do \
-	  $(KEEP) $(BIN)/python -m benchmarks.run $$suite --out $(RESULTS) $(ARGS) || exit 1; \
+	  $(KEEP) $(BIN)/python -m benchmarks.speed $$suite --out $(RESULTS) $(ARGS) || exit 1; \
 	done
 	for suite in loss activation; do \
-	  $(BIN)/python -m benchmarks.run $$suite --out $(RESULTS)/default-allocator $(ARGS) || exit 1; \
+	  $(BIN)/python -m benchmarks.speed $$suite --out $(RESULTS)/default-allocator $(ARGS) || exit 1; \
 	done
-	$(BIN)/python -m benchmarks.plots $(RESULTS)
+	$(BIN)/python -m benchmarks.speed.plots $(RESULTS)
 
 # On a machine with CUDA, which may be offline: its own Python, torch and triton.
 gpu-check:

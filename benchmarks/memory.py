@@ -1,4 +1,4 @@
-"""What a forward pass keeps for backward."""
+"""How many bytes a forward pass keeps for backward."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 def saved_bytes(forward: Callable[[], object], known: Iterable[Tensor] = ()) -> int:
     """Bytes that ``forward`` keeps for backward: each storage once, those of ``known`` tensors not counted."""
     apart = {tensor.untyped_storage().data_ptr() for tensor in known}
-    found: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+    found: dict[int, torch.UntypedStorage] = {}  # holds the storages, so that no address is used twice
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -15,8 +15,8 @@ from torch import nn
 
 import vcl_kernels as vk
 from benchmarks.accuracy.report import counted, verdicts
-from benchmarks.plots import digest
-from benchmarks.report import SHOWN, ratios, render
+from benchmarks.speed.plots import digest
+from benchmarks.speed.report import SHOWN, ratios, render
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -56,7 +56,6 @@ def test_the_picture_is_made_from_the_results():
 
 
 def test_what_it_equals():
-    torch.manual_seed(0)
     x, beta = torch.randn(12, 6, 4, 5), 0.7
     va, vb = x[0:5].var((0, 2, 3)), x[5:10].var((0, 2, 3))
     torch.testing.assert_close(vk.vcl_loss(x, beta), (1 - va / (vb + beta)).square().mean())
@@ -74,13 +73,18 @@ def test_the_readmes_code_runs():
     assert given["loss"].shape == ()
     given["handle"].remove()  # the last line is the other way
     exec("handle = vk.attach" + inject, given)
-    assert given["handle"]._calls[0][0].inject
+    assert [m.inject for m in model.modules() if isinstance(m, vk.VCLActivation)] == [True]
     exec(equal, given)
     torch.testing.assert_close(given["loss"], vk.vcl_loss(given["x"]))
 
 
 @pytest.mark.parametrize(
-    "name", [m.name for m in pkgutil.iter_modules(vk.__path__) if m.name not in ("_C", "__main__")]
+    "name",
+    [
+        m.name
+        for m in pkgutil.walk_packages(vk.__path__, "vcl_kernels.")
+        if m.name.split(".")[-1] not in ("_C", "__main__")
+    ],
 )
 def test_examples_of_docstrings_run(name):
-    assert doctest.testmod(importlib.import_module(f"vcl_kernels.{name}")).failed == 0
+    assert doctest.testmod(importlib.import_module(name)).failed == 0

@@ -69,7 +69,7 @@ def stages(out: Path, budget: float, rehearse: bool) -> list[Stage]:
         *(_sanitizer(stage, tool, rehearse) for tool in ("memcheck", "racecheck")),
         _compiled(stage, rehearse),
         _build(stage, out, rehearse),  # the CPU's backend: no stage on the GPU needs it
-        *(benchmark(f"benchmark-{name}", ["benchmarks.run", name], *t, no_suites) for name, t in SUITES.items()),
+        *(benchmark(f"benchmark-{name}", ["benchmarks.speed", name], *t, no_suites) for name, t in SUITES.items()),
     ]
 
 

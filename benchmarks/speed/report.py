@@ -1,4 +1,4 @@
-"""A record as Markdown: ``python -m benchmarks.report FILE.json …`` writes FILE.md beside each.
+"""A record as Markdown: ``python -m benchmarks.speed.report FILE.json …`` writes FILE.md beside each.
 
 Times are medians in ms. Percentages are shares of the copy's bandwidth, measured in the same run: the bytes that the
 job must move, by the time it took. (q1 to q3 of every time, and every sample, are in the JSON.)
@@ -60,8 +60,9 @@ def share(case: Case, entry: Entry) -> float | None:
 
 
 def markdown(heading: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    heading = list(heading)
     lines = ["| " + " | ".join(cells) + " |" for cells in (heading, *rows)]
-    lines.insert(1, "|---" * len(list(heading)) + "|")
+    lines.insert(1, "|---" * len(heading) + "|")
     return "\n".join(lines)
 
 
@@ -78,47 +79,44 @@ def ratios(record: Record, shown: int | None = None) -> str:
     return markdown(["case", *(heading for heading, _, _ in columns)], rows)
 
 
+def table(corner: str, rows: dict[str, dict[str, str]]) -> str:
+    """Return a row for each case and a column for each name that a case has."""
+    names = list(dict.fromkeys(name for cells in rows.values() for name in cells))
+    return markdown(
+        [corner, *names], ([case, *(cells.get(name, "") for name in names)] for case, cells in rows.items())
+    )
+
+
 def times(record: Record, phase: str) -> str:
     """Return every candidate's median time of a phase, with its share of the copy's bandwidth where that is known."""
-    cases = by_case(record)
-    names = list(dict.fromkeys(candidate for case in cases.values() for candidate, p in case if p == phase))
-    rows = []
-    for name, case in cases.items():
-        cells = []
-        for candidate in names:
-            entry = case.get((candidate, phase))
-            if entry is None:
-                cells.append("")
-                continue
-            reached = share(case, entry)
-            known = "" if reached is None or candidate == "copy" else f" ({100 * reached:.0f} %)"
-            cells.append(f"{1e3 * entry['median']:.4g}{known}")
-        rows.append([name, *cells])
-    return markdown(["ms", *names], rows)
+
+    def cell(case: Case, candidate: str) -> str:
+        reached = share(case, case[candidate, phase])
+        known = "" if reached is None or candidate == "copy" else f" ({100 * reached:.0f} %)"
+        return f"{1e3 * case[candidate, phase]['median']:.4g}{known}"
+
+    cases = by_case(record).items()
+    return table("ms", {name: {c: cell(case, c) for c, p in case if p == phase} for name, case in cases})
+
+
+def megabytes(case: Case, key: str) -> dict[str, str]:
+    """Return a number of bytes of each candidate that has it."""
+    return {c: f"{e[key] / 1e6:.4g}" for (c, phase), e in case.items() if phase == "both" and key in e}
 
 
 def floors(record: Record) -> str:
     """Return the bytes that each job must move, and what the copy reached."""
-    rows = []
-    cases = by_case(record)
-    names = list(dict.fromkeys(c for case in cases.values() for (c, p), e in case.items() if "floor_bytes" in e))
-    for name, case in cases.items():
-        copy = case[("copy", "both")]
-        bandwidth = f"{copy['floor_bytes'] / copy['median'] / 1e9:.1f}"
-        floor = [case.get((candidate, "both"), {}).get("floor_bytes") for candidate in names]
-        rows.append([name, bandwidth, *(f"{f / 1e6:.4g}" if f else "" for f in floor)])
-    return markdown(["MB", "copy, GB/s", *names], rows)
+    rows = {}
+    for name, case in by_case(record).items():
+        copy = case["copy", "both"]
+        bandwidth = copy["floor_bytes"] / copy["median"] / 1e9
+        rows[name] = {"copy, GB/s": f"{bandwidth:.1f}", **megabytes(case, "floor_bytes")}
+    return table("MB", rows)
 
 
 def held(record: Record) -> str:
     """Return the megabytes that each candidate holds for backward."""
-    cases = by_case(record)
-    names = list(dict.fromkeys(c for case in cases.values() for (c, _), e in case.items() if "held_bytes" in e))
-    rows = []
-    for name, case in cases.items():
-        values = [case.get((candidate, "both"), {}).get("held_bytes") for candidate in names]
-        rows.append([name, *("" if value is None else f"{value / 1e6:.4g}" for value in values)])
-    return markdown(["MB", *names], rows)
+    return table("MB", {name: megabytes(case, "held_bytes") for name, case in by_case(record).items()})
 
 
 def render(record: Record) -> str:

@@ -1,4 +1,4 @@
-"""The picture of a folder of records: ``python -m benchmarks.plots FOLDER [PICTURE.png]``.
+"""The picture of a folder of records: ``python -m benchmarks.speed.plots FOLDER [PICTURE.png]``.
 
 Share of the copy's bandwidth by size, time beside batch norm by shape, and what is held for backward.
 """

@@ -13,15 +13,15 @@ from torch import Tensor
 
 import vcl_kernels as vk
 
-from .cases import Case
-from .race import Candidate
+from ..cases import Case
+from .race import Candidate, Factories
 
-EVERY: dict[str, Any] = {"form": "relative_variance", "sub_batch_size": 8}  # all sub-batches
+ALL: dict[str, Any] = {"form": "relative_variance", "sub_batch_size": 8}  # every sub-batch takes part
 LOSSES: dict[str, dict[str, Any]] = {
-    "relative_variance": EVERY,
+    "relative_variance": ALL,
     "ratio": {"sub_batch_size": 5},
     "variance": {"form": "variance", "sub_batch_size": 8},
-    "relative_variance per activation": {**EVERY, "unit": "activation"},
+    "relative_variance per activation": {**ALL, "unit": "activation"},
     "ratio per activation": {"sub_batch_size": 5, "unit": "activation"},
 }
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -32,13 +32,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "leaky_relu": F.leaky_relu,
     "tanh": torch.tanh,
 }
-FROM_OUTPUT = ("elu", "relu", "leaky_relu", "tanh")  # y is saved, and the rows of the pair beside it
-
-Factories = dict[str, Callable[[], Candidate]]
+FROM_OUTPUT = ("elu", "relu", "leaky_relu", "tanh")  # saved for backward: y, and the rows of the pair
 
 
 class Inputs:
-    """Tensors of one case, made when first wanted, and the normalisations over them."""
+    """Tensors of one case, made when first wanted, and candidates that read them."""
 
     def __init__(self, case: Case, device: str, backend: str | None) -> None:
         self.case, self.device, self.backend = case, device, backend
@@ -54,7 +52,7 @@ class Inputs:
     @cached_property
     def affine(self) -> tuple[Tensor, Tensor]:
         C, device = self.case.shape[1], self.device
-        return torch.ones(C, device=device, requires_grad=True), torch.zeros(C, device=device, requires_grad=True)
+        return torch.ones(C, device=device).requires_grad_(), torch.zeros(C, device=device).requires_grad_()
 
     @cached_property
     def affine_of_dtype(self) -> tuple[Tensor, Tensor]:
@@ -63,14 +61,11 @@ class Inputs:
 
     @cached_property
     def running(self) -> tuple[Tensor, Tensor]:
-        return torch.zeros(self.case.shape[1], device=self.device), torch.ones(self.case.shape[1], device=self.device)
+        weight, bias = self.affine
+        return bias.detach().clone(), weight.detach().clone()
 
     def batch_norm(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, *self.running, *self.affine, True)
-
-    def batch_norm_aten(self, x: Tensor) -> Tensor:
-        with torch.backends.cudnn.flags(enabled=False):
-            return self.batch_norm(x)
 
     def group_norm(self, x: Tensor) -> Tensor:
         return F.group_norm(x, math.gcd(32, x.shape[1]), *self.affine_of_dtype)
@@ -112,31 +107,29 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-def losses(i: Inputs, with_compiled: bool) -> Factories:
+def losses(i: Inputs, with_compiled: bool = False) -> Factories:
     """vcl_loss in each form and unit; its formula in PyTorch; the normalisations; the copy."""
+    reference = partial(vk.reference.vcl_loss, **ALL)
     found: Factories = {"copy": i.copy}
-    for name, options in LOSSES.items():
-        found[name] = partial(i.loss, i.vcl_loss, **options)
-    found["reference"] = partial(i.loss, vk.reference.vcl_loss, **EVERY)
+    found |= {name: partial(i.loss, i.vcl_loss, **options) for name, options in LOSSES.items()}
+    found["reference"] = partial(i.loss, reference)
     found["split, var, var"] = partial(i.loss, authors)
     found["batch norm"] = partial(i.value, i.batch_norm)
-    if i.device == "cuda":
-        found["batch norm, ATen"] = partial(i.value, i.batch_norm_aten)
     if len(i.case.shape) > 2:
         found["group norm"] = partial(i.value, i.group_norm)
     if len(i.case.shape) == 2 or i.case.layout == "tokens":
         found["layer norm"] = partial(i.value, i.layer_norm)
     if with_compiled:
-        found["reference, compiled"] = lambda: i.loss(compiled(partial(vk.reference.vcl_loss, **EVERY)))
+        found["reference, compiled"] = lambda: i.loss(compiled(reference))
         found["batch norm, compiled"] = lambda: i.value(compiled(i.batch_norm))
     return found
 
 
-def activations(i: Inputs, with_compiled: bool) -> Factories:
+def activations(i: Inputs, with_compiled: bool = False) -> Factories:
     """vcl_activation for each activation, beside the bare one and batch norm before it; the copy."""
 
     def apart(x: Tensor) -> tuple[Tensor, Tensor]:
-        return F.elu(x), i.vcl_loss(x, **EVERY)
+        return F.elu(x), i.vcl_loss(x, **ALL)
 
     def normalised(bare: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return bare(i.batch_norm(x))
@@ -156,21 +149,22 @@ def activations(i: Inputs, with_compiled: bool) -> Factories:
 
 
 def floor_bytes(case: Case, candidate: str, phase: str) -> int | None:
-    """Bytes that must cross memory: reads and writes of the case's elements, by the design's count of passes.
+    """Bytes of x, y, dy and dx that must cross memory; None for candidates that do another job.
 
-    None for candidates that do another job; ``candidate`` is a name that :func:`losses` or :func:`activations` gives.
+    ``candidate`` is a name that :func:`losses` or :func:`activations` gives.
     """
-    row = case.bytes // case.shape[0]
+    row, E = case.bytes // case.shape[0], case.bytes
     pair, every = 10 * row, case.shape[0] // 8 * 8 * row
-    E = case.bytes
-    if candidate == "copy":
-        return 2 * E if phase == "both" else None
-    if candidate in LOSSES:  # a pair: kept in forward; zeros are written for the other rows in backward
-        least = {"forward": 2 * pair, "backward": pair + E} if candidate.startswith("ratio") else {"forward": every + E}
-        return sum(least.values()) if phase == "both" else least.get(phase)
     name, _, form = candidate.partition(" with ")
-    if name not in ACTIVATIONS:
+    if candidate == "copy":
+        least = {"both": 2 * E}
+    elif candidate in LOSSES and candidate.startswith("ratio"):
+        least = {"forward": 2 * pair, "backward": pair + E}  # the pair is saved in forward; dx is 0 in other rows
+    elif candidate in LOSSES:
+        least = {"forward": every + E}
+    elif name in ACTIVATIONS:
+        rows = pair if form == "ratio" and name in FROM_OUTPUT and case.shape[0] >= 20 else 0
+        least = {"forward": 2 * E + rows, "backward": 3 * E + rows}
+    else:
         return None
-    rows = pair if form == "ratio" and name in FROM_OUTPUT and case.shape[0] >= 20 else 0
-    least = {"forward": 2 * E + rows, "backward": 3 * E + rows}
-    return sum(least.values()) if phase == "both" else least[phase]
+    return sum(least.values()) if phase == "both" else least.get(phase)

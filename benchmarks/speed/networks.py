@@ -1,4 +1,4 @@
-"""One training step of a network under each method."""
+"""One training step of whole networks under each method: the paper's 11 layers, ResNet-50 and an MLP."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import vcl_kernels as vk
 
 from ..accuracy.models import elu_11, mlp, resnet_50
-from ..contest import Contest
 from ..memory import saved_bytes
-from ..race import Candidate, Clock
+from .race import Candidate, Clock, Contest, Factories
 
-METHODS: dict[str, dict[str, Any] | None] = {
+METHODS: dict[str, dict[str, Any] | None] = {  # the settings of attach
     "no normalisation": None,
     "batch norm": None,
     "VCL, ratio": {"form": "ratio", "sub_batch_size": 5},
@@ -36,20 +35,14 @@ class Setting(NamedTuple):
 
 def settings(device: str, rehearse: bool) -> list[Setting]:
     """The paper's batch and ImageNet's images on a GPU; fewer and smaller on a CPU."""
+    small = Setting("MLP, 4 layers of 64", mlp, 10, (64, 64), half=False)  # nothing to compute, in whatever dtype
     if rehearse:
         return [Setting("ELU-11, k = 0.05", partial(elu_11, k=0.05), 10, (20, 3, 32, 32))]
-    small = Setting("MLP, 4 layers of 64", mlp, 10, (64, 64), half=False)  # nothing to compute, in whatever dtype
     if device == "cuda":
-        return [
-            Setting("ELU-11, k = 1", elu_11, 10, (250, 3, 32, 32)),
-            small,
-            Setting("ResNet-50", resnet_50, 1000, (128, 3, 224, 224)),
-        ]
-    return [
-        Setting("ELU-11, k = 0.5", partial(elu_11, k=0.5), 10, (50, 3, 32, 32)),
-        small,
-        Setting("ResNet-50", resnet_50, 1000, (64, 3, 64, 64), compiled=False),  # it takes minutes
-    ]
+        paper = Setting("ELU-11, k = 1", elu_11, 10, (250, 3, 32, 32))
+        return [paper, small, Setting("ResNet-50", resnet_50, 1000, (128, 3, 224, 224))]
+    paper = Setting("ELU-11, k = 0.5", partial(elu_11, k=0.5), 10, (50, 3, 32, 32))
+    return [paper, small, Setting("ResNet-50", resnet_50, 1000, (64, 3, 64, 64), compiled=False)]  # it takes minutes
 
 
 class Step:
@@ -66,7 +59,7 @@ class Step:
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=half)
         self.run = torch.compile(self.model, options={"fx_graph_cache": False}) if compiled else self.model
 
-    def objective(self) -> torch.Tensor:
+    def objective(self) -> Tensor:
         with self.autocast:
             loss = F.cross_entropy(self.run(self.x), self.y)
         return loss if self.handle is None else loss + self.handle.loss()
@@ -77,45 +70,30 @@ class Step:
         self.optimizer.step()
 
     def memory(self) -> int:
-        """Bytes above what lies there between two steps, at their peak; on a CPU those saved for backward."""
-        if self.x.device.type != "cuda":
-            return saved_bytes(self.objective, self.model.parameters())
-        self()
-        self.optimizer.zero_grad()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        self()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return saved_bytes(self.objective, self.model.parameters())
 
 
 def contests(device: str, rehearse: bool, clock: Callable[[], Clock]) -> list[Contest]:
     """Eager before compiled, which on a CPU is in float32 alone."""
-    chosen = settings(device, rehearse)
-    kinds = [(s, half, False) for s in chosen for half in ((False, True) if s.half else (False,))]
+    kinds = [(s, half, False) for s in settings(device, rehearse) for half in ((False, True) if s.half else (False,))]
     if not rehearse:
         kinds += [(s, half, True) for s, half, _ in kinds if s.compiled and not (half and device == "cpu")]
-    return [_contest(s, device, half, compiled, clock, rehearse) for s, half, compiled in kinds]
+    found = []
+    for setting, half, compiled in kinds:
+        dtype, shape = "bfloat16 autocast" if half else "float32", "x".join(map(str, setting.shape))
+        factories: Factories = {m: partial(_candidate, setting, m, device, half, compiled) for m in METHODS}
+        contest = Contest(
+            f"{setting.name} {shape}, {dtype}, {'compiled' if compiled else 'eager'}",
+            factories,
+            clock,
+            whole=frozenset(METHODS),
+            memory=lambda candidate: candidate.forward.memory(),  # type: ignore[attr-defined]
+            info={"network": setting.name, "dtype": dtype, "compiled": compiled, "shape": setting.shape},
+        )
+        contest.seconds, contest.least, contest.most = (0.1, 2, 200) if rehearse else (12.0, 15, 200)
+        found.append(contest)
+    return found
 
 
-def _contest(
-    setting: Setting, device: str, half: bool, compiled: bool, clock: Callable[[], Clock], rehearse: bool
-) -> Contest:
-    shape = "x".join(map(str, setting.shape))
-    kind = f"{'bfloat16 autocast' if half else 'float32'}, {'compiled' if compiled else 'eager'}"
-
-    def factory(method: str) -> Callable[[], Candidate]:
-        return lambda: Candidate(Step(setting, method, device, half, compiled))
-
-    return Contest(
-        f"{setting.name} {shape}, {kind}",
-        {method: factory(method) for method in METHODS},
-        clock,
-        whole=frozenset(METHODS),
-        memory=lambda candidate: candidate.forward.memory(),  # type: ignore[attr-defined]
-        seconds=0.1 if rehearse else 12.0,
-        least=2 if rehearse else 15,
-        most=200,
-        info={"network": setting.name, "dtype": kind.split(",")[0], "compiled": compiled, "shape": setting.shape},
-    )
+def _candidate(setting: Setting, method: str, device: str, half: bool, compiled: bool) -> Candidate:
+    return Candidate(Step(setting, method, device, half, compiled))

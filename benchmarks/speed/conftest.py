@@ -1,0 +1,114 @@
+"""Options of the suites, their contests as pytest-benchmark entries, and what a record says of the machine."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import itertools
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from .race import Contest, Outcome
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rehearse", action="store_true", help="tiny sizes, Triton's interpreter on a CPU")
+    parser.addoption("--budget", type=float, default=0.0, help="seconds after which no contest begins (no limit)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("rehearse"):
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function) and "measure" in item.fixturenames:
+            item.add_marker(pytest.mark.benchmark(timer=clock, disable_gc=False))
+
+
+class StillClock:
+    """A clock that shows the sum of the times handed to it."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+clock = StillClock()
+
+
+@pytest.fixture(scope="session")
+def outcome(request: pytest.FixtureRequest) -> Callable[[Contest], Outcome]:
+    """Race each contest once, as long as time is left; only the latest outcome is kept."""
+    budget = request.config.getoption("budget")
+    end = time.monotonic() + budget if budget else float("inf")
+    latest: list[tuple[Contest, Outcome]] = []
+
+    def of(contest: Contest) -> Outcome:
+        if not latest or latest[0][0] is not contest:
+            latest.clear()
+            gc.collect()
+            torch.compiler.reset()
+            if time.monotonic() >= end:
+                request.session.shouldstop = "no time left"
+                pytest.skip("no time left")
+            selected = [item.callspec.params for item in request.session.items if isinstance(item, pytest.Function)]
+            chosen = [str(params["candidate"]) for params in selected if params["contest"] is contest]
+            latest.append((contest, contest.run(dict.fromkeys(chosen))))
+        return latest[0][1]
+
+    return of
+
+
+@pytest.fixture
+def measure(
+    contest: Contest, candidate: str, phase: str, outcome: Callable[[Contest], Outcome], benchmark: Any
+) -> Callable[[], None]:
+    """Hand the candidate's times to pytest-benchmark."""
+
+    def play() -> None:
+        found = outcome(contest)
+        if candidate in found.errors:
+            raise found.errors[candidate]
+        benchmark.group = f"{contest.name}, {phase}"
+        benchmark.extra_info.update(
+            {"case": contest.name, **contest.info, "candidate": candidate, "phase": phase}
+            | ({"floor_bytes": floor} if (floor := contest.floor(candidate, phase)) else {})
+            | ({"held_bytes": found.memory[candidate]} if phase == "both" and candidate in found.memory else {})
+        )
+        times = itertools.cycle(found.samples[candidate][phase])
+        rounds = len(found.samples[candidate][phase])
+        benchmark.pedantic(clock.advance, setup=lambda: ((next(times),), {}), rounds=rounds)
+
+    return play
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    cuda = torch.cuda.is_available()
+    machine_info["vcl"] = {
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.backends.cpu.get_cpu_capability()}",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "vcl_kernels": importlib.import_module("vcl_kernels").__version__,
+        "threads": torch.get_num_threads(),
+        "keeping_allocator": "MALLOC_TRIM_THRESHOLD_" in os.environ,
+        "cpu": (machine_info.get("cpu") or {}).get("brand_raw", "unknown"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
