@@ -69,7 +69,7 @@ bench: build
 
 # On a machine with CUDA, which may be offline: its own Python, torch and triton.
 gpu-check:
-	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf .venv .venv-oldest build *.egg-info vcl_kernels/_C*.so out

@@ -12,7 +12,7 @@ from test_loss import beta_for, check, per_unit
 from torch import nn
 
 import vcl_kernels as vk
-from benchmarks.gpu_check.sanitized import launched
+from benchmarks.gpu.sanitized import launched
 from vcl_kernels.checks import check_activation, check_loss
 
 pytestmark = needs_device

@@ -1,4 +1,4 @@
-"""Every kernel once on small tensors with masked tails, for compute-sanitizer: ``python -m``, on the GPU there is."""
+"""Every kernel once on small tensors with masked tails, for compute-sanitizer, on the GPU if there is one."""
 
 from __future__ import annotations
 
@@ -14,24 +14,16 @@ import vcl_kernels as vk
 from vcl_kernels.backends.triton.launch import Launch
 from vcl_kernels.backends.triton.launchers import multiply_
 
-KERNELS = {
-    "one_pass_spatial",
-    "one_pass_unit",
-    "moments_spatial",
-    "moments_unit",
-    "finalise",
-    "apply_spatial",
-    "apply_unit",
-    "multiply",
-}
-SHAPES = ((21, 5, 7, 7), (11, 3, 41, 41), (23, 37))  # on chip, not on chip, without positions
+KERNELS = {f"{kind}_{layout}" for kind in ("one_pass", "moments", "apply") for layout in ("spatial", "unit")}
+KERNELS |= {"finalise", "multiply"}
+SHAPES = ((21, 5, 7, 7), (11, 3, 41, 41), (23, 37))  # fits on chip, does not, has no positions
 UPSTREAM = 2.5
-SETTINGS: tuple[dict[str, Any], ...] = ({}, {"form": "relative_variance"})  # the rows of a pair are kept, or all of x
+SETTINGS: tuple[dict[str, Any], ...] = ({}, {"form": "relative_variance"})  # saved: the rows of a pair, or all of x
 
 
 @contextmanager
 def launched() -> Iterator[set[str]]:
-    """Names of the kernels that are launched inside."""
+    """Collect the names of the kernels that are launched inside."""
     names: set[str] = set()
     run = Launch.__call__
 
@@ -44,7 +36,7 @@ def launched() -> Iterator[set[str]]:
 
 
 def cases(device: str) -> Iterator[torch.Tensor]:
-    """Tensors in both layouts, of which none ends where a vector does, and most do not begin where one does."""
+    """Yield tensors in both layouts: none ends where a vector does, and most do not begin where one does."""
     for shape in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.randn(shape, device=device).to(dtype)
@@ -54,7 +46,7 @@ def cases(device: str) -> Iterator[torch.Tensor]:
 
 
 def run(x: torch.Tensor) -> None:
-    """Loss and activation, there and back, with an upstream gradient that is not 1."""
+    """Loss and activation, forward and backward, with an upstream gradient that is not 1."""
     for settings in SETTINGS:
         leaf = x.detach().requires_grad_()
         (vk.vcl_loss(leaf, backend="triton", **settings) * UPSTREAM).backward()
@@ -62,7 +54,7 @@ def run(x: torch.Tensor) -> None:
         y, loss = vk.vcl_activation(leaf, "elu", beta, backend="triton", **settings)
         torch.autograd.backward([y, loss], [torch.ones_like(y), torch.full_like(loss, UPSTREAM)])
         assert leaf.grad is not None
-        multiply_(leaf.grad, torch.full_like(loss, UPSTREAM))  # which autograd leaves to PyTorch on a CPU
+        multiply_(leaf.grad, torch.full_like(loss, UPSTREAM))  # on a CPU autograd leaves this to PyTorch
         if not (leaf.grad.isfinite().all() and loss.isfinite()):
             raise ArithmeticError(f"not finite: {tuple(x.shape)}, {x.dtype}, strides {x.stride()}, {settings}")
     mean, var = vk.sub_batch_moments(x.detach().requires_grad_(), 5, backend="triton")

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 from .runner import Stage
@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[2]
 BUDGET = 480.0
 SUITES = {"loss": (60.0, 130.0), "activation": (60.0, 130.0), "launch": (20.0, 45.0), "networks": (60.0, 120.0)}
 SHARE = 0.85  # of a stage's time that a benchmark is told to plan with: it ends after the case that it is in
+PYTHON = [sys.executable, "-m"]
 
-# Tests whose kernels run where the tensors are: on the GPU where there is one
+# Tests whose kernels run where the tensors are: on the GPU if there is one
 ON_DEVICE = ("loss", "gradients", "activation", "properties", "activation_triton", "triton")
 # A process for each core is enough: its oracles on the CPU, and Inductor, must not start as many again
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), "1")
@@ -41,51 +42,34 @@ def environment(rehearse: bool) -> dict[str, str]:
 
 def stages(out: Path, budget: float, rehearse: bool) -> list[Stage]:
     """Return every stage, in order of priority."""
-    scale = budget / BUDGET
     asked = ["--rehearse"] if rehearse else []
-    python = [sys.executable, "-m"]
-
-    def stage(name: str, command: Callable[[float], list[str]], least: float, limit: float, **more: object) -> Stage:
-        return Stage(name, command, least * scale, limit * scale, **more)  # type: ignore[arg-type]
-
-    def benchmark(name: str, module: list[str], least: float, limit: float, unavailable: str = "") -> Stage:
-        def command(seconds: float) -> list[str]:
-            return [*python, *module, "--out", str(out), "--budget", f"{SHARE * seconds:.0f}", *asked]
-
-        return stage(name, command, least, limit, unavailable=unavailable)
-
     no_pytest, no_suites = _lacking("pytest"), _lacking("pytest", "pytest_benchmark")
-    return [
-        stage("environment", _fixed([*python, "benchmarks.gpu_check.environment", *asked]), 5, 150, needed=True),
-        stage("cuda-tests", _tests(["cuda"], rehearse), 60, 150, unavailable=no_pytest, environment=ONE_THREAD),
-        stage(
-            "kernel-tests",
-            _tests(list(ON_DEVICE), rehearse, REHEARSED if rehearse else "triton"),
-            45,
-            150,
-            unavailable=no_pytest,
-            environment=ONE_THREAD,
-        ),
-        *(_sanitizer(stage, tool, rehearse) for tool in ("memcheck", "racecheck")),
-        _compiled(stage, rehearse),
-        _build(stage, out, rehearse),  # the CPU's backend: no stage on the GPU needs it
-        *(benchmark(f"benchmark-{name}", ["benchmarks.speed", name], *t, no_suites) for name, t in SUITES.items()),
+    tests = {"unavailable": no_pytest, "environment": ONE_THREAD}
+    on_device = _tests(ON_DEVICE, rehearse, REHEARSED if rehearse else "triton")
+    found = [
+        Stage("environment", [*PYTHON, "benchmarks.gpu.environment", *asked], 5, 150, needed=True),
+        Stage("cuda-tests", _tests(["cuda"], rehearse), 60, 150, **tests),  # type: ignore[arg-type]
+        Stage("kernel-tests", on_device, 45, 150, **tests),  # type: ignore[arg-type]
+        *(_sanitizer(tool, rehearse) for tool in ("memcheck", "racecheck")),
+        _compile(rehearse),
+        _build(out, rehearse),  # the CPU's backend: no stage on the GPU needs it
     ]
+    for suite, times in SUITES.items():
+        command = [*PYTHON, "benchmarks.speed", suite, "--out", str(out), *asked, "--budget"]
+        found.append(Stage(f"benchmark-{suite}", command, *times, unavailable=no_suites, share=SHARE))
+    scale = budget / BUDGET
+    return [stage._replace(least=stage.least * scale, limit=stage.limit * scale) for stage in found]
 
 
-def _fixed(command: list[str]) -> Callable[[float], list[str]]:
-    return lambda seconds: command
-
-
-def _compiled(stage: Callable[..., Stage], rehearse: bool) -> Stage:
-    """In a rehearsal, whose other stages interpret the kernels: a sample of them, compiled for sm_90 without a GPU."""
-    command = [sys.executable, "-m", "benchmarks.structure", "--sample", "--targets", "sm_90"]
+def _compile(rehearse: bool) -> Stage:
+    """Compile a sample of the kernels for sm_90 without a GPU: the rehearsal's other stages interpret them."""
+    command = [*PYTHON, "benchmarks.structure", "--sample", "--targets", "sm_90"]
     unavailable = "" if rehearse else "the stages on the GPU compile what they run"
-    return stage("compile", _fixed(command), 20, 120, unavailable=unavailable, environment={"TRITON_INTERPRET": "0"})
+    return Stage("compile", command, 20, 120, unavailable=unavailable, environment={"TRITON_INTERPRET": "0"})
 
 
-def _build(stage: Callable[..., Stage], out: Path, rehearse: bool) -> Stage:
-    """The native backend, in place. A rehearsal builds into ``out``: others may be using the checkout's binary."""
+def _build(out: Path, rehearse: bool) -> Stage:
+    """Build the native backend in place. A rehearsal builds into ``out``: others may use the checkout's binary."""
     require = {"VCL_KERNELS_REQUIRE_NATIVE": "1"}
     folders = ["--inplace"]
     if rehearse:
@@ -95,41 +79,40 @@ def _build(stage: Callable[..., Stage], out: Path, rehearse: bool) -> Stage:
     reason = _lacking("setuptools", *([] if shutil.which("ninja") else ["ninja"]))
     reason = reason or ("" if writable or rehearse else f"{ROOT} is read-only")
     command = [sys.executable, "setup.py", "build_ext", *folders]
-    return stage("build", _fixed(command), 20, 90, unavailable=reason, environment=require)
+    return Stage("build", command, 20, 90, unavailable=reason, environment=require)
 
 
 def _lacking(*modules: str) -> str:
-    """Which of the modules are not installed, as a reason; empty if all are."""
+    """Say which of the modules are not installed; empty if all are."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     return f"not installed: {', '.join(missing)}" if missing else ""
 
 
-def _tests(names: list[str], rehearse: bool, chosen: str = "") -> Callable[[float], list[str]]:
-    """Pytest over ``tests/test_NAME.py``: warnings of the machine's own versions are shown and are not errors.
+def _tests(names: Sequence[str], rehearse: bool, chosen: str = "") -> list[str]:
+    """Return pytest over ``tests/test_NAME.py``; warnings of the machine's own versions are no errors.
 
     Most of the time goes to compiling kernels, one after another in each process: as many as there are cores, up to 16.
     """
-    files = [f"tests/test_{name}.py" for name in names]
     options = ["-v", "-ra", "--tb=short", "--durations=10", "-W", "default", "-p", "no:cacheprovider", "-o", "addopts="]
     options += ["-o", "faulthandler_timeout=60"]  # says where a kernel hangs
     options += ["-k", chosen] if chosen else []
     if not rehearse and importlib.util.find_spec("xdist") is not None:
         options += ["-n", str(min(16, os.cpu_count() or 1))]
-    return _fixed([sys.executable, "-m", "pytest", *files, *options])
+    return [*PYTHON, "pytest", *(f"tests/test_{name}.py" for name in names), *options]
 
 
-def _sanitizer(stage: Callable[..., Stage], tool: str, rehearse: bool) -> Stage:
-    script = [sys.executable, "-m", "benchmarks.gpu_check.sanitized"]
+def _sanitizer(tool: str, rehearse: bool) -> Stage:
+    script = [*PYTHON, "benchmarks.gpu.sanitized"]
     if rehearse:  # the script alone, once
         unavailable = "" if tool == "memcheck" else "the script was rehearsed under memcheck"
-        return stage(tool, _fixed(script), 10, 60, unavailable=unavailable)
+        return Stage(tool, script, 10, 60, unavailable=unavailable)
     found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "30"]
     options += ["--target-processes", "application-only"]  # compilers are not what is looked at
     options += ["--report-api-errors", "no"] if tool == "memcheck" else []  # PyTorch asks what a device can do
-    return stage(
+    return Stage(
         tool,
-        _fixed([found or "compute-sanitizer", *options, *script]),
+        [found or "compute-sanitizer", *options, *script],
         20,
         60,
         unavailable="" if found else "compute-sanitizer is not installed",

@@ -1,4 +1,4 @@
-"""Check and measure on a GPU: ``python -m benchmarks.gpu_check``, or ``make gpu-check ARGS="..."``.
+"""Check and measure on a GPU: ``python -m benchmarks.gpu``, or ``make gpu-check ARGS="..."``.
 
 Uses the Python that runs it and downloads nothing. Every stage has a log in the folder ``--out``, and
 ``summary.json`` there has what is known so far.
@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .runner import FAILED, PASSED, TIMED_OUT, Result, described, run_all
+from .runner import FAILED, PASSED, TIMED_OUT, Result, Runner
 from .stages import BUDGET, ROOT, environment, stages
 
 SHOWN = 1500  # characters of a failed stage's output, at the end
@@ -21,7 +21,7 @@ SHOWN = 1500  # characters of a failed stage's output, at the end
 
 def main() -> int:
     known = [stage.name for stage in stages(Path(), BUDGET, False)]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything (%(default).0f)")
     parser.add_argument("--out", type=Path, default=Path("out/gpu-check"), help="folder for results (%(default)s)")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU: small sizes, in Triton's interpreter")
@@ -43,9 +43,8 @@ def main() -> int:
         "budget": options.budget,
         "rehearsal": options.rehearse,
     }
-    env = environment(options.rehearse)
-    results = run_all(chosen, options.budget, out, folder=ROOT, environment=env, about=about)
-    return report(results, out)
+    runner = Runner(ROOT, environment(options.rehearse), out)
+    return report(runner.run_all(chosen, options.budget, about), out)
 
 
 def report(results: list[Result], out: Path) -> int:
@@ -54,7 +53,7 @@ def report(results: list[Result], out: Path) -> int:
     for result in bad:
         print(f"\n== the end of {out / result.stage}.log:\n{result.tail[-SHOWN:]}")
     print(f"\n== results in {out}")
-    print("\n".join(described(result) for result in results))
+    print(*results, sep="\n")
     return 1 if bad or not any(result.status == PASSED for result in results) else 0
 
 
