@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import vcl_kernels as vk
-from vcl_kernels.batch_norm import ChannelAffine
+from vcl_kernels.nn.batch_norm import ChannelAffine
 
 CNN = lambda: nn.Sequential(  # noqa: E731
     nn.Conv2d(3, 8, 3, padding=1, bias=False),

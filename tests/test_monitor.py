@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import vcl_kernels as vk
-from vcl_kernels.monitor import STATISTICS
+from vcl_kernels.nn.monitor import STATISTICS
 
 
 def net():
@@ -120,7 +120,7 @@ def test_only_every_nth_training_forward_is_looked_at_and_others_have_one_hook()
     bare = hooks(model)
     monitor = vk.VCLMonitor(model, every=3)
     assert hooks(model) == bare + 2  # the model's own: one that counts, one that ends
-    with mock.patch("vcl_kernels.monitor._statistics", wraps=vk.monitor._statistics) as statistics:
+    with mock.patch("vcl_kernels.nn.monitor._statistics", wraps=vk.nn.monitor._statistics) as statistics:
         for _ in range(7):
             model(x)
             assert hooks(model) == bare + 2
@@ -179,7 +179,7 @@ def test_it_runs_where_no_value_can_be_read():
     with torch.device("meta"):
         model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ELU(), nn.Conv2d(3, 3, 3), nn.ReLU())
     monitor = vk.VCLMonitor(model)
-    with mock.patch("vcl_kernels.monitor.sub_batch_moments", vk.reference.sub_batch_moments):
+    with mock.patch("vcl_kernels.nn.monitor.sub_batch_moments", vk.reference.sub_batch_moments):
         model(torch.empty(20, 2, 8, 8, device="meta"))
     assert [table.shape for _, _, table in monitor._waiting] == [(2, len(STATISTICS))]
 
