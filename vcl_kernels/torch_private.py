@@ -41,9 +41,10 @@ def batch_norm_types() -> tuple[type[nn.Module], ...]:
     return (*public, *lazy) if base is None else (base,)
 
 
-def base_of(x: Tensor) -> Tensor | None:
-    """The tensor that ``x`` is a view of; None if it is none, or if PyTorch does not tell."""
-    return getattr(x, "_base", None)
+def base_of(x: Tensor) -> Tensor:
+    """The tensor that ``x`` is a view of; ``x`` itself if it is no view, or if PyTorch does not tell."""
+    base = getattr(x, "_base", None)
+    return x if base is None else base
 
 
 def tensors_in(values: Any) -> list[Tensor]:

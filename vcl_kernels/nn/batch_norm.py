@@ -153,9 +153,6 @@ def _is_plain(module: nn.Module) -> bool:
     return not has_hooks(module) and "forward" not in vars(module)
 
 
-# Which layer's output a batch norm normalises
-
-
 class _Tracer(fx.Tracer):
     """Traces into modules that contain a layer or batch norm; the inside of others does not matter here."""
 
@@ -212,9 +209,6 @@ def _predecessors(model: nn.Module) -> dict[nn.Module, nn.Module]:
         if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and _is_plain(module):
             pairs |= {second: first for first, second in pairwise(module) if count[first] == count[second] == 1}
     return pairs
-
-
-# What replaces a batch norm
 
 
 def _can_fold(layer: Any, norm: Any, owners: Counter[int]) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..checks import channels_first, check_channel_dim, check_choice, check_count
 from ..functional import sub_batch_moments
@@ -236,10 +237,11 @@ def _of_vcl(vcl: VCLActivation | None, like: Tensor) -> list[Tensor]:
     nan = torch.full_like(like, torch.nan)
     if vcl is None or vcl.loss is None:
         return [nan, nan, nan]
-    beta = (
-        nan if vcl.form == "variance" else like.new_full((), vcl.beta_init) if vcl.beta is None else vcl.beta.detach()
-    )
-    beta = beta.to(like).clamp(min=vcl.beta_min)
+    if vcl.form == "variance" or (vcl.beta is not None and is_lazy(vcl.beta)):
+        beta = nan
+    else:
+        beta = like.new_full((), vcl.beta_init) if vcl.beta is None else vcl.beta.to(like)
+    beta = beta.clamp(min=vcl.beta_min)
     return [vcl.loss.detach().to(like), beta.mean(), beta.min()]
 
 

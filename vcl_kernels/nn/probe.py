@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,9 @@ from .fused import first_input
 __all__ = ["Call", "probe"]
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+_copy = partial(map_tensors, torch.clone)
 
 
 class Call(NamedTuple):
@@ -40,15 +44,10 @@ def probe(model: nn.Module, modules: list[nn.Module], example: Any) -> dict[nn.M
         last = x.dim() > 2 and (_acts_on_last_dim(module) or features_last.knows(x))
         calls.setdefault(module, []).append(Call(x, -1 if last else 1))
 
-    def copy_inputs(
-        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return _copy(args), _copy(kwargs)
-
     with features_last:
         output = _evaluate(model, example, modules, record)
     in_place = [module for module in modules if getattr(module, "inplace", False)]
-    differs = bool(in_place) and not _equal(output, _evaluate(model, example, in_place, copy_inputs))
+    differs = bool(in_place) and not _equal(output, _evaluate(model, example, in_place, _copy_inputs))
     if differs and _equal(output, _evaluate(model, example)):  # else the model is random, and nothing follows
         raise ValueError(
             f"model ({type(model).__name__}) does not compute the same with its activations out of place, as VCL runs "
@@ -78,8 +77,8 @@ def _evaluate(model: nn.Module, example: Any, hooked: list[nn.Module] | None = N
             handle.remove()
 
 
-def _copy(values: Any) -> Any:
-    return map_tensors(torch.clone, values)
+def _copy_inputs(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    return _copy(args), _copy(kwargs)
 
 
 def _equal(output: Any, other: Any) -> bool:
@@ -106,7 +105,7 @@ class FeaturesLast(TorchFunctionMode):
 
     def knows(self, x: Tensor) -> bool:
         """Whether ``x`` has its features last."""
-        whole = _whole(x)
+        whole = base_of(x)
         ref, stride, features = self._known.get(id(whole), (None, 0, 0))
         if ref is None or ref() is not whole or x.stride(-1) != stride:
             return False
@@ -124,13 +123,13 @@ class FeaturesLast(TorchFunctionMode):
             and out.dim() > 1
             and (_is_linear(func, args, kwargs) or self._keeps(func, out, args))
         ):
-            whole = _whole(out)
+            whole = base_of(out)
             self._known[id(whole)] = weakref.ref(whole), out.stride(-1), out.shape[-1]
         return out
 
     def _keeps(self, func: Callable[..., Any], out: Tensor, args: tuple[Any, ...]) -> bool:
         """Whether ``out`` is computed from a known tensor of its shape."""
-        if base_of(out) is not None or func in CONVOLUTIONS:
+        if base_of(out) is not out or func in CONVOLUTIONS:
             return False
         return any(isinstance(x, Tensor) and x.shape == out.shape and self.knows(x) for x in args)
 
@@ -140,12 +139,6 @@ def _is_linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     if func in (F.layer_norm, F.rms_norm):
         return len(args[1] if len(args) > 1 else kwargs["normalized_shape"]) == 1
     return func in (F.linear, torch.addmm)
-
-
-def _whole(x: Tensor) -> Tensor:
-    """Return the tensor that ``x`` is a view of, or ``x`` itself."""
-    base = base_of(x)
-    return x if base is None else base
 
 
 def _acts_on_last_dim(module: nn.Module) -> bool:
