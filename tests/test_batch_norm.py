@@ -34,40 +34,6 @@ class Residual(nn.Module):
         return self.relu(self.bn2(self.conv2(h)) + x)
 
 
-class PreActivation(Residual):
-    def forward(self, x):
-        h = self.conv1(self.relu(self.bn1(x)))
-        return x + self.conv2(self.relu(self.bn2(h)))
-
-
-class UsedTwice(Residual):
-    """The first convolution's output goes past its batch norm too."""
-
-    def forward(self, x):
-        h = self.conv1(x)
-        return self.bn2(self.conv2(self.bn1(h).relu())) + h
-
-
-class UsedInPlace(Residual):
-    def forward(self, x):
-        h = self.conv1(x)
-        h += x
-        return self.bn2(self.conv2(self.bn1(h)))
-
-
-class UsedInTraining(Residual):
-    def forward(self, x):
-        h = self.conv1(x)
-        y = self.bn2(self.conv2(self.bn1(h)))
-        return y + h if self.training else y
-
-
-class UsedWithoutAnOption(Residual):
-    def forward(self, x, skip=None):
-        h = self.conv1(x)
-        return self.bn2(self.conv2(self.bn1(h))) + (h if skip is None else skip)
-
-
 class SharedWeight(Residual):
     def __init__(self):
         super().__init__()
@@ -77,7 +43,23 @@ class SharedWeight(Residual):
         return self.bn1(self.conv1(x)) + self.conv2(self.bn2(x))
 
 
+class PreActivation(Residual):
+    def forward(self, x):
+        return x + self.conv2(self.relu(self.bn2(self.conv1(self.relu(self.bn1(x))))))
+
+
+def used_twice(m, x, use=1):
+    h = m.conv1(x)
+    y = m.bn2(m.conv2(m.bn1(h).relu()))
+    return y if use is None else y + h
+
+
+def used_twice_by_default(m, x, skip=None):
+    return used_twice(m, x) if skip is None else used_twice(m, x, None) + skip
+
+
 def variant(forward):
+    """A residual network with another forward."""
     return type("Variant", (Residual,), {"forward": forward})
 
 
@@ -175,10 +157,10 @@ CASES = {
     "norm subclass": (lambda: with_norm(nn.Conv2d(3, 4, 3), Checked), X, "I"),
     "affine=False": (lambda: with_norm(nn.Linear(8, 6), nn.BatchNorm1d, affine=False), X[:, 0, 0], "I"),
     "affine=False, affine": (lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3, affine=False)), X, "A"),
-    "used twice": (UsedTwice, X, "AI"),
-    "used in place": (UsedInPlace, X, "AI"),
-    "used in training": (UsedInTraining, X, "AI"),
-    "used without an option": (UsedWithoutAnOption, X, "AI"),
+    "used twice": (variant(used_twice), X, "AI"),
+    "used in place": (variant(lambda m, x: m.bn2(m.conv2(m.bn1(m.conv1(x).add_(x))))), X, "AI"),
+    "used in training": (variant(lambda m, x: used_twice(m, x, 1 if m.training else None)), X, "AI"),
+    "used without an option": (variant(used_twice_by_default), X, "AI"),
     "weight used": (variant(lambda m, x: m.bn2(m.conv2(m.bn1(m.conv1(x)))) + m.conv1.weight.mean()), X, "AI"),
     "shared convolution": (variant(lambda m, x: m.bn2(m.conv2(m.conv1(m.bn1(m.conv1(x)))))), X, "AI"),
     "shared weight": (SharedWeight, X, "AA"),
@@ -250,7 +232,7 @@ def test_names_and_parameters_stay():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dtype_and_memory_format_stay(dtype):
-    net = vk.remove_batch_norm(UsedTwice().to(dtype))
+    net = vk.remove_batch_norm(PreActivation().to(dtype))
     assert {tensor.dtype for tensor in net.state_dict().values()} == {dtype}
     assert net(X.to(dtype)).dtype == dtype
     y = ChannelAffine(3)(X.to(dtype, memory_format=torch.channels_last))
@@ -356,7 +338,7 @@ def test_statistics_given_by_hand():
 
 
 def test_copies_and_attach():
-    net, x = vk.remove_batch_norm(randomised(UsedTwice())).train(), torch.randn(20, 3, 8, 8)
+    net, x = vk.remove_batch_norm(randomised(PreActivation())).train(), torch.randn(20, 3, 8, 8)
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         torch.testing.assert_close(other(x), net(x), rtol=0, atol=0)
     handle = vk.attach(net, x[:1], layers=["conv2"])

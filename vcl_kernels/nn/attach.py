@@ -120,14 +120,14 @@ def attach(  # noqa: PLR0913  # the public signature
 class VCLHandle:
     """What :func:`attach` returns: the loss of the latest training forward, and the way back."""
 
-    def __init__(self, model: nn.Module, places: dict[str, tuple[nn.Module, Calls]]) -> None:
+    def __init__(self, model: nn.Module, layers: dict[str, tuple[nn.Module, Calls]]) -> None:
         self.model = model
-        self._names, self._calls = list(places), [calls for _, calls in places.values()]
-        self._before = [module for module, _ in places.values() if not can_fuse(module)]  # with a VCL before them
+        self._names, self._calls = list(layers), [calls for _, calls in layers.values()]
+        self._before = [module for module, _ in layers.values() if not can_fuse(module)]  # their VCL comes before them
         self._inplace = [module for module in self._before if getattr(module, "inplace", False)]
         self._hooks = []
         replacements: dict[nn.Module, nn.Module] = {}
-        for module, calls in places.values():
+        for module, calls in layers.values():
             if can_fuse(module):
                 replacements[module] = FusedActivation(module, calls)
             else:
@@ -155,7 +155,7 @@ class VCLHandle:
             calls.end()
 
     def __repr__(self) -> str:
-        """Name the places."""
+        """Name the layers."""
         return f"VCLHandle({', '.join(self._names)})"
 
     def loss(self) -> Tensor:
@@ -266,7 +266,7 @@ def _chosen(
             raise ValueError(f"layers must not name a container; {name!r} is one: name a module inside it")
         if hasattr(module, "vcl"):
             raise ValueError(
-                f"{name!r} has an attribute 'vcl' already, the name that attach sets: of another attach, perhaps. "
-                "layers= leaves places out"
+                f"{name!r} has an attribute 'vcl' already, the name that attach sets: from another attach, perhaps. "
+                "Choose other modules with layers="
             )
     return chosen

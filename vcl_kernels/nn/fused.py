@@ -46,7 +46,8 @@ class Calls(nn.ModuleList):
 
     def begin(self) -> None:
         """Start a forward of the model. Losses of the previous one are dropped: a layer may be skipped this time."""
-        self.counter.next, self.counter.in_forward = 0, True
+        counter = self.counter
+        counter.next, counter.in_forward = 0, True
         for vcl in self:
             vcl.latest.loss = None  # type: ignore[union-attr]
 
