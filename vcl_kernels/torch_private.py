@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-try:
-    from torch.utils import _pytree as pytree
-except ImportError:
-    pytree = None  # type: ignore[assignment]
+pytree: Any = getattr(torch.utils, "_pytree", None)
 
 # Of modules
 
