@@ -1,4 +1,4 @@
-"""VCL, attach and the handle, as a training loop meets them."""
+"""attach and its handle, as a training loop meets them: losses, evaluation, copies, removal, errors."""
 
 import copy
 import pickle
@@ -12,264 +12,305 @@ import vcl_kernels as vk
 
 
 def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(inplace=True), nn.Conv2d(6, 4, 3), nn.ELU(), nn.Flatten(), nn.Linear(64, 3))  # fmt: skip  # noqa: E501
+    features = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(inplace=True), nn.Conv2d(6, 4, 3), nn.ELU())
+    return nn.Sequential(*features, nn.Flatten(), nn.Linear(64, 3))
 
 
-class Shared(nn.Module):
+def mlp(activation=None):
+    return nn.Sequential(nn.Linear(4, 8), activation or nn.ELU())
+
+
+def images(rows=20):
+    return torch.randn(rows, 1, 8, 8)
+
+
+class Residual(nn.Module):
+    """Two convolutions around a shared, in-place activation, as in ResNet."""
+
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.act = nn.Linear(4, 8), nn.Linear(8, 5), nn.ReLU()
+        self.a, self.b = nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x):
-        return self.act(self.b(self.act(self.a(x))))
+        return self.relu(self.b(self.relu(self.a(x))) + x)
 
 
-X = torch.randn(20, 1, 8, 8)
+class Nested(nn.Module):
+    """Activations in containers, one of them under two names, one that cannot be fused."""
+
+    def __init__(self):
+        super().__init__()
+        shared = nn.LeakyReLU(0.2)
+        self.list = nn.ModuleList([nn.Linear(8, 5), shared])
+        self.dict = nn.ModuleDict({"gelu": nn.GELU("tanh"), "again": shared})
+        self.deep = nn.Sequential(nn.Sequential(nn.Linear(5, 4), nn.ELU(0.5)), nn.Softplus(), nn.Tanh())
+
+    def forward(self, x):
+        x = self.dict["gelu"](self.list[1](self.list[0](x[:, 0, 0])))
+        return self.deep(self.dict["again"](x))
 
 
-def test_module_is_the_identity_and_keeps_the_loss():
-    vcl, x = vk.VCL(6, weight=0.1), torch.randn(20, 6, 4)
-    assert vcl(x) is x
-    torch.testing.assert_close(vcl.loss, 0.1 * vk.vcl_loss(x, vcl.beta))
-    kept = vcl.loss
-    vcl.eval()(x)
-    assert vcl.loss is kept
-    vcl.train()(x[:9])
-    assert vcl.loss == 0
+MODELS = {
+    network: ["1", "3"],
+    Residual: ["relu", "relu:1"],
+    Nested: ["deep.0.1", "deep.1", "deep.2", "dict.gelu", "list.1", "list.1:1"],
+}
+models = pytest.mark.parametrize("make", MODELS)
 
 
-def test_attach_loss_and_remove():
-    net = network()
-    before, names = net(X), list(net.state_dict())
-    handle = vk.attach(net, X[:1], weight=0.5)
-    torch.testing.assert_close(net(X), before)
-    pre = net[0](X)
-    first = vk.vcl_loss(pre, net[1].vcl[0].beta)
-    second = vk.vcl_loss(net[2](pre.relu()), net[3].vcl[0].beta)
-    torch.testing.assert_close(handle.loss(), 0.5 * (first + second))
-    assert list(handle.losses) == ["1", "3"]
+def losses_by_hand(net, x):
+    """The loss of every activation's input, read by hooks on the plain model."""
+    losses = []
+    for module in net.modules():
+        if isinstance(module, (nn.ReLU, nn.LeakyReLU, nn.GELU, nn.ELU, nn.Softplus, nn.Tanh)):
+            module.register_forward_pre_hook(lambda _, args: losses.append(vk.reference.vcl_loss(args[0].clone())))
+    return net(x), sum(losses)
+
+
+@models
+def test_values_and_gradients_are_those_by_hand(make):
+    net, x = make(), images()
+    plain = copy.deepcopy(net)
+    handle = vk.attach(net, x[:2], weight=0.3)
+    y = net(x)
+    (y.square().mean() + handle.loss()).backward()
+    expected, loss = losses_by_hand(plain, x)
+    (expected.square().mean() + 0.3 * loss).backward()
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(handle.loss(), 0.3 * loss)
     torch.testing.assert_close(sum(handle.losses.values()), handle.loss().detach())
-    handle.loss().backward()
-    assert all(p.grad.abs().sum() > 0 for p in handle.parameters())
-    assert [n for n in net.state_dict() if "vcl" not in n] == names
-    handle.remove()
-    assert list(net.state_dict()) == names
-    assert net[1].inplace
-    torch.testing.assert_close(net(X), before)
+    assert sorted(handle.losses) == MODELS[make]
+    assert all(beta.grad.abs().sum() > 0 for beta in handle.parameters())
+    theirs = dict(plain.named_parameters())
+    ours = {name: p for name, p in net.named_parameters() if "vcl" not in name}
+    assert list(ours) == list(theirs)
+    for name, p in ours.items():
+        torch.testing.assert_close(p.grad, theirs[name].grad)
 
 
-def test_evaluation_leaves_nothing_behind():
-    net = network()
-    handle = vk.attach(net, X[:1])
-    net(X)
+@models
+def test_evaluation_is_the_plain_model_and_leaves_nothing_behind(make):
+    net, x = make(), images()
+    expected = copy.deepcopy(net).eval()(x[:7])
+    handle = vk.attach(net, x[:2])
+    net(x)
     loss = handle.loss()
-    net.eval()(torch.randn(4, 1, 8, 8))
+    assert torch.equal(net.eval()(x[:7]), expected)
+    assert torch.equal(handle.loss(), loss)
+    net.train()(x)
     torch.testing.assert_close(handle.loss(), loss)
-    net.train()(X)
-    torch.testing.assert_close(handle.loss(), loss)
 
 
-def test_the_handle_names_its_places():
-    assert repr(vk.attach(nn.Sequential(nn.Linear(4, 3), nn.ELU(), nn.Sequential(nn.Tanh())))) == "VCLHandle(1, 2.0)"
+def test_the_exported_graph_is_the_plain_models():
+    graphs, x = [], images(2)
+    for net in (network(), network()):
+        if graphs:
+            vk.attach(net, x)
+            net(images())
+        nodes = torch.export.export(net.eval(), (x,)).graph.nodes
+        graphs.append([str(node.target) for node in nodes if node.op == "call_function"])
+    assert graphs[0] == graphs[1]
+    assert len(graphs[0]) >= 6
 
 
-def test_inject_equals_adding_the_loss():
-    plain, injected = network(), network()
-    a, b = vk.attach(plain, X[:1], weight=0.3), vk.attach(injected, X[:1], weight=0.3, inject=True)
-    (plain(X).square().mean() + a.loss()).backward()
-    injected(X).square().mean().backward()
+@models
+def test_remove_gives_the_modules_back(make):
+    net, x = make(), images()
+    modules, names = dict(net.named_modules()), list(net.state_dict())
+    expected = copy.deepcopy(net)(x)
+    handle = vk.attach(net, x[:2])
+    assert [name for name in net.state_dict() if "vcl" not in name] == names
+    net.eval()
+    handle.remove()
+    assert dict(net.named_modules()) == modules
+    assert list(net.state_dict()) == names
+    assert not any(module.training for module in modules.values())
+    assert all(module.inplace for module in modules.values() if isinstance(module, nn.ReLU))
+    torch.testing.assert_close(net(x), expected)
+
+
+def test_remove_restores_only_what_attach_put_there_and_only_once():
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Hardswish(inplace=True), nn.Tanh())
+    first = vk.attach(net)
+    assert repr(first) == "VCLHandle(1, 2, 3)"
+    assert not net[2].inplace
+    net[1] = nn.Identity()
+    del net[3]
+    first.remove()
+    assert [type(module) for module in net] == [nn.Linear, nn.Identity, nn.Hardswish]
+    assert net[2].inplace
+    second = vk.attach(net)
+    first.remove()
+    net(torch.randn(20, 4))
+    assert second.loss().requires_grad
+
+
+@pytest.mark.parametrize("scaler", [None, torch.amp.GradScaler("cpu", init_scale=1024.0)])
+def test_inject_equals_adding_the_loss(scaler):
+    plain, x = network(), images()
+    injected = copy.deepcopy(plain)
+    a, b = vk.attach(plain, x[:1], weight=0.3), vk.attach(injected, x[:1], weight=0.3, inject=True)
+    b.grad_scaler = scaler
+    assert b.grad_scaler is scaler
+    (plain(x).square().mean() + a.loss()).backward()
+    objective = injected(x).square().mean()
+    (scaler.scale(objective) if scaler else objective).backward()
     for p, q in zip(plain.parameters(), injected.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad)
+        torch.testing.assert_close(p.grad * (1024 if scaler else 1), q.grad)
     assert not b.loss().requires_grad
 
 
-def test_inject_under_a_grad_scaler():
-    plain, injected = network(), network()
-    a, b = vk.attach(plain, X[:1], weight=0.3), vk.attach(injected, X[:1], weight=0.3, inject=True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    b.grad_scaler = scaler
-    (plain(X).square().mean() + a.loss()).backward()
-    scaler.scale(injected(X).square().mean()).backward()
-    for p, q in zip(plain.parameters(), injected.parameters(), strict=True):
-        torch.testing.assert_close(p.grad * 1024, q.grad)
-
-
-def test_shared_activation_has_a_beta_for_each_call():
-    net = Shared()
-    handle = vk.attach(net, torch.randn(2, 4))
-    net(torch.randn(20, 4))
-    assert [tuple(p.shape) for p in handle.parameters()] == [(8,), (5,)]
-    assert list(handle.losses) == ["act", "act:1"]
-    handle.remove()
-    vk.attach(net)
-    with pytest.raises(RuntimeError, match="ReLU is called 2 times in one forward, and has VCL for 1.*example_input"):
-        net(torch.randn(20, 4))
-
-
-@pytest.mark.parametrize("inject", [False, True])
-def test_a_call_that_the_example_did_not_make_is_an_error(inject):
-    class Repeated(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear, self.act = nn.Linear(4, 4), nn.Tanh()
-
-        def forward(self, x, steps=2):
-            for _ in range(steps):
-                x = self.act(self.linear(x))
-            return x
-
-    net = Repeated()
-    vk.attach(net, torch.randn(2, 4), inject=inject)
-    net(torch.randn(20, 4))
-    with pytest.raises(RuntimeError, match="Tanh is called 3 times in one forward, and has VCL for 2"):
-        net(torch.randn(20, 4), 4)
-
-
 def test_a_loss_without_a_graph_is_an_error():
-    net = network()
-    handle = vk.attach(net, X[:1], weight=1.0)
-    y = checkpoint(net, X.clone().requires_grad_(), use_reentrant=True)
+    net, x = network(), images()
+    handle = vk.attach(net, x[:1], weight=1.0)
+    with pytest.raises(RuntimeError, match="wants a training forward"):
+        handle.loss()
+    y = checkpoint(net, x.clone().requires_grad_(), use_reentrant=True)
     with pytest.raises(RuntimeError, match="ran without grad mode.*use_reentrant=False"):
         handle.loss()
     y.sum().backward()
     with torch.no_grad():
-        net(X)
+        net(x)
         assert handle.loss() > 0
     assert all(value > 0 for value in handle.losses.values())
 
 
 @pytest.mark.parametrize("inject", [False, True])
-def test_a_short_batch_gives_every_beta_a_gradient_of_zero(inject):
+def test_checkpoint_counts_the_loss_once(inject):
+    net, x, gradients = network(), images(), []
+    handle = vk.attach(net, x[:1], weight=1.0, inject=inject)
+    for recompute in (False, True):
+        y = checkpoint(net, x.requires_grad_(), use_reentrant=False) if recompute else net(x)
+        loss = y.square().mean()
+        gradients.append(torch.autograd.grad(loss if inject else loss + handle.loss(), list(net.parameters())))
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("rows", [6, 9])
+@pytest.mark.parametrize("inject", [False, True])
+def test_a_short_batch_gives_every_beta_a_gradient_of_zero(inject, rows):
     net = network()
-    handle = vk.attach(net, X[:1], inject=inject)
-    loss = net(X[:6]).sum() + (0 if inject else handle.loss())
+    handle = vk.attach(net, images(1), inject=inject)
+    loss = net(images(rows)).sum() + (0 if inject else handle.loss())
+    assert handle.loss() == 0
     loss.backward()  # DistributedDataParallel waits for the gradient of each parameter
     assert all(torch.equal(beta.grad, torch.zeros_like(beta)) for beta in handle.parameters())
 
 
-def test_layers_that_cannot_have_a_vcl_are_named():
-    net = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2))
-    with pytest.raises(ValueError, match="container; '0' is one"):
-        vk.attach(net, layers=["0"])
-    net[1].vcl = 3
-    with pytest.raises(ValueError, match="attribute 'vcl'.*'1' has one"):
-        vk.attach(net, layers=["1"])
-    assert net[1].vcl == 3
-
-
-def test_an_activation_called_by_keyword_has_its_loss():
-    class ByKeyword(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear, self.act = nn.Linear(4, 4), nn.Mish()
-
-        def forward(self, x):
-            return self.act(input=self.linear(x))
-
-    net, x = ByKeyword(), torch.randn(20, 4)
-    handle = vk.attach(net, x[:1], weight=1.0)
+def test_copies_have_handles_and_losses_of_their_own():
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.ELU(), nn.Linear(8, 4), nn.Sigmoid()), torch.randn(20, 4)
+    handle = vk.attach(net, x)
     net(x)
-    torch.testing.assert_close(handle.loss(), vk.vcl_loss(net.linear(x), torch.ones(4)))
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert other[1].vcl[0].loss is None
+        (other(x).sum() + other.vcl_handle.loss()).backward()
+        torch.testing.assert_close(other.vcl_handle.loss(), handle.loss())
+        assert {name for name, p in other.named_parameters() if p.grad is not None} == set(dict(net.named_parameters()))
+        assert all(p.grad is None for p in net.parameters())
+        other.vcl_handle.remove()
+        assert not any("vcl" in name for name in other.state_dict())
+    assert handle.loss().requires_grad
 
 
-def test_a_state_without_shapes_is_saved_and_loaded():
+def test_betas_without_a_shape_are_saved_and_loaded():
     first, second = network(), network()
     vk.attach(first), vk.attach(second)
     second.load_state_dict(first.state_dict())
-    first(X)
+    assert "from the first batch" in repr(second)
+    first(images())
+    copy.deepcopy(second).load_state_dict(first.state_dict())
     second.load_state_dict(first.state_dict())
-    assert [p.shape for p in second.parameters()] == [p.shape for p in first.parameters()]
+    assert [tuple(beta.shape) for beta in second.vcl_handle.parameters()] == [(6,), (4,)]
 
 
-def test_no_bias_is_decayed():
-    decayed, free = vk.param_groups(nn.ModuleList([nn.LSTM(3, 4), nn.MultiheadAttention(4, 2)]), 0.1)
-    assert {p.dim() for p in decayed["params"]} == {2}
-    assert {p.dim() for p in free["params"]} == {1}
+class Wrapped(nn.parallel.DistributedDataParallel):
+    def __init__(self, module):
+        nn.Module.__init__(self)
+        self.module = module
 
 
-@pytest.mark.parametrize("inject", [False, True])
-def test_checkpoint_counts_the_loss_once(inject):
-    results = []
-    for recompute in (False, True):
-        net = network()
-        handle = vk.attach(net, X[:1], weight=1.0, inject=inject)
-        x = X.clone().requires_grad_()
-        body = nn.Sequential(*net[:4])
-        y = checkpoint(body, x, use_reentrant=False) if recompute else body(x)
-        loss = y.square().mean()
-        (loss if inject else loss + handle.loss()).backward()
-        results.append([p.grad for p in net[:4].parameters()])
-    for p, q in zip(*results, strict=True):
-        torch.testing.assert_close(p, q)
+def attached(module):
+    vk.attach(module)
+    return module
 
 
-def test_copies_pickles_and_lazy_betas():
-    net = network()
-    handle = vk.attach(net)
-    net(X)
-    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-        assert other[1].vcl[0].loss is None
-        other(X)
-        torch.testing.assert_close(other[1].vcl[0].loss, net[1].vcl[0].loss)
-    fresh = network()
-    vk.attach(fresh)
-    fresh.load_state_dict(net.state_dict())
-    assert fresh[1].vcl[0].beta.shape == (6,)
-    assert len(list(handle.parameters())) == 2
+def with_attribute():
+    net = mlp()
+    net[1].vcl = 3
+    return net
 
 
-def test_short_batch_and_skipped_layers():
-    net = network()
-    handle = vk.attach(net, X[:1])
-    net(X[:7])
-    assert handle.loss() == 0
-    (net(X[:7]).mean() + handle.loss()).backward()
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (network, {"layers": ["nine"]}, "layers must name modules.*'nine'"),
+        (network, {"layers": [nn.ReLU()]}, "layers must name modules.*ReLU"),
+        (network, {"layers": []}, "layers must choose at least one"),
+        (Nested, {"layers": ["deep.0"]}, "container; 'deep.0' is one"),
+        (with_attribute, {}, "'1' has an attribute 'vcl' already"),
+        (with_attribute, {"layers": ["1"]}, "'1' has an attribute 'vcl' already"),
+        (lambda: attached(nn.Sequential(mlp(nn.Sigmoid()), nn.Tanh()))[0], {}, "'1' has an attribute 'vcl' already"),
+        (lambda: attached(mlp()), {}, "attached already, to it"),
+        (lambda: nn.Sequential(attached(mlp()), nn.Tanh()), {}, "attached already, to its submodule '0'"),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), {}, "no activation modules"),
+        (network, {"form": "wrong"}, "form must be"),
+        (lambda: nn.Sequential(nn.ReLU(), nn.LeakyReLU(torch.tensor(0.1))), {}, "negative_slope must be a float"),
+        (lambda: Wrapped(mlp()), {}, "DistributedDataParallel.*wrap it afterwards"),
+    ],
+)
+def test_errors(make, options, message):
+    net = make()
+    modules, names = list(net.modules()), list(net.state_dict())
+    with pytest.raises((ValueError, TypeError), match=message):
+        vk.attach(net, **options)
+    assert list(net.modules()) == modules
+    assert list(net.state_dict()) == names
 
 
-def test_layers_and_errors():
-    net = network()
-    handle = vk.attach(net, X[:1], layers=["2", net[5]])
-    net(X)
+def test_a_wrapped_model_may_have_a_loss_without_a_learned_beta():
+    net = Wrapped(mlp())
+    assert list(vk.attach(net, learn_beta=False).parameters()) == []
+
+
+@pytest.mark.parametrize("layers", [["2", "5"], ["2", "5", "2"], lambda name, _module: name in ("2", "5")])
+def test_layers_are_chosen_by_name_or_predicate_and_count_once(layers):
+    net, x = network(), images()
+    handle = vk.attach(net, x[:1], layers=layers)
+    net(x)
     assert list(handle.losses) == ["2", "5"]
-    with pytest.raises(ValueError, match="attached already"):
-        vk.attach(net)
     handle.remove()
-    with pytest.raises(RuntimeError, match="training forward"):
-        vk.attach(net, X[:1]).loss()
-    with pytest.raises(ValueError, match="layers must name modules.*'nine'"):
-        vk.attach(network(), layers=["nine"])
-    with pytest.raises(ValueError, match="no activation modules"):
-        vk.attach(nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(ValueError, match="form must be"):
-        vk.attach(network(), form="wrong")
+    assert repr(vk.attach(net, layers=[net[5]])) == "VCLHandle(5)"
 
 
 def test_param_groups():
-    net = network()
-    vk.attach(net, X[:1])
+    net = nn.ModuleList([network(), nn.LSTM(3, 4), nn.MultiheadAttention(4, 2)])
+    vk.attach(net[0], images(1))
     decayed, free = vk.param_groups(net, 1e-4)
-    assert decayed["weight_decay"] == 1e-4
-    assert free["weight_decay"] == 0
-    assert len(decayed["params"]) == 3
-    assert len(free["params"]) == 5
+    assert (decayed["weight_decay"], free["weight_decay"]) == (1e-4, 0)
+    assert {p.dim() for p in decayed["params"]} == {2, 4}
+    assert {p.dim() for p in free["params"]} == {1}
+    assert len(decayed["params"]) + len(free["params"]) == len(list(net.parameters()))
     torch.optim.SGD([decayed, free], lr=0.1)
 
 
-def test_autocast():
-    net = network()
-    handle = vk.attach(net, X[:1])
+def test_precisions_may_be_mixed():
+    net, x = network(), images()
+    handle = vk.attach(net, x[:1])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = net(X)
+        out = net(x)
     assert handle.loss().dtype == torch.float32
     (out.float().mean() + handle.loss()).backward()
     assert net[0].weight.grad.isfinite().all()
+    net.bfloat16()
+    assert net[1](torch.randn(20, 6, 2)).dtype == torch.float32
+    net[1].vcl[0].loss.backward()
+    assert net[1].vcl[0].beta.grad.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("form", "asked", "rows", "present"), [("ratio", 6, 40, 6), ("ratio", 1000, 33, 6), ("variance", 3, 40, 3)])  # fmt: skip  # noqa: E501
-def test_sub_batches_are_those_asked_for_as_far_as_the_batch_has_them(form, asked, rows, present):
-    net, x = nn.Sequential(nn.Linear(4, 8), nn.ELU()), torch.randn(rows, 4)
-    handle = vk.attach(net, x, form=form, num_sub_batches=asked)
-    net(x)
-    expected = vk.vcl_loss(net[0](x), form=form, num_sub_batches=present)
-    torch.testing.assert_close(handle.loss(), 0.01 * expected)
+def test_frozen_layers_stay_without_a_graph():
+    net = nn.Sequential(*mlp(), *mlp(nn.GELU())[1:]).requires_grad_(False)
+    handle = vk.attach(net, torch.randn(2, 4))
+    assert not net(torch.randn(20, 4)).requires_grad
+    handle.loss().backward()
+    assert all(beta.grad.abs().sum() > 0 for beta in handle.parameters())

@@ -1,11 +1,29 @@
 """A gradient has x's memory format, on every backend, whatever the upstream gradient's is."""
 
+from itertools import product
+
 import pytest
 import torch
 from common import LAYOUTS
 from conftest import UNITS, device_of
 
 import vcl_kernels as vk
+
+
+def moments(x, sub_batch_size=5, **options):
+    options.pop("form", None)
+    return vk.sub_batch_moments(x, sub_batch_size, **options)
+
+
+FUNCTIONS = {"loss": vk.vcl_loss, "activation": vk.vcl_activation, "moments": moments}
+DENSE = {  # their shapes, and the order of their dimensions in memory
+    "contiguous": ((14, 4, 3, 2), (0, 1, 2, 3)),
+    "channels_last": ((14, 4, 3, 2), (0, 2, 3, 1)),
+    "channels_last_3d": ((14, 4, 3, 2, 2), (0, 2, 3, 4, 1)),
+    "transposed": ((14, 4, 3, 2), (0, 3, 2, 1)),
+    "channels_last_1d": ((14, 4, 3), (0, 2, 1)),
+}
+OPTIONS = ({}, {"form": "relative_variance", "sub_batch_size": 4}, {"form": "variance", "sub_batch_size": 7})
 
 
 def gradient(function, x, dy=None, **options):
@@ -16,22 +34,9 @@ def gradient(function, x, dy=None, **options):
     return torch.autograd.grad(results, x, upstream)[0]
 
 
-def moments(x, form=None, sub_batch_size=5, **options):
-    return vk.sub_batch_moments(x, sub_batch_size, **options)
-
-
-FUNCTIONS = {"loss": vk.vcl_loss, "activation": vk.vcl_activation, "moments": moments}
-DENSE = {  # their shapes, and the order of their dimensions in memory
-    "contiguous": ((14, 6, 5, 4), (0, 1, 2, 3)),
-    "channels_last": ((14, 6, 5, 4), (0, 2, 3, 1)),
-    "channels_last_3d": ((14, 6, 5, 4, 3), (0, 2, 3, 4, 1)),
-    "transposed": ((14, 6, 5, 4), (0, 3, 2, 1)),
-    "channels_last_1d": ((14, 6, 5), (0, 2, 1)),
-}
-
-
-def laid_out(shape, order, backend, dtype):
-    x = torch.randn([shape[d] for d in order]).to(device_of(backend)).to(dtype)
+def laid_out(layout, backend, dtype):
+    shape, order = DENSE[layout]
+    x = torch.randn([shape[d] for d in order]).to(device_of(backend), dtype)
     return x.permute([order.index(d) for d in range(len(shape))])
 
 
@@ -39,26 +44,25 @@ def laid_out(shape, order, backend, dtype):
 @pytest.mark.parametrize("layout", DENSE)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_dense_layouts(backend, name, layout, dtype):
-    x = laid_out(*DENSE[layout], backend, dtype)
-    for options in ({}, {"form": "relative_variance", "sub_batch_size": 4}, {"form": "variance", "sub_batch_size": 7}):
-        for unit in UNITS if backend != "triton" else UNITS[:1]:
-            for dy in (None, torch.randn(x.shape).to(x.device).to(dtype)):  # of the activation, and contiguous
-                dx = gradient(FUNCTIONS[name], x, dy, backend=backend, unit=unit, **options)
-                assert dx.stride() == x.stride()
-                assert dx.dtype == dtype
+    x = laid_out(layout, backend, dtype)
+    upstream = (None, torch.randn(x.shape).to(x)) if name == "activation" else (None,)  # the second is contiguous
+    for options, unit, dy in product(OPTIONS, UNITS if backend != "triton" else UNITS[:1], upstream):
+        dx = gradient(FUNCTIONS[name], x, dy, backend=backend, unit=unit, **options)
+        assert dx.stride() == x.stride()
+        assert dx.dtype == dtype
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_slices_without_their_gaps(backend, name):
-    x = LAYOUTS["channels_last_slice"](torch.randn(14, 6, 5, 4).to(device_of(backend)))
-    assert gradient(FUNCTIONS[name], x, backend=backend).stride() == (120, 1, 24, 6)
-    x = LAYOUTS["channel_slice"](torch.randn(14, 6, 5, 4).to(device_of(backend)))
-    assert gradient(FUNCTIONS[name], x, backend=backend).is_contiguous()
+    x = torch.randn(14, 6, 5, 4).to(device_of(backend))
+    dx = gradient(FUNCTIONS[name], LAYOUTS["channels_last_slice"](x), backend=backend)
+    assert dx.stride() == (120, 1, 24, 6)
+    assert gradient(FUNCTIONS[name], LAYOUTS["channel_slice"](x), backend=backend).is_contiguous()
 
 
-@pytest.mark.parametrize("name", ["loss", "activation", "moments"])
-def test_the_references_own_functions(name):
-    x = laid_out(*DENSE["channels_last"], "reference", torch.float32)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_of_the_reference(name):
+    x = laid_out("channels_last", "reference", torch.float32)
     function = {
         "loss": vk.reference.vcl_loss,
         "activation": vk.reference.vcl_activation,
@@ -71,6 +75,6 @@ def test_the_references_own_functions(name):
 
 
 def test_the_identity_of_the_reference_is_x_itself():
-    x = laid_out(*DENSE["channels_last"], "reference", torch.float32).requires_grad_()
+    x = laid_out("channels_last", "reference", torch.float32).requires_grad_()
     y, _ = vk.vcl_activation(x, "identity", backend="reference")
     assert y is x

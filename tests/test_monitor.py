@@ -12,18 +12,20 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vcl_kernels as vk
-from vcl_kernels.monitor import STATISTICS
+from vcl_kernels import torch_private
+from vcl_kernels.nn import monitor as room
 
 
 def net():
-    torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 8), nn.ELU(), nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU6(), nn.Linear(6, 2))
 
 
 def hooks(model):
-    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+    attributes = [item for module in model.modules() for item in torch_private.hooks_of(module).items()]
+    return sum(len(hooks) for name, hooks in attributes if name.endswith("hooks"))
 
 
 def entering(model, index, x):
@@ -34,11 +36,11 @@ def close(value):
     return pytest.approx(float(value), rel=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("unit", ["channel", "activation"])
-def test_numbers_are_those_of_the_definitions(unit):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.GELU())
-    x = torch.randn(14, 2, 6, 6)
+def test_numbers_are_those_of_the_definitions(unit, dtype):
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.GELU()).to(dtype)
+    x = torch.randn(14, 2, 6, 6, dtype=dtype)
     with vk.VCLMonitor(model, sub_batch_size=4, unit=unit) as monitor:
         model(x)
     (row,) = monitor.rows
@@ -84,15 +86,16 @@ def test_vcl_modules_of_the_users_own_are_seen():
     assert row["beta"] == 2.0
 
 
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.act = nn.Linear(4, 4), nn.ELU()
+
+    def forward(self, x):
+        return self.act(3 * self.linear(self.act(x)))
+
+
 def test_each_call_of_a_shared_activation_has_its_row():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear, self.act = nn.Linear(4, 4), nn.ELU()
-
-        def forward(self, x):
-            return self.act(3 * self.linear(self.act(x)))
-
     model, x = Twice(), torch.randn(20, 4)
     handle = vk.attach(model, x)
     with vk.VCLMonitor(model) as monitor:
@@ -101,18 +104,25 @@ def test_each_call_of_a_shared_activation_has_its_row():
     assert [row["loss"] for row in monitor.rows] == [close(float(loss)) for loss in handle.losses.values()]
 
 
+def test_channels_are_where_the_vcl_has_them():
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.GELU()), torch.randn(20, 7, 4)
+    handle = vk.attach(model, x[:1])
+    with vk.VCLMonitor(handle) as monitor, vk.VCLMonitor(handle, channel_dim=1) as other:
+        model(x)
+    for watched, pre in ((monitor, entering(model, 1, x).mT), (other, entering(model, 1, x))):
+        assert watched.rows[0]["variance"] == close(vk.sub_batch_moments(pre, 5)[1].mean())
+
+
 def test_gradients_and_outputs_are_untouched():
-    x = torch.randn(32, 4)
-    results = []
-    for watched in (False, True):
-        model = net()
+    x, plain = torch.randn(32, 4), net()
+    watched, results = copy.deepcopy(plain), []
+    monitor = vk.VCLMonitor(watched)
+    for model in (plain, watched):
         handle = vk.attach(model, x)
-        monitor = vk.VCLMonitor(model) if watched else None
         y = model(x)
-        (y.square().mean() + handle.loss()).backward()
-        results.append([y.detach(), *(p.grad for p in model.parameters())])
-        assert monitor is None or len(monitor.flush()) == 2
+        results.append([y, *torch.autograd.grad(y.square().mean() + handle.loss(), list(model.parameters()))])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert len(monitor.flush()) == 2
 
 
 def test_only_every_nth_training_forward_is_looked_at_and_others_have_one_hook():
@@ -120,7 +130,7 @@ def test_only_every_nth_training_forward_is_looked_at_and_others_have_one_hook()
     bare = hooks(model)
     monitor = vk.VCLMonitor(model, every=3)
     assert hooks(model) == bare + 2  # the model's own: one that counts, one that ends
-    with mock.patch("vcl_kernels.monitor._statistics", wraps=vk.monitor._statistics) as statistics:
+    with mock.patch.object(room, "sub_batch_moments", wraps=vk.sub_batch_moments) as statistics:
         for _ in range(7):
             model(x)
             assert hooks(model) == bare + 2
@@ -146,16 +156,13 @@ def test_an_error_in_the_model_leaves_no_layer_hooks():
     assert [row["step"] for row in monitor.flush()] == [1, 1]
 
 
-class Fetches(torch.utils._python_dispatch.TorchDispatchMode):
+class Fetches(TorchDispatchMode):
     """Counts what would make a device wait: values read by Python, and data-dependent shapes."""
 
     names = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.is_nonzero", "aten.equal")
+    count = 0
 
-    def __enter__(self):
-        self.count = 0
-        return super().__enter__()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
         self.count += str(function).startswith(self.names)
         return function(*args, **(kwargs or {}))
 
@@ -165,33 +172,22 @@ def test_the_training_path_fetches_nothing():
     handle = vk.attach(model, x)
     monitor = vk.VCLMonitor(handle)
     with Fetches() as fetches:
-        float(x.sum())
-    assert fetches.count == 1  # it would be noticed
-    with Fetches() as fetches:
         for _ in range(3):
             (model(x).mean() + handle.loss()).backward()
-    assert fetches.count == 0
-    assert len(monitor._waiting) == 3
-    assert len(monitor.flush()) == 6
+        assert len(monitor.flush()) == 6
+        assert fetches.count == 0
+        float(x.sum())
+        assert fetches.count == 1  # it would have been noticed
 
 
-def test_it_runs_where_no_value_can_be_read():
+def test_it_runs_where_no_value_can_be_read(monkeypatch):
     with torch.device("meta"):
         model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ELU(), nn.Conv2d(3, 3, 3), nn.ReLU())
     monitor = vk.VCLMonitor(model)
-    with mock.patch("vcl_kernels.monitor.sub_batch_moments", vk.reference.sub_batch_moments):
-        model(torch.empty(20, 2, 8, 8, device="meta"))
-    assert [table.shape for _, _, table in monitor._waiting] == [(2, len(STATISTICS))]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_half_precision_is_widened(dtype):
-    model = nn.Sequential(nn.Linear(4, 8), nn.ELU()).to(dtype)
-    x = torch.randn(40, 4, dtype=dtype)
-    with vk.VCLMonitor(model) as monitor:
-        model(x)
-    wanted = entering(model, 1, x)[:40].unflatten(0, (8, 5)).var(1).mean()
-    assert monitor.rows[0]["variance"] == close(float(wanted))
+    monkeypatch.setattr(room, "sub_batch_moments", vk.reference.sub_batch_moments)
+    model(torch.empty(20, 2, 8, 8, device="meta"))
+    with pytest.raises(NotImplementedError, match="meta"):
+        monitor.flush()
 
 
 def test_short_batches_and_dead_units():
@@ -208,9 +204,17 @@ def test_short_batches_and_dead_units():
     assert math.isnan(short["constancy"])
 
 
+def test_a_beta_without_a_shape_has_no_value_yet():
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ELU()), torch.randn(20, 4)
+    with vk.VCLMonitor(vk.attach(model)) as monitor:
+        model(x[:6])
+        model(x)
+    assert [row["loss"] == 0 for row in monitor.rows] == [math.isnan(row["beta"]) for row in monitor.rows]
+    assert [row["beta"] == 1 for row in monitor.rows] == [False, True]
+
+
 def test_constancy_of_a_gaussian_is_that_of_the_closed_form():
     model = nn.Sequential(nn.Identity(), nn.ReLU())
-    torch.manual_seed(0)
     with vk.VCLMonitor(model, sub_batch_size=8) as monitor:
         model(torch.randn(8 * 200, 500))
     assert monitor.rows[0]["constancy"] == pytest.approx(2 / 7, rel=0.01)
@@ -231,32 +235,20 @@ def test_csv_is_continued_with_one_header(tmp_path):
     assert float(rows[-1]["kurtosis"]) == monitor.rows[-1]["kurtosis"]
 
 
-class Writer:
-    def __init__(self):
-        self.scalars = []
-
-    def add_scalar(self, name, value, step):
-        self.scalars.append((name, value, step))
-
-    def flush(self):
-        pass
-
-
 def test_tensorboard_gets_what_is_not_nan():
-    model, writer = net(), Writer()
+    model, writer = net(), mock.Mock()
     with vk.VCLMonitor(model, tensorboard=writer) as monitor:
         model(torch.randn(32, 4))
-    assert [name for name, _, _ in writer.scalars] == [
-        f"{name}/{layer}" for layer in "14" for name in ("variance", "constancy", "kurtosis")
-    ]
-    assert writer.scalars[0] == ("variance/1", monitor.rows[0]["variance"], 0)
+    written = [call.args for call in writer.add_scalar.call_args_list]
+    names = ("variance", "constancy", "kurtosis")
+    assert written == [(f"{name}/{row['layer']}", row[name], 0) for row in monitor.rows for name in names]
+    writer.flush.assert_called_once()
+    writer.close.assert_not_called()
 
 
-def test_tensorboard_missing_is_said(tmp_path):
-    with (
-        mock.patch.dict(sys.modules, {"torch.utils.tensorboard": None}),
-        pytest.raises(ImportError, match="pip install tensorboard"),
-    ):
+def test_tensorboard_missing_is_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="pip install tensorboard"):
         vk.VCLMonitor(net(), tensorboard=tmp_path)
 
 
@@ -286,21 +278,19 @@ def test_plot(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("model", "options", "error", "message"),
     [
-        ({"every": 0}, "every must be at least 1"),
-        ({"unit": "pixel"}, "unit must"),
-        ({"sub_batch_size": 0}, "sub_"),
+        (net(), {"every": 0}, ValueError, "every must be at least 1"),
+        (net(), {"unit": "pixel"}, ValueError, "unit must"),
+        (net(), {"sub_batch_size": 0}, ValueError, "sub_"),
+        (net(), {"csv": "no/such/run.csv"}, FileNotFoundError, "csv must be in a folder that exists; got"),
+        (nn.Linear(2, 2), {}, ValueError, "Linear.* has no activation"),
     ],
 )
-def test_wrong_settings_are_named(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        vk.VCLMonitor(net(), **wrong)
-
-
-def test_a_model_without_activations_is_an_error():
-    with pytest.raises(ValueError, match="Linear.* has no activation"):
-        vk.VCLMonitor(nn.Linear(2, 2))
+def test_errors_leave_no_hooks(model, options, error, message):
+    with pytest.raises(error, match=message):
+        vk.VCLMonitor(model, **options)
+    assert hooks(model) == 0
 
 
 def test_copies_of_a_watched_model_are_not_watched(tmp_path):
@@ -311,10 +301,3 @@ def test_copies_of_a_watched_model_are_not_watched(tmp_path):
     assert monitor.step == 0
     model(torch.randn(20, 4))
     assert monitor.step == 1
-
-
-def test_a_csv_file_wants_a_folder(tmp_path):
-    model = nn.Sequential(nn.Linear(4, 8), nn.ELU())
-    with pytest.raises(FileNotFoundError, match="csv must be in a folder that exists; got"):
-        vk.VCLMonitor(model, csv=tmp_path / "none" / "run.csv")
-    assert not model._forward_hooks

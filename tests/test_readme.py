@@ -78,13 +78,9 @@ def test_the_readmes_code_runs():
     torch.testing.assert_close(given["loss"], vk.vcl_loss(given["x"]))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        m.name
-        for m in pkgutil.walk_packages(vk.__path__, "vcl_kernels.")
-        if m.name.split(".")[-1] not in ("_C", "__main__")
-    ],
-)
+MODULES = [module.name for module in pkgutil.walk_packages(vk.__path__, "vcl_kernels.")]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith(("._C", ".__main__"))])
 def test_examples_of_docstrings_run(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0

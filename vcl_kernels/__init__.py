@@ -3,12 +3,12 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import reference
-from .attach import VCLHandle, attach, param_groups
 from .backends import backends
-from .batch_norm import remove_batch_norm
 from .functional import sub_batch_moments, vcl_activation, vcl_loss
-from .modules import VCL, VCLActivation
-from .monitor import VCLMonitor
+from .nn.attach import VCLHandle, attach, param_groups
+from .nn.batch_norm import remove_batch_norm
+from .nn.modules import VCL, VCLActivation
+from .nn.monitor import VCLMonitor
 
 try:
     __version__ = version("vcl-kernels")

@@ -1,24 +1,26 @@
-"""What VCL looks at, seen in one's own training: statistics of each layer, kept on the device until they are wanted."""
+"""Statistics of each layer's pre-activations during training. They stay on the device until flushed."""
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from ..checks import channels_first, check_channel_dim, check_choice, check_count
+from ..functional import sub_batch_moments
+from ..geometry import accumulation_dtype
+from ..options import UNITS
+from ..reference import bounded_beta
 from .attach import ACTIVATIONS, VCLHandle
-from .checks import channels_first, check_channel_dim, check_choice, check_count
-from .functional import sub_batch_moments
-from .geometry import accumulation_dtype
+from .fused import Calls, first_input
 from .modules import VCLActivation
-from .options import UNITS
-from .stand_ins import Calls, FusedActivation
 
 __all__ = ["VCLMonitor"]
 
@@ -87,17 +89,17 @@ class VCLMonitor:
             check_channel_dim(channel_dim)
         self.model = model.model if isinstance(model, VCLHandle) else model
         self.every, self.sub_batch_size, self.unit, self.channel_dim = every, sub_batch_size, unit, channel_dim
-        self.rows: list[dict[str, Any]] = []  # what was flushed: step, layer and STATISTICS
+        self.rows: list[dict[str, Any]] = []  # flushed: step, layer and STATISTICS
         self.step = 0  # training forwards so far
-        self._watches = True
+        self._active = True
         self._layers = _layers(self.model)
         self._csv = None if csv is None else Path(csv)
         if self._csv is not None and not self._csv.parent.is_dir():
             raise FileNotFoundError(f"csv must be in a folder that exists; got {str(csv)!r}")
-        self._close_writer = isinstance(tensorboard, str | Path)
-        self._writer = _summary_writer(tensorboard) if isinstance(tensorboard, str | Path) else tensorboard
-        self._seen: list[tuple[str, list[Tensor], VCLActivation | None]] = []  # in the present forward
-        self._waiting: list[tuple[int, list[str], Tensor]] = []  # on the device
+        self._owns_writer = isinstance(tensorboard, str | Path)
+        self._writer = _summary_writer(tensorboard) if self._owns_writer else tensorboard
+        self._calls: list[tuple[str, int, VCLActivation | None, list[Tensor]]] = []  # of the present forward
+        self._waiting: list[tuple[int, list[str], Tensor]] = []  # step, layers, and their statistics on the device
         self._layer_hooks: list[Any] = []
         self._model_hooks = [
             self.model.register_forward_pre_hook(self._begin),
@@ -107,25 +109,16 @@ class VCLMonitor:
     def __enter__(self) -> VCLMonitor:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         try:
             self.flush()
         finally:
             self.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy, or a pickle, of the model that is watched: it has the rows, and looks at nothing any more."""
-        idle: dict[str, Any] = {
-            "_watches": False,
-            "_csv": None,
-            "_writer": None,
-            "_seen": [],
-            "_waiting": [],
-            "_layer_hooks": [],
-        }
-        return {**self.__dict__, **idle}
+        """Copy or pickle an inactive monitor with the rows: it goes with a copy of the model."""
+        state = {**self.__dict__, "_active": False, "_csv": None, "_writer": None}
+        return state | {"_calls": [], "_waiting": [], "_layer_hooks": []}
 
     def flush(self) -> list[dict[str, Any]]:
         """Fetch what waits on the device; write it to the CSV file and TensorBoard; return and keep its rows."""
@@ -133,18 +126,22 @@ class VCLMonitor:
             return []
         waiting, self._waiting = self._waiting, []
         values = torch.cat([table.to(waiting[0][2].device) for _, _, table in waiting]).tolist()
-        where = [(step, layer) for step, layers, _ in waiting for layer in layers]
+        labels = [(step, layer) for step, layers, _ in waiting for layer in layers]
         rows = [
-            {"step": step, "layer": layer, **dict(zip(STATISTICS, found, strict=True))}
-            for (step, layer), found in zip(where, values, strict=True)
+            {"step": step, "layer": layer, **dict(zip(STATISTICS, of_layer, strict=True))}
+            for (step, layer), of_layer in zip(labels, values, strict=True)
         ]
         self.rows += rows
         if self._csv is not None:
-            _append(self._csv, rows)
+            with self._csv.open("a", newline="") as file:
+                table = csv.DictWriter(file, ["step", "layer", *STATISTICS])
+                if file.tell() == 0:
+                    table.writeheader()
+                table.writerows(rows)
         if self._writer is not None:
             for row in rows:
                 for name in STATISTICS:
-                    if row[name] == row[name]:  # not NaN
+                    if not math.isnan(row[name]):
                         self._writer.add_scalar(f"{name}/{row['layer']}", row[name], row["step"])
             self._writer.flush()
         return rows
@@ -154,7 +151,7 @@ class VCLMonitor:
         for hook in [*self._model_hooks, *self._layer_hooks]:
             hook.remove()
         self._model_hooks, self._layer_hooks = [], []
-        if self._writer is not None and self._close_writer:
+        if self._writer is not None and self._owns_writer:
             self.flush()
             self._writer.close()
         self._writer = None
@@ -186,38 +183,31 @@ class VCLMonitor:
             figure.savefig(path)
         return figure
 
-    def _begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        if not (model.training and self._watches):
-            return
-        if self.step % self.every == 0:
-            for name, module in self._layers:
-                self._layer_hooks.append(module.register_forward_pre_hook(self._record(name), with_kwargs=True))
-        self.step += 1
+    def _begin(self, model: nn.Module, _args: tuple[Any, ...]) -> None:
+        if model.training and self._active:
+            if self.step % self.every == 0:
+                for name, module in self._layers:
+                    record = partial(self._record, name)
+                    self._layer_hooks.append(module.register_forward_pre_hook(record, with_kwargs=True))
+            self.step += 1
 
-    def _record(self, name: str) -> Any:
-        calls = 0
+    def _record(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = sum(name == layer for layer, *_ in self._calls)
+        vcls = [module] if isinstance(module, VCLActivation) else _vcls_of(module)
+        vcl = vcls[min(call, len(vcls) - 1)] if vcls else None
+        n = self.sub_batch_size or (vcl.sub_batch_size if vcl else 5)
+        x = channels_first(first_input(args, kwargs), self.channel_dim or (vcl.channel_dim if vcl else 1))
+        self._calls.append((name, call, vcl, _statistics(x, n, self.unit)))
 
-        def record(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            nonlocal calls
-            x = args[0] if args else next(iter(named.values()))
-            vcl = _vcl_of(module, calls)
-            n = self.sub_batch_size or (5 if vcl is None else vcl.sub_batch_size)
-            dim = self.channel_dim or (1 if vcl is None else vcl.channel_dim)
-            x = channels_first(x, dim)
-            self._seen.append((f"{name}:{calls}" if calls else name, _statistics(x, n, self.unit), vcl))
-            calls += 1
-
-        return record
-
-    def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _end(self, _model: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         for hook in self._layer_hooks:
             hook.remove()
-        self._layer_hooks = []
-        if self._seen:
-            seen, self._seen = self._seen, []
-            device = seen[0][1][0].device
-            table = [torch.stack([*_of_vcl(vcl, values[0]), *values]).to(device) for _, values, vcl in seen]
-            self._waiting.append((self.step - 1, [name for name, _, _ in seen], torch.stack(table)))
+        calls, self._calls, self._layer_hooks = self._calls, [], []
+        if calls:
+            device = calls[0][3][0].device
+            table = [torch.stack([*_of_vcl(vcl, of_x[0]), *of_x]).to(device) for *_, vcl, of_x in calls]
+            layers = [f"{name}:{call}" if call else name for name, call, *_ in calls]
+            self._waiting.append((self.step - 1, layers, torch.stack(table)))
 
 
 @torch.no_grad()
@@ -225,10 +215,8 @@ def _statistics(x: Tensor, n: int, unit: str) -> list[Tensor]:
     """Variance, constancy and kurtosis of x, each a scalar on x's device."""
     x = x.detach().to(accumulation_dtype(x.dtype))
     over = [0] if unit == "activation" else [0, *range(2, x.dim())]
-    centred = x - x.mean(over, keepdim=True)
-    square = centred.square()
-    spread = square.mean(over)
-    kurtosis = _mean_of_varying(square.square().mean(over), spread)
+    square = (x - x.mean(over, keepdim=True)).square()
+    kurtosis = _mean_of_varying(square.square().mean(over), square.mean(over))
     M = n if unit == "activation" else n * math.prod(x.shape[2:])
     if x.shape[0] < 2 * n or M < 2:
         nan = torch.full_like(kurtosis, torch.nan)
@@ -250,50 +238,31 @@ def _of_vcl(vcl: VCLActivation | None, like: Tensor) -> list[Tensor]:
     nan = torch.full_like(like, torch.nan)
     if vcl is None or vcl.loss is None:
         return [nan, nan, nan]
-    loss = vcl.loss.detach().to(like)
-    if vcl.form == "variance":
-        return [loss, nan, nan]
-    if vcl.beta is None:
-        beta = like.new_full((), max(vcl.beta_init, vcl.beta_min))
+    if vcl.form == "variance" or (vcl.beta is not None and is_lazy(vcl.beta)):
+        beta = nan
     else:
-        beta = vcl.beta.detach().clamp(min=vcl.beta_min).to(like)
-    return [loss, beta.mean(), beta.min()]
+        beta = like.new_full((), vcl.beta_init) if vcl.beta is None else vcl.beta.to(like)
+    beta = torch.as_tensor(bounded_beta(beta, vcl.beta_min))
+    return [vcl.loss.detach().to(like), beta.mean(), beta.min()]
 
 
 def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The places that are watched; not the VCLs inside of those."""
-    inside = {vcl for module in model.modules() for vcl in _calls_of(module)}
-    found = [
+    """The modules that are watched, by name: not the VCLs inside of others."""
+    inside = {vcl for module in model.modules() for vcl in _vcls_of(module)}
+    layers = [
         (name or type(model).__name__, module)
         for name, module in model.named_modules()
-        if module not in inside and (isinstance(module, (*ACTIVATIONS, VCLActivation)) or any(_calls_of(module)))
+        if module not in inside and (isinstance(module, (*ACTIVATIONS, VCLActivation)) or _vcls_of(module))
     ]
-    if not found:
+    if not layers:
         raise ValueError(f"model ({type(model).__name__}) has no activation or VCL module to monitor")
-    return found
+    return layers
 
 
-def _calls_of(module: nn.Module) -> Iterator[nn.Module]:
-    """The VCLs that attach gave this module."""
+def _vcls_of(module: nn.Module) -> list[VCLActivation]:
+    """The VCLs that attach gave to this module."""
     calls = getattr(module, "vcl", None)
-    if isinstance(module, FusedActivation) or isinstance(calls, Calls):
-        yield from calls  # type: ignore[misc]
-
-
-def _vcl_of(module: nn.Module, call: int) -> VCLActivation | None:
-    if isinstance(module, VCLActivation):
-        return module
-    vcls = list(_calls_of(module))
-    return vcls[min(call, len(vcls) - 1)] if vcls else None  # type: ignore[return-value]
-
-
-def _append(path: Path, rows: list[dict[str, Any]]) -> None:
-    new = not path.exists() or path.stat().st_size == 0
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, ["step", "layer", *STATISTICS])
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    return list(calls) if isinstance(calls, Calls) else []  # type: ignore[arg-type]
 
 
 def _summary_writer(folder: str | Path) -> Any:

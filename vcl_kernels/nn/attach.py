@@ -1,4 +1,4 @@
-"""VCL on an existing model: in or before every activation module, without touching the model's own names."""
+"""VCL on an existing model: in or before every activation module, without a change of the model's own names."""
 
 from __future__ import annotations
 
@@ -9,37 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .example import Call, calls_of
+from .fused import Calls, FusedActivation, before_activation, can_fuse, vcl_for
 from .modules import VCL, VCLActivation
-from .places import check_not_wrapped, replace
-from .stand_ins import Calls, FusedActivation, before_activation, can_fuse, vcl_for
+from .probe import Call, probe
+from .surgery import check_not_wrapped, replace
 
 __all__ = ["ACTIVATIONS", "VCLHandle", "attach", "param_groups"]
 
+# fmt: off
 ACTIVATIONS = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.PReLU,
-    nn.RReLU,
-    nn.ELU,
-    nn.SELU,
-    nn.CELU,
-    nn.GELU,
-    nn.SiLU,
-    nn.Mish,
-    nn.Tanh,
-    nn.Sigmoid,
-    nn.LogSigmoid,
-    nn.Hardtanh,
-    nn.Hardsigmoid,
-    nn.Hardswish,
-    nn.Softplus,
-    nn.Softsign,
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh,
+    nn.Sigmoid, nn.LogSigmoid, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Softplus, nn.Softsign,
 )
+# fmt: on
 
 
-def attach(
+def attach(  # noqa: PLR0913  # the public signature
     model: nn.Module,
     example_input: Any = None,
     *,
@@ -99,87 +84,78 @@ def attach(
     >>> objective = net(torch.randn(32, 4)).square().mean() + handle.loss()
     >>> objective.backward()
     """
+    settings = {name: value for name, value in locals().items() if name not in ("model", "example_input", "layers")}
     if learn_beta and form != "variance":
         check_not_wrapped(model)
     attached = next((name for name, module in model.named_modules() if hasattr(module, "vcl_handle")), None)
     if attached is not None:
         where = f"its submodule {attached!r}" if attached else "it"
         raise ValueError(f"model has VCL attached already, to {where}; remove() that first (model.vcl_handle)")
-    settings = {
-        "weight": weight,
-        "sub_batch_size": sub_batch_size,
-        "form": form,
-        "unit": unit,
-        "num_sub_batches": num_sub_batches,
-        "learn_beta": learn_beta,
-        "beta_init": beta_init,
-        "beta_min": beta_min,
-        "inject": inject,
-        "channel_dim": 1 if channel_dim is None else channel_dim,
-    }
-    VCL(**settings)  # type: ignore[arg-type]  # raises for a wrong setting before the model is touched
-    chosen = _chosen(model, layers)
-    if example_input is None:
-        return VCLHandle(model, chosen, {}, settings)
-    calls = calls_of(model, [module for _, module in chosen], example_input)
-    if channel_dim is not None:
-        calls = {module: [Call(x, channel_dim) for x, _ in seen] for module, seen in calls.items()}
-    missed = [name for name, module in chosen if module not in calls]
-    if missed:
-        warnings.warn(
-            f"the example does not reach {', '.join(missed)}; a beta there has no shape before the first training "
-            "forward that does. layers= leaves places out",
-            stacklevel=2,
-        )
-    chosen = [(name, module) for name, module in chosen if all(x.dim() > 1 for x, _ in calls.get(module, []))]
-    if not chosen:
+    settings["channel_dim"] = 1 if channel_dim is None else channel_dim
+    VCL(**settings)  # raises for a wrong setting before the model is changed
+    modules = _chosen(model, layers)
+    calls: dict[nn.Module, list[Call]] = {}
+    if example_input is not None:
+        calls = probe(model, list(modules.values()), example_input)
+        missed = [name for name, module in modules.items() if module not in calls]
+        if missed:
+            warnings.warn(
+                f"the example does not reach {', '.join(missed)}; a beta there has no shape before the first training "
+                "forward that does. layers= leaves places out",
+                stacklevel=2,
+            )
+    vcls: dict[str, list[VCLActivation]] = {}
+    for name, module in modules.items():
+        if all(x.dim() > 1 for x, _ in calls.get(module, ())):
+            vcls[name] = [] if module in calls else [vcl_for(module, settings)]
+            for x, probed_dim in calls.get(module, ()):
+                dim = probed_dim if channel_dim is None else channel_dim
+                vcls[name].append(vcl_for(module, {**settings, "channel_dim": dim}))
+                vcls[name][-1].materialize(x)
+    if not vcls:
         raise ValueError("model has no activation of two or more dimensions (N, C, …)")
-    return VCLHandle(model, chosen, calls, settings)
+    return VCLHandle(model, {name: (modules[name], Calls(of_module)) for name, of_module in vcls.items()})
 
 
 class VCLHandle:
     """What :func:`attach` returns: the loss of the latest training forward, and the way back."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        chosen: list[tuple[str, nn.Module]],
-        seen: dict[nn.Module, list[Call]],
-        settings: dict[str, Any],
-    ) -> None:
+    def __init__(self, model: nn.Module, layers: dict[str, tuple[nn.Module, Calls]]) -> None:
         self.model = model
-        self._names = [name for name, _ in chosen]
-        self._modules = [module for _, module in chosen]
-        self._inplace = [m for m in self._modules if getattr(m, "inplace", False) and not can_fuse(m)]
+        self._names, self._calls = list(layers), [calls for _, calls in layers.values()]
+        self._before = [module for module, _ in layers.values() if not can_fuse(module)]  # their VCL comes before them
+        self._inplace = [module for module in self._before if getattr(module, "inplace", False)]
         self._hooks = []
-        self._calls: list[Calls] = []
-        for module in self._modules:  # all that may fail, before the model is touched
-            vcls = []
-            for x, channel_dim in seen.get(module, []):
-                vcls.append(vcl_for(module, {**settings, "channel_dim": channel_dim}))
-                vcls[-1].materialize(x)
-            self._calls.append(Calls(vcls or [vcl_for(module, settings)]))
-        stand_ins: dict[nn.Module, nn.Module] = {}
-        for module, calls in zip(self._modules, self._calls, strict=True):
+        replacements: dict[nn.Module, nn.Module] = {}
+        for module, calls in layers.values():
             if can_fuse(module):
-                stand_ins[module] = FusedActivation(module, calls)
+                replacements[module] = FusedActivation(module, calls)
             else:
                 module.vcl = calls.train(module.training)
                 self._hooks.append(module.register_forward_pre_hook(before_activation, with_kwargs=True))
-        self._replaced = replace(model, stand_ins)
+        self._replaced = replace(model, replacements)
         for module in self._inplace:
             module.inplace = False  # type: ignore[assignment]
-        model.vcl_handle = self  # type: ignore[assignment]  # found again in a copy, or in what was loaded
-        self._hooks.append(model.register_forward_pre_hook(_before_model))
-        self._hooks.append(model.register_forward_hook(_after_model, always_call=True))
+        model.vcl_handle = self  # type: ignore[assignment]  # a copy of the model has the copied handle
+        self._hooks.append(model.register_forward_pre_hook(self._before_forward))
+        self._hooks.append(model.register_forward_hook(self._after_forward, always_call=True))
 
     def _vcls(self) -> Iterator[tuple[str, VCLActivation]]:
         for name, calls in zip(self._names, self._calls, strict=True):
             for call, vcl in enumerate(calls):
                 yield (name if call == 0 else f"{name}:{call}"), vcl  # type: ignore[misc]
 
+    def _before_forward(self, model: nn.Module, _args: tuple[Any, ...]) -> None:
+        if model.training:
+            for calls in self._calls:
+                calls.begin()
+
+    def _after_forward(self, _model: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+        for calls in self._calls:
+            calls.end()
+
     def __repr__(self) -> str:
-        """Name the places."""
+        """Name the layers."""
         return f"VCLHandle({', '.join(self._names)})"
 
     def loss(self) -> Tensor:
@@ -222,22 +198,20 @@ class VCLHandle:
     def remove(self) -> None:
         """Restore the model: its own activation modules, no hooks, no betas, in place again where they were."""
         if not self._hooks:
-            return  # it was
+            return  # removed before
         for hook in self._hooks:
             hook.remove()
-        for parent, name, stand_in in self._replaced:
-            if parent._modules.get(name) is stand_in:  # and not what was put there since
-                assert isinstance(stand_in, FusedActivation)
-                parent._modules[name] = stand_in.original.train(stand_in.training)
-                stand_in.original._is_full_backward_hook = stand_in._is_full_backward_hook
-        for module in self._modules:
+        for parent, name, fused in self._replaced:
+            if getattr(parent, name, None) is fused:  # the user may have put another module there since
+                assert isinstance(fused, FusedActivation)
+                parent.register_module(name, fused.release())
+        for module in self._before:
             if hasattr(module, "vcl"):
                 del module.vcl
         for module in self._inplace:
             module.inplace = True  # type: ignore[assignment]
         del self.model.vcl_handle
-        self._hooks, self._modules, self._names, self._inplace = [], [], [], []
-        self._calls, self._replaced = [], []
+        self._names, self._calls, self._before, self._inplace, self._hooks, self._replaced = [], [], [], [], [], []
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -249,69 +223,50 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
-    seen: set[int] = set()
+    visited: set[int] = set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
+            if id(parameter) not in visited:
+                visited.add(id(parameter))
                 is_bias = name.startswith("bias") or name.endswith("bias")  # an LSTM has bias_ih_l0
                 (free if is_bias or isinstance(module, VCLActivation) else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
-# Hooks are plain functions, so that a model with VCL attached can be copied and pickled.
-
-
-def _before_model(model: nn.Module, args: tuple[Any, ...]) -> None:
-    if model.training:
-        for calls in model.vcl_handle._calls:  # type: ignore[union-attr]
-            calls.begin()
-
-
-def _after_model(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    for calls in model.vcl_handle._calls:  # type: ignore[union-attr]
-        calls.end()
-
-
 def _chosen(
     model: nn.Module, layers: Iterable[str | nn.Module] | Callable[[str, nn.Module], bool] | None
-) -> list[tuple[str, nn.Module]]:
-    named: list[tuple[str, nn.Module]] = [
-        (name, module)
+) -> dict[str, nn.Module]:
+    """The modules that get a VCL, by name."""
+    modules: dict[str, nn.Module] = {
+        name: module
         for name, module in model.named_modules()
         if name and not isinstance(module, VCLActivation) and "parametrizations" not in name.split(".")
-    ]
-    found: list[tuple[str, nn.Module]]
+    }
+    chosen: dict[str, nn.Module] = {}
     if layers is None:
-        found = [(name, module) for name, module in named if isinstance(module, ACTIVATIONS)]
-        taken = next((name for name, module in found if hasattr(module, "vcl")), None)
-        if taken is not None:
-            raise ValueError(f"{taken!r} has an attribute 'vcl' already, as attach sets it: of another attach, perhaps")
-        if not found:
+        chosen = {name: module for name, module in modules.items() if isinstance(module, ACTIVATIONS)}
+        if not chosen:
             raise ValueError(
                 f"model ({type(model).__name__}) has no activation modules; name the layers before which VCL belongs "
                 "with layers=, or put vcl_kernels.VCL into its forward"
             )
-        return found
-    if callable(layers):
-        found = [(name, module) for name, module in named if layers(name, module)]
+    elif callable(layers):
+        chosen = {name: module for name, module in modules.items() if layers(name, module)}
     else:
-        known = dict(named)
-        by_module = {module: name for name, module in named}
-        found = []
+        names = {module: name for name, module in modules.items()}
         for layer in layers:
-            name = layer if isinstance(layer, str) else by_module.get(layer)
-            if name not in known:
+            name = layer if isinstance(layer, str) else names.get(layer, "")
+            if name not in modules:
                 raise ValueError(f"layers must name modules of the model; got {layer!r}")
-            found.append((name, known[name]))
-    found = list({module: (name, module) for name, module in reversed(found)}.values())[::-1]
-    for name, module in found:
+            chosen[name] = modules[name]
+    if not chosen:
+        raise ValueError("layers must choose at least one module of the model; it chose none")
+    for name, module in chosen.items():
         if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
             raise ValueError(f"layers must not name a container; {name!r} is one: name a module inside it")
         if hasattr(module, "vcl"):
             raise ValueError(
-                f"layers must name modules without an attribute 'vcl', which attach sets; {name!r} has one"
+                f"{name!r} has an attribute 'vcl' already, the name that attach sets: from another attach, perhaps. "
+                "Choose other modules with layers="
             )
-    if not found:
-        raise ValueError("layers must choose at least one module of the model; it chose none")
-    return found
+    return chosen

@@ -1,4 +1,4 @@
-"""VCL as modules, alone and in an activation: they hold beta, and keep the loss of each training forward."""
+"""VCL as modules, alone or with an activation. They hold beta, and the loss of the latest training forward."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import UninitializedParameter, is_lazy
 
-from . import reference
-from .checks import (
+from .. import reference
+from ..checks import (
     channels_first,
     check_activation,
     check_channel_dim,
@@ -21,20 +21,23 @@ from .checks import (
     check_number,
     check_tensor,
 )
-from .functional import activation_and_loss
-from .geometry import accumulation_dtype, unit_shape
-from .injection import Injection, injected
-from .options import FORMS, UNITS
-from .torch_private import in_functorch
+from ..functional import activation_and_loss
+from ..geometry import accumulation_dtype, unit_shape
+from ..injection import Injection, injected
+from ..options import FORMS, UNITS
+from ..torch_private import in_functorch
 
 __all__ = ["VCL", "VCLActivation"]
 
 
-class Latest:
-    """What the latest training forward left: of a step, not of the module, whose attributes are also slow to set."""
+class LatestForward:
+    """What the latest training forward left. An object of its own, as attributes of a module are slow to set.
+
+    Copies, pickles and replicas of a module start with a new one.
+    """
 
     loss: Tensor | None = None
-    in_grad_mode = True  # of that forward
+    in_grad_mode = True
 
 
 class VCLActivation(nn.Module):
@@ -77,7 +80,7 @@ class VCLActivation(nn.Module):
     torch.Size([])
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # the public signature
         self,
         activation: str,
         units: int | tuple[int, ...] | None = None,
@@ -111,7 +114,7 @@ class VCLActivation(nn.Module):
         self.weight, self.beta_init, self.beta_min = weight, beta_init, beta_min
         self.inject, self.channel_dim, self.backend = inject, channel_dim, backend
         self.grad_scaler: torch.amp.GradScaler | None = None
-        self.latest = Latest()
+        self.latest = LatestForward()
         self.beta: nn.Parameter | None
         if not learn_beta or form == "variance":
             self.register_parameter("beta", None)
@@ -139,95 +142,95 @@ class VCLActivation(nn.Module):
         injection = Injection(self.grad_scaler) if self.inject else None
         check_tensor("x", x)
         if not x.shape or x.shape[0] < 2 * self.sub_batch_size:
-            check_dtype("x", x.dtype)
-            check_dimensions(x.shape)
-            loss = x.new_zeros((), dtype=accumulation_dtype(x.dtype))
-            if self.beta is not None and not isinstance(self.beta, UninitializedParameter):
-                loss = loss + 0 * self.beta.sum()  # DistributedDataParallel waits for a gradient
-            y = reference.activate(x, self.activation)
-            if injection is not None:
-                y, loss = injected(y, loss, injection)
-            latest.loss = loss
+            y, latest.loss = self._with_zero_loss(x, injection)
             return y
-        seen = channels_first(x, self.channel_dim)
+        channels_second = channels_first(x, self.channel_dim)
+        K = self.num_sub_batches
         beta, spec = check_loss(
-            seen,
-            self._beta(seen),
+            channels_second,
+            self._beta_for(channels_second),
             self.sub_batch_size,
             self.form,
             self.unit,
-            self._present(x),
+            None if K is None else min(K, x.shape[0] // self.sub_batch_size),
             "mean",
             self.weight,
             self.beta_min,
         )
-        y, latest.loss = activation_and_loss(seen, beta, spec, self.activation, self.backend, injection)
-        if y is seen:
+        y, latest.loss = activation_and_loss(channels_second, beta, spec, self.activation, self.backend, injection)
+        if y is channels_second:
             return x
-        return y if seen is x else y.movedim(1, self.channel_dim)
+        return y if channels_second is x else y.movedim(1, self.channel_dim)
 
-    def _present(self, x: Tensor) -> int | None:
-        """The sub-batches asked for, as far as a short last batch has them."""
-        return None if self.num_sub_batches is None else min(self.num_sub_batches, x.shape[0] // self.sub_batch_size)
+    def _with_zero_loss(self, x: Tensor, injection: Injection | None) -> tuple[Tensor, Tensor]:
+        """The activation of a batch that is too short for a loss."""
+        check_dtype("x", x.dtype)
+        check_dimensions(x.shape)
+        loss = x.new_zeros((), dtype=accumulation_dtype(x.dtype))
+        if self.beta is not None and not is_lazy(self.beta):
+            loss = loss + 0 * self.beta.sum()  # DistributedDataParallel waits for a gradient
+        y = reference.activate(x, self.activation)
+        return (y, loss) if injection is None else injected(y, loss, injection)
 
-    def _beta(self, x: Tensor) -> Tensor | float | None:
+    def _beta_for(self, x: Tensor) -> Tensor | float | None:
+        """Return the argument ``beta`` for x, whose channels are in dimension 1; make it now if it has no shape."""
         if self.form == "variance":
             return None
         beta = self.beta
         if beta is None:
-            return max(self.beta_init, self.beta_min)
-        if type(beta) is UninitializedParameter:  # isinstance would go through a metaclass
+            return self.beta_init
+        wide = accumulation_dtype(x.dtype)
+        if type(beta) is UninitializedParameter:  # isinstance takes longer, through a metaclass
             check_dimensions(x.shape)
             if x.device != beta.device and "meta" in (x.device.type, beta.device.type):
                 raise ValueError(f"beta must be on x's device, {x.device}; got {beta.device}")
-            self._make(unit_shape(x.shape, self.unit == "activation"), x.device, accumulation_dtype(x.dtype))
-        wide = accumulation_dtype(x.dtype)
-        return beta if beta.dtype in (wide, x.dtype) else beta.to(wide)  # some of a bfloat16 model may be in float32
+            self._make_beta(unit_shape(x.shape, self.unit == "activation"), x.device, wide)
+        return beta if beta.dtype in (wide, x.dtype) else beta.to(wide)  # x may be float32 in a bfloat16 model
 
     def materialize(self, x: Tensor) -> None:
         """Give a beta without a shape the one that a first forward of ``x`` would, if that would be no error."""
         if x.dim() > 1:
-            self._beta(channels_first(x, self.channel_dim))
+            self._beta_for(channels_first(x, self.channel_dim))
 
-    def _make(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
+    def _make_beta(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
         beta = self.beta
-        assert isinstance(beta, nn.UninitializedParameter)
+        assert isinstance(beta, UninitializedParameter)
         beta.materialize(shape, device=device, dtype=dtype)
         with torch.no_grad():
             beta.fill_(self.beta_init)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if isinstance(self.beta, UninitializedParameter):
-            destination[prefix + "beta"] = self.beta  # as PyTorch's lazy modules do: it has nothing to detach
+        if self.beta is not None and is_lazy(self.beta):
+            destination[prefix + "beta"] = self.beta  # PyTorch's lazy modules do the same: there is nothing to detach
         else:
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        given = state_dict.get(prefix + "beta")
-        if given is not None and self.beta is not None and isinstance(self.beta, UninitializedParameter):
-            if isinstance(given, UninitializedParameter):
+        loaded = state_dict.get(prefix + "beta")
+        if loaded is not None and self.beta is not None and is_lazy(self.beta):
+            if is_lazy(loaded):
                 return
-            self._make(tuple(given.shape), self.beta.device, given.dtype)
+            self._make_beta(tuple(loaded.shape), self.beta.device, loaded.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one step, so that a copy or a pickle can be made at any time."""
-        return {**self.__dict__, "latest": Latest(), "grad_scaler": None}
+        return {**self.__dict__, "latest": LatestForward(), "grad_scaler": None}
 
     def _replicate_for_data_parallel(self) -> VCLActivation:
         replica = super()._replicate_for_data_parallel()
-        replica.latest = Latest()
+        replica.latest = LatestForward()
         return replica
 
     def extra_repr(self) -> str:
         """Return the settings."""
-        beta, shape = self.beta, "none"
-        if beta is not None:
-            shape = "from the first batch" if isinstance(beta, UninitializedParameter) else str(tuple(beta.shape))
+        shape = (
+            "none" if self.beta is None else "from the first batch" if is_lazy(self.beta) else tuple(self.beta.shape)
+        )
         activation = "" if self.activation.name == "identity" else f"{self.activation.name}, "
         settings = f"form={self.form}, n={self.sub_batch_size}, unit={self.unit}, weight={self.weight:g}"
-        where = "" if self.channel_dim == 1 else f", channel_dim={self.channel_dim}"
-        return f"{activation}{settings}, beta={shape}{where}"
+        channel_dim = "" if self.channel_dim == 1 else f", channel_dim={self.channel_dim}"
+        return f"{activation}{settings}, beta={shape}{channel_dim}"
 
 
 class VCL(VCLActivation):

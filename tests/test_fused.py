@@ -1,0 +1,140 @@
+"""The modules that attach puts into a model: they count calls, and stand for the originals."""
+
+import copy
+from operator import methodcaller
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import vcl_kernels as vk
+
+
+def mlp(activation=None):
+    return nn.Sequential(nn.Linear(4, 8), activation or nn.ELU())
+
+
+class Repeated(nn.Module):
+    """Calls its activation by keyword, once or several times."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.linear, self.act = nn.Linear(4, 4), act
+
+    def forward(self, x, steps=1):
+        for _ in range(steps):
+            x = self.act(input=self.linear(x))
+        return x
+
+
+def test_an_injected_loss_costs_a_fused_activation_no_node_of_its_own():
+    net = mlp()
+    vk.attach(net, torch.randn(2, 4), inject=True)
+    y = net(torch.randn(20, 4))
+    node = y.grad_fn  # which torch 2.11 ends with y
+    assert "ActivationAndLoss" in node.name()
+    assert "Addmm" in node.next_functions[0][0].name()
+
+
+@pytest.mark.parametrize(("example", "steps", "has"), [(None, 2, 1), ((torch.zeros(2, 4), 2), 3, 2)])
+@pytest.mark.parametrize("inject", [False, True])
+def test_a_call_that_the_example_did_not_make_is_an_error(inject, example, steps, has):
+    net, x = Repeated(nn.Tanh()), torch.randn(20, 4)
+    vk.attach(net, example, inject=inject)
+    net(x, has)
+    with pytest.raises(RuntimeError, match=f"Tanh is called {steps} times .* VCL for {has}; .*example_input"):
+        net(x, steps)
+
+
+@pytest.mark.parametrize("act", [nn.Mish(), nn.LeakyReLU(0.3, inplace=True)])
+def test_an_activation_called_by_keyword(act):
+    net, x = Repeated(act), torch.randn(20, 4)
+    pre = net.linear(x)
+    expected = copy.deepcopy(act)(pre.clone())
+    handle = vk.attach(net, {"x": x[:2]}, weight=1.0)
+    assert getattr(net.act, "inplace", None) == getattr(act, "inplace", None)
+    torch.testing.assert_close(net(x), expected)
+    torch.testing.assert_close(handle.loss(), vk.vcl_loss(pre, torch.ones(4)))
+    torch.testing.assert_close(net.eval()(x), expected)
+
+
+def test_inplace_activations_leave_their_inputs_alone_in_training():
+    net = nn.Sequential(nn.ReLU(inplace=True), nn.Hardswish(inplace=True))
+    vk.attach(net)
+    for act in net:
+        x = torch.randn(20, 4)
+        before = x.clone()
+        act(x)
+        assert torch.equal(x, before)
+
+
+def test_hooks_on_activations_still_run():
+    outputs = []
+    net = mlp()
+    net[1].register_forward_hook(lambda _module, _args, y: outputs.append(y))
+    net[1].register_full_backward_hook(lambda *_: outputs.append("first"))
+    handle = vk.attach(net)
+    net[1].register_forward_hook(lambda *_: outputs.append("second"))
+    y = net(torch.randn(20, 4))
+    assert torch.equal(outputs[0], y)
+    y.sum().backward()
+    handle.remove()
+    net(torch.randn(2, 4)).sum().backward()
+    assert outputs[1:3] == ["second", "first"]
+    assert outputs[4:] == ["second", "first"]
+
+
+def test_modules_with_a_beta_are_called_as_modules():
+    """Sharding and pruning provide parameters in hooks of the module."""
+    net = nn.Sequential(*mlp(), nn.Linear(8, 8), nn.Mish())
+    vk.attach(net, torch.randn(2, 4))
+    called = []
+    for index in (1, 3):
+        net[index].vcl[0].register_forward_hook(lambda *_, index=index: called.append(index))
+    net(torch.randn(20, 4))
+    assert called == [1, 3]
+
+
+def test_an_activation_with_a_forward_of_its_own_is_not_replaced():
+    net, x = nn.Sequential(nn.ReLU()), torch.randn(20, 4)
+    net[0].forward = lambda input: 7 * input
+    handle = vk.attach(net)
+    torch.testing.assert_close(net(x), 7 * x)
+    torch.testing.assert_close(handle.loss(), 0.01 * vk.reference.vcl_loss(x))
+
+
+def test_settings_of_the_original_are_set_through_its_replacement():
+    net, x = mlp(nn.LeakyReLU(0.1)), torch.randn(20, 8)
+    handle = vk.attach(net, torch.randn(2, 4))
+    net[1].negative_slope = 0.7
+    net[1].note = "here"
+    for mode in (True, False):
+        torch.testing.assert_close(net[1].train(mode)(x), F.leaky_relu(x, 0.7))
+    handle.remove()
+    assert net[1].negative_slope == 0.7
+    assert not hasattr(net[1], "note")
+
+
+def test_a_shared_activation_under_checkpointing_is_refused():
+    net, x = Repeated(nn.ReLU()), torch.randn(20, 4, requires_grad=True)
+    net.forward = lambda x: checkpoint(type(net).forward, net, x, 2, use_reentrant=False)
+    vk.attach(net, x[:2].detach(), inject=True)
+    with pytest.raises(RuntimeError, match="Give each call a module of its own"):
+        net(x).sum().backward()
+
+
+def test_replicas_of_a_model_keep_their_own_losses():
+    """nn.DataParallel is not supported: its use is an error, and does not give the loss of the last replica."""
+    net = mlp()
+    handle = vk.attach(net, torch.randn(2, 4))
+    replicate = methodcaller("_replicate_for_data_parallel")
+    replica, calls, vcl = map(replicate, (net[1], net[1].vcl, net[1].vcl[0]))
+    vcl.beta = torch.ones(8)
+    calls.register_module("0", vcl)
+    replica.register_module("vcl", calls)
+    nn.Sequential(net[0], replica)(torch.randn(20, 4))
+    assert vcl.loss is not None
+    with pytest.raises(RuntimeError, match="wants a training forward"):
+        handle.loss()

@@ -1,0 +1,31 @@
+"""Replacing modules of a model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def slots(model: nn.Module) -> dict[tuple[nn.Module, str], nn.Module]:
+    """Every (parent, name) in ``model`` with the module that it holds; a shared module has several."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    paths = [(path, *path.rpartition(".")[::2]) for path in modules if path]
+    return {(modules[parent], name): modules[path] for path, parent, name in paths}
+
+
+def replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Put each replacement wherever its module is in ``model``; return each (parent, name, replacement)."""
+    done = [(*slot, replacements[module]) for slot, module in slots(model).items() if module in replacements]
+    for parent, name, replacement in done:
+        parent.register_module(name, replacement)
+    return done
+
+
+def check_not_wrapped(model: nn.Module) -> None:
+    """Raise ValueError if ``model`` is wrapped for distributed training, which would miss new parameters."""
+    wrappers = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+    for module in model.modules():
+        found = wrappers.intersection(kind.__name__ for kind in type(module).__mro__)
+        if found:
+            raise ValueError(
+                f"model is in {found.pop()}, which goes on with the parameters it knows; wrap it afterwards"
+            )
