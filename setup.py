@@ -1,6 +1,5 @@
 """Builds the native backend (csrc/) where a compiler allows it; installation succeeds either way."""
 
-import ctypes
 import glob
 import os
 import shlex
@@ -31,28 +30,17 @@ class OptionalBuild(BuildExtension):
             print("vcl_kernels: installed without it; see `python -m vcl_kernels`", file=sys.stderr)
 
 
-def vector_math():
-    """Whether glibc has the vector functions that float64 activations use (2.35 and later, x86-64)."""
-    try:
-        return hasattr(ctypes.CDLL("libmvec.so.1"), "_ZGVeN8v_expm1")
-    except OSError:
-        return False
-
-
 def native():
     flags = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden"]
     flags += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-ignored-attributes"]
     flags += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC 12 on its own AVX-512 headers
     flags += [f"-DTORCH_TARGET_VERSION={STABLE_ABI}", f"-DPy_LIMITED_API={PYTHON_ABI}"]
     flags += shlex.split(os.environ.get("VCL_KERNELS_CXXFLAGS", ""))
-    mvec = vector_math()
     return CppExtension(
         "vcl_kernels._C",
         sorted(glob.glob("csrc/cpu/*.cpp")),
         depends=sorted(glob.glob("csrc/cpu/*.h")),
-        define_macros=[("VCL_MVEC", None)] if mvec else [],
         extra_compile_args={"cxx": flags},
-        libraries=["mvec"] if mvec else [],
         py_limited_api=True,
     )
 
