@@ -89,8 +89,7 @@ template <class T> struct Backward {
   // Row i of sub-batch k.
   template <bool stream, Activation act, bool from_output> void row_with_loss(int64_t k, int64_t i) const {
     // The vector at c, or the `width` values that are left: the terms meet in registers before they are rounded.
-    const auto write = [&] [[gnu::always_inline]] (const Row& r, int64_t c, int64_t width,
-                                                   const Coefficients<Vec<A>>& of) {
+    const auto write = [&](const Row& r, int64_t c, int64_t width, const Coefficients<Vec<A>>& of) {
       const auto get = [&](const T* from) { return load_up_to(from + c, width); };
       Vec<A> sum = j.upstream * (dx_of<A>(get(r.x), of.mean, of.scale) + of.shift);
       if (r.dy) sum += activation_gradient<act, from_output, T>(get(r.saved), get(r.dy), A(j.activation.parameter));

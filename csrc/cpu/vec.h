@@ -73,14 +73,14 @@ inline u16x16 to_f16(Vec<float> v) {
                                                _mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT)});
 }
 #elif VCL_LEVEL == 0
-inline Vec<float> from_f16(u16x16 v) {
+[[gnu::noinline]] inline Vec<float> from_f16(u16x16 v) {
   const u32x16 bits = __builtin_convertvector(v, u32x16), sign = (bits & 0x8000) << 16, magnitude = bits & 0x7fff;
   const u32x16 normal = (magnitude << 13) + (112u << 23), special = (magnitude << 13) + (224u << 23);
   const Vec<float> subnormal = __builtin_convertvector(magnitude, Vec<float>) * 0x1p-24f;
   const u32x16 finite = magnitude < 0x0400 ? std::bit_cast<u32x16>(subnormal) : normal;
   return std::bit_cast<Vec<float>>(sign | (magnitude < 0x7c00 ? finite : special));
 }
-inline u16x16 to_f16(Vec<float> v) {
+[[gnu::noinline]] inline u16x16 to_f16(Vec<float> v) {
   const u32x16 bits = std::bit_cast<u32x16>(v), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
   const u32x16 normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
   const u32x16 subnormal = std::bit_cast<u32x16>(std::bit_cast<Vec<float>>(magnitude) + 0.5f) - 0x3f000000;  // rounds
