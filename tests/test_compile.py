@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from common import LAYOUTS, assert_all_close, as_tuple
+from common import LAYOUTS, as_tuple, assert_all_close
 from conftest import UNITS
 from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
@@ -53,7 +53,7 @@ def test_inductor_gives_convolutions_the_layout_that_it_likes():
     def step():
         z, options = conv(x), {"form": "relative_variance", "sub_batch_size": 4}
         found = [vk.vcl_activation(z, "elu", b, unit=unit, **options) for b, unit in zip(betas, UNITS, strict=True)]
-        return sum(y.square().mean() + 0.3 * loss for y, loss in found)
+        return sum(y.sum() + loss for y, loss in found)  # little else for Inductor to compile
 
     with config.patch(force_disable_caches=True):
         loss, codes = run_and_get_code(torch.compile(step, fullgraph=True))

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from common import LAYOUTS, assert_all_close, as_tuple, ops_of
+from common import LAYOUTS, as_tuple, assert_all_close, ops_of
 from conftest import UNITS, device_of
 
 ELU, GELU_TANH = (3, 1.0), (5, 0.0)
