@@ -25,10 +25,15 @@ def test_shapes(backend, shape, form, unit):
     check(vk.vcl_loss, x, backend, form=form, unit=unit, sub_batch_size=4)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+IN_MEMORY = [
+    *((layout, torch.float32) for layout in LAYOUTS),
+    *((layout, dtype) for layout in ("contiguous", "channels_last", "samples_inside") for dtype in DTYPES[1:]),
+]
+
+
 @pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(kernel_backend, layout, unit, dtype):
+@pytest.mark.parametrize(("layout", "dtype"), IN_MEMORY, ids=str)
+def test_layouts_and_dtypes(kernel_backend, layout, dtype, unit):
     """Of 14 rows some are in no sub-batch: their gradient is 0, also where samples do not lie one after another."""
     x = LAYOUTS[layout](torch.randn(14, 18, 6, 5).to(device_of(kernel_backend), dtype))
     check(vk.vcl_loss, x, kernel_backend, unit=unit, sub_batch_size=3)
