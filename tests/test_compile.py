@@ -22,27 +22,6 @@ pytestmark = [
     ),
 ]
 
-STEPS = {
-    "ratio": lambda x: vk.vcl_loss(x, sub_batch_size=4),
-    "of activations": lambda x: vk.vcl_loss(x, sub_batch_size=4, form="relative_variance", unit="activation"),
-    "variance": lambda x: vk.vcl_loss(x, sub_batch_size=4, form="variance"),
-    "relu": lambda x: vk.vcl_activation(x, "relu", sub_batch_size=4),
-    "gelu": lambda x: vk.vcl_activation(x, "gelu", sub_batch_size=4),
-    "beta": lambda x: vk.vcl_activation(x, "elu", x[0, :, 0].exp(), sub_batch_size=4),
-}
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", STEPS)
-def test_batches_of_any_size(name, dynamic):
-    def step(x, w):
-        return 0.3 * sum(t.square().sum() for t in as_tuple(STEPS[name](x * w))) + x.mean()
-
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for rows in (12, 20, 33):
-        inputs = torch.randn(rows, 6, 5, requires_grad=True), torch.randn(5, requires_grad=True)
-        assert_all_close(*(torch.autograd.grad(f(*inputs), inputs) for f in (compiled, step)))
-
 
 def test_inductor_gives_convolutions_the_layout_that_it_likes():
     """And VCL takes it as it is: eager convolutions are contiguous here, Inductor's channels_last."""
@@ -205,26 +184,29 @@ def outputs_and_gradients(net, x):
     return [*found, *torch.autograd.grad(sum(t.square().sum() for t in found), list(net.parameters()))]
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize(
-    ("form", "unit", "layout"),
-    [
-        ("ratio", "channel", "contiguous"),
-        ("ratio", "activation", "channels_last"),
-        ("variance", "channel", "channels_last"),
-        ("variance", "activation", "contiguous"),
-        ("relative_variance", "channel", "channels_last"),
-        ("relative_variance", "activation", "contiguous"),
-    ],
-)
+BATCH = {"dynamic_shapes": ({0: Dim("batch", min=10, max=512)},)}
+WAYS = {
+    "compiled": lambda net, _: torch.compile(net, fullgraph=True, backend="aot_eager"),
+    "dynamic": lambda net, _: torch.compile(net, fullgraph=True, backend="aot_eager", dynamic=True),
+    "exported": lambda net, x: export(net, (x,), **BATCH).module(),
+    "strict": lambda net, x: export(net, (x,), strict=True, **BATCH).module(),
+}
+CASES = [
+    *((way, "ratio", "channel", "channels_last") for way in WAYS),
+    *((way, "relative_variance", "activation", "contiguous") for way in WAYS),
+    ("exported", "ratio", "activation", "contiguous"),
+    ("exported", "variance", "channel", "contiguous"),
+    ("exported", "variance", "activation", "channels_last"),
+    ("exported", "relative_variance", "channel", "contiguous"),
+]
+
+
+@pytest.mark.parametrize(("way", "form", "unit", "layout"), CASES)
 @pytest.mark.parametrize("name", NETS)
-def test_export_of_batches_of_any_size(name, form, unit, layout, strict):
-    if "moments" in name and form != "ratio":
-        pytest.skip("moments have no form")
-    net, batch = NETS[name](form=form, unit=unit), Dim("batch", min=10, max=512)
-    x = LAYOUTS[layout](torch.randn(25, 3, 4, 4))
-    program = export(net, (x,), dynamic_shapes=({0: batch},), strict=strict).module()
-    for rows in (10, 37, 512):
+def test_batches_of_any_size(name, way, form, unit, layout):
+    net = NETS[name](form=form, unit=unit)
+    program = WAYS[way](net, LAYOUTS[layout](torch.randn(25, 3, 4, 4)))
+    for rows in (10, 20, 37, 512):
         x = LAYOUTS[layout](torch.randn(rows, 3, 4, 4))
         found, wanted = outputs_and_gradients(program, x), outputs_and_gradients(net, x)
         assert [t.requires_grad for t in found] == [t.requires_grad for t in wanted]
@@ -235,7 +217,7 @@ def test_export_of_batches_of_any_size(name, form, unit, layout, strict):
 def test_an_exported_program_is_decomposed_to_kernels(name):
     """For inference, as ahead-of-time compilers want it."""
     net = Net(FUNCTIONS[name], form="variance")
-    program = export(net, (torch.randn(25, 3),), dynamic_shapes=({0: Dim("batch", min=10, max=512)},))
+    program = export(net, (torch.randn(25, 3),), **BATCH)
     program = program.run_decompositions()
     ops = {str(node.target) for node in program.graph.nodes if "vcl" in str(node.target)}
     assert ops == {f"vcl_kernels.{'activation' if name == 'gelu' else name}.default"}

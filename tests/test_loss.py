@@ -1,4 +1,4 @@
-"""vcl_loss and sub_batch_moments: values and first derivatives on every backend, layout and dtype."""
+"""Values and first derivatives of vcl_loss, and of all functions in every shape, layout and far from zero."""
 
 import pytest
 import torch
@@ -23,6 +23,8 @@ SHAPES = {  # each takes another path: one pass, gradient in backward, one pair 
 def test_shapes(backend, shape, form, unit):
     x = 2 * torch.randn(shape).to(device_of(backend)) + 0.5
     check(vk.vcl_loss, x, backend, form=form, unit=unit, sub_batch_size=4)
+    if unit == "channel" and form != "variance":
+        check(vk.vcl_activation, x, backend, activation="relu", form=form, sub_batch_size=4)
 
 
 IN_MEMORY = [
@@ -36,8 +38,11 @@ IN_MEMORY = [
 def test_layouts_and_dtypes(kernel_backend, layout, dtype, unit):
     """Of 14 rows some are in no sub-batch: their gradient is 0, also where samples do not lie one after another."""
     x = LAYOUTS[layout](torch.randn(14, 18, 6, 5).to(device_of(kernel_backend), dtype))
-    check(vk.vcl_loss, x, kernel_backend, unit=unit, sub_batch_size=3)
-    check(vk.vcl_loss, x, kernel_backend, unit=unit, sub_batch_size=4, form="relative_variance")
+    pair = {"unit": unit, "sub_batch_size": 3}
+    every = {"unit": unit, "sub_batch_size": 4, "form": "relative_variance"}
+    for options, activation in ((pair, "elu"), (every, "silu")):  # saved is y with the rows of the pair; or x
+        check(vk.vcl_loss, x, kernel_backend, **options)
+        check(vk.vcl_activation, x, kernel_backend, activation=activation, **options)
     check(vk.sub_batch_moments, x, kernel_backend, unit=unit, sub_batch_size=5)
 
 
@@ -123,6 +128,7 @@ def test_mean_far_from_zero(kernel_backend, layout):
         for form in FORMS:
             for unit in UNITS:
                 check(vk.vcl_loss, x, kernel_backend, beta=None, form=form, unit=unit)
+            check(vk.vcl_activation, x, kernel_backend, beta=None, form=form, activation="relu")
 
 
 def test_zero_variance(backend):
