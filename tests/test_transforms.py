@@ -47,8 +47,8 @@ def backward(function, x):
     return results(function, x)[1]
 
 
-def second(function, x):
-    return torch.autograd.functional.hessian(function, x)
+def each_backward(function):
+    return torch.stack([backward(function, x) for x in X])
 
 
 def slope(function, x, direction):
@@ -63,17 +63,14 @@ TRANSFORMS = {  # what is asked for, and what it is in plain autograd
     "jvp": (lambda f: jvp(f, (X[0],), (T[0],))[1], lambda f: (backward(f, X[0]) * T[0]).sum()),
     "dual numbers": (lambda f: slope(f, X[0], T[0]), lambda f: (backward(f, X[0]) * T[0]).sum()),
     "jacfwd": (lambda f: jacfwd(f)(X[0]), lambda f: backward(f, X[0])),
-    "vmap of grad": (lambda f: vmap(grad(f))(X), lambda f: torch.stack([backward(f, x) for x in X])),
-    "grad of vmap": (
-        lambda f: grad(lambda xs: vmap(f)(xs).sum())(X),
-        lambda f: torch.stack([backward(f, x) for x in X]),
-    ),
+    "vmap of grad": (lambda f: vmap(grad(f))(X), each_backward),
+    "grad of vmap": (lambda f: grad(lambda xs: vmap(f)(xs).sum())(X), each_backward),
     "vmap of jvp": (
         lambda f: vmap(lambda t: jvp(f, (X[0],), (t,))[1])(T),
-        lambda f: torch.stack([(backward(f, X[0]) * t).sum() for t in T]),
+        lambda f: (backward(f, X[0]) * T).sum((1, 2)),
     ),
-    "hessian": (lambda f: hessian(f)(X[0]), lambda f: second(f, X[0])),
-    "jacrev of jacrev": (lambda f: jacrev(jacrev(f))(X[0]), lambda f: second(f, X[0])),
+    "hessian": (lambda f: hessian(f)(X[0]), lambda f: torch.autograd.functional.hessian(f, X[0])),
+    "jacrev of jacrev": (lambda f: jacrev(jacrev(f))(X[0]), lambda f: torch.autograd.functional.hessian(f, X[0])),
 }
 
 
