@@ -1,16 +1,24 @@
-"""Helpers of the tests: layouts of a tensor, errors measured against a float64 oracle, waiting."""
+"""What tests share: layouts and dtypes of x, one check against a float64 oracle, the ops of a backend, waiting."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
+from conftest import GPU
 from torch import Tensor
 
+import vcl_kernels as vk
 from vcl_kernels import reference
+from vcl_kernels.backends import triton_backend
+from vcl_kernels.ops import OPS
 from vcl_kernels.options import SubBatches
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
@@ -21,6 +29,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "row_stride": lambda x: torch.stack([x, x], 1).flatten(0, 1)[::2],
     "every_second_column": lambda x: torch.stack([x, x], -1).flatten(-2)[..., ::2],
     "misaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    "expanded_channels": lambda x: x[:, :1].expand(x.shape),
     "expanded_positions": lambda x: x[..., :1].expand(x.shape),
     "overlapping": lambda x: x.flatten().unfold(0, x[0].numel(), 3)[: x.shape[0]].unflatten(1, x.shape[1:]),
     "overlapping_channels": lambda x: (
@@ -30,17 +39,56 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def eager(x: Tensor, beta: Tensor | float | None, g: Tensor | None, backend: str, **options) -> list[list[Tensor]]:
-    """What eager PyTorch gives in x's own precision, as torch.var and (as on a GPU) with float32 sums."""
-    results = [oracle(x, beta, g, dtype=x.dtype, **options)]
-    if backend == "triton":
-        with mock.patch.object(reference, "moments", written_out):
-            results.append(oracle(x, beta, g, dtype=x.dtype, **options))
-    return [list(same) for same in zip(*results, strict=True)]
+def check(function: Callable, x: Tensor, backend: str, *, beta: Any = "units", g: Tensor | None = None, **options):
+    """Hold what a public function returns, and its gradients, to the error budget; return them.
+
+    The loss is that of each unit unless ``reduction`` says otherwise: of one sum the error would be a matter of luck.
+    Upstream gradients are drawn; ``g`` is that of the last output. beta is drawn where it is "units" or "scalar".
+    """
+    units = x.shape[1:] if options.get("unit") == "activation" else x.shape[1:2]
+    if function is not vk.sub_batch_moments:
+        if options.get("form") == "variance":
+            beta = None
+        elif isinstance(beta, str):
+            drawn = torch.rand(units if beta == "units" else (), dtype=torch.promote_types(x.dtype, torch.float32))
+            beta = drawn.to(x.device) + 0.1
+        options = {"beta": beta, "reduction": "none", **options}
+    outputs = as_tuple(getattr(reference, function.__name__)(x, **options))
+    upstream = [torch.randn(t.shape) if t.shape == x.shape else torch.rand(t.shape) + 0.5 for t in outputs]
+    if g is not None:
+        upstream[-1] = g
+    before = x.clone()
+    actual = results(function, x, upstream, backend=backend, **options)
+    assert torch.equal(x, before)
+    exact = in_precision(torch.float64, written_out, function, x, upstream, **options)
+    eager = [in_precision(x.dtype, reference.moments, function, x, upstream, **options)]
+    if backend == "triton" and function is not vk.vcl_activation:  # float32 sums, as on a GPU
+        eager.append(in_precision(x.dtype, written_out, function, x, upstream, **options))
+    assert [t.dtype for t in actual] == [t.dtype for t in eager[0]]
+    for a, e, *others in zip(actual, exact, *eager, strict=True):
+        assert_within_budget(a, others, e)
+    if torch.empty_like(x).stride() == x.stride() and x.stride(0) == x[0].numel():  # dense, one sample after another
+        assert all(t.stride() == x.stride() for t in actual if t.shape == x.shape)
+    return actual
 
 
-def gradients(loss: Tensor, inputs: list[Tensor], g: Tensor | None = None) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss, inputs, g)
+def results(function: Callable, x: Tensor, upstream: list[Tensor] | None = None, **options) -> list[Tensor]:
+    """What ``function`` returns, and its gradients by x and by a beta that is a tensor."""
+    inputs = [x.detach().requires_grad_()]
+    if isinstance(options.get("beta"), Tensor):
+        options["beta"] = options["beta"].detach().requires_grad_()
+        inputs.append(options["beta"])
+    outputs = as_tuple(function(inputs[0], **options))
+    given = None if upstream is None else [g.to(t) for g, t in zip(upstream, outputs, strict=True)]
+    return [*(t.detach() for t in outputs), *torch.autograd.grad(outputs, inputs, given)]
+
+
+def in_precision(dtype: torch.dtype, moments: Callable, function: Callable, x: Tensor, *args, **options):
+    """``results`` of the reference on the CPU in ``dtype``, with its moments computed by ``moments``."""
+    if isinstance(options.get("beta"), Tensor):
+        options["beta"] = options["beta"].cpu().to(torch.promote_types(dtype, torch.float32))
+    with mock.patch.object(reference, "moments", moments):
+        return results(getattr(reference, function.__name__), x.cpu().to(dtype), *args, **options)
 
 
 def written_out(x: Tensor, sub_batches: SubBatches) -> tuple[Tensor, Tensor]:
@@ -54,18 +102,6 @@ def written_out(x: Tensor, sub_batches: SubBatches) -> tuple[Tensor, Tensor]:
     return mean.squeeze(over), (samples - mean).square().sum(over) / (count - 1)
 
 
-def oracle(x: Tensor, beta: Tensor | float | None, g: Tensor | None = None, dtype=torch.float64, **options):
-    """Loss, dx and dbeta from the reference on the CPU in ``dtype``; in float64 torch.var would lose digits."""
-    x = x.detach().cpu().to(dtype).requires_grad_()
-    inputs = [x]
-    if isinstance(beta, Tensor):
-        beta = beta.detach().cpu().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
-        inputs.append(beta)
-    with mock.patch.object(reference, "moments", written_out if dtype == torch.float64 else reference.moments):
-        loss = reference.vcl_loss(x, beta, **options)
-    return [loss.detach(), *gradients(loss, inputs, None if g is None else g.cpu().to(loss.dtype))]
-
-
 def assert_within_budget(actual: Tensor, eager: list[Tensor], exact: Tensor) -> None:
     """At most twice the error of eager PyTorch in the same precision, plus one rounding of the result."""
     assert actual.shape == exact.shape
@@ -76,6 +112,23 @@ def assert_within_budget(actual: Tensor, eager: list[Tensor], exact: Tensor) -> 
         of_eager = 1e-13 * exact.abs().max()
     rounding = torch.finfo(actual.dtype).eps * exact.abs().max() + torch.finfo(actual.dtype).tiny
     assert error <= 2 * of_eager + rounding, f"error {error:.3g}, eager {of_eager:.3g}, rounding {rounding:.3g}"
+
+
+def assert_all_close(found, wanted, **tolerance) -> None:
+    """Compare tensors one by one."""
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+def as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def ops_of(backend: str):
+    """The registered ops, or functions like them: those of the interpreter take CPU tensors and are not registered."""
+    if backend != "triton" or GPU:
+        return torch.ops.vcl_kernels
+    return SimpleNamespace(**{op.name: op.of_plain(getattr(triton_backend(), op.name)) for op in OPS})
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:

@@ -1,4 +1,4 @@
-"""What tests share: backends and where they run, layouts, and the error budget."""
+"""Fixtures: backends and where they run, the seed, threads, the compiler."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if not GPU:
     pairwise_sums()
 
 
-def pytest_runtest_logfinish(nodeid: str, location: object) -> None:
+def pytest_runtest_logfinish() -> None:
     """After an illegal access every later test of this process would fail: end it, for xdist to start another."""
     if GPU:
         try:
@@ -52,6 +52,12 @@ UNITS = ("channel", "activation")
 def seeded() -> None:
     """Draw the same numbers in every test, whichever ran before; drawn on the CPU, the same on every machine."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    """Forget what was compiled before, which otherwise counts as a recompilation."""
+    torch.compiler.reset()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ kernel, which is the same autograd function as in eager code, with the same chec
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,15 +16,8 @@ from . import autograd, ops, reference, saving
 from .autograd import ActivationAndLoss, ActivationSettings, wants_gradient
 from .backends.interface import Backend
 from .injection import Injection, injected
+from .ops import LOSS, Op
 from .options import Activation, LossSpec, SubBatches
-
-ops.define(f"loss_autograd(Tensor x, Tensor? beta, {ops.SPEC}) -> Tensor")
-ops.define(
-    f"activation_autograd(Tensor x, Tensor? beta, {ops.SPEC}, {ops.ACTIVATION}, bool inject) -> (Tensor y, Tensor loss)"
-)
-ops.define("moments_autograd(Tensor x, SymInt n, SymInt K, bool per_activation) -> (Tensor mean, Tensor var)")
-
-_LOSS = len(LossSpec._fields)
 
 
 def loss(x: Tensor, beta: Tensor | None, spec: LossSpec, backend: Backend) -> Tensor:
@@ -64,22 +57,22 @@ def _in_graph(backend: Backend) -> bool:
     return torch.compiler.is_compiling() and backend is ops
 
 
-def _loss_autograd(x: Tensor, beta: Tensor | None, *spec: Any) -> Tensor:
-    return autograd.loss(x, beta, LossSpec(*spec), ops)
-
-
-def _activation_autograd(x: Tensor, beta: Tensor | None, *plain: Any) -> tuple[Tensor, Tensor]:
-    spec, (kind, parameter, inject) = LossSpec(*plain[:_LOSS]), plain[_LOSS:]
-    settings = ActivationSettings(Activation(kind, parameter), spec, ops, Injection() if inject else None)
+def _activation(
+    x: Tensor, beta: Tensor | None, spec: LossSpec, activation: Activation, inject: bool
+) -> tuple[Tensor, Tensor]:
+    settings = ActivationSettings(activation, spec, ops, Injection() if inject else None)
     return ActivationAndLoss.apply(x, beta, settings)[:2]
 
 
-def _moments_autograd(x: Tensor, *sub_batches: Any) -> tuple[Tensor, Tensor]:
-    return autograd.Moments.apply(x, SubBatches(*sub_batches), ops)
-
-
-for _function in (_loss_autograd, _activation_autograd, _moments_autograd):
-    _name = _function.__name__.removeprefix("_")
-    ops.library.impl(_name, _function, "Autograd")
-    ops.library.impl(_name, _function, "CompositeExplicitAutograd")  # where nothing wants a gradient
-    torch.library.register_fake(f"vcl_kernels::{_name}", _function, lib=ops.library)
+for _op, _function in (
+    (Op("loss_autograd", LOSS, "Tensor"), partial(autograd.loss, backend=ops)),
+    (Op("activation_autograd", (*LOSS, Activation, "bool inject"), "(Tensor y, Tensor loss)"), _activation),
+    (
+        Op("moments_autograd", ("Tensor x", SubBatches), "(Tensor mean, Tensor var)"),
+        lambda x, sub_batches: autograd.Moments.apply(x, sub_batches, ops),
+    ),
+):
+    _op.define()
+    _op.implement(_function, "Autograd")
+    _op.implement(_function, "CompositeExplicitAutograd")  # where nothing wants a gradient
+    _op.implement(_function, "Fake")

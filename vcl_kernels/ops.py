@@ -1,20 +1,20 @@
-"""The registered ops: their schemas, what they return for fake tensors, and the functions of a ``Backend`` on them.
+"""The registered ops, and the functions of a ``Backend`` on them.
 
-Schemas list plain arguments in the order of ``LossSpec``, ``SubBatches`` and ``Activation``. ``mean``, ``var``,
-``scale`` and ``shift`` are ``(K, *units)`` in the accumulation dtype.
+An op takes and returns what the function of a ``Backend`` does, with the fields of each value as plain arguments.
+``mean``, ``var``, ``scale`` and ``shift`` are ``(K, *units)`` in the accumulation dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backends import cpu, one_pass, triton, triton_backend
-from .backends.interface import Backend, Coefficients, Saved
-from .geometry import accumulation_dtype, empty_rows, empty_units, in_layout
+from .backends import cpu, fake, one_pass, triton, triton_backend
+from .backends.interface import Coefficients, Saved
 from .options import Activation, LossSpec, SubBatches
 
 __all__ = [
@@ -29,43 +29,89 @@ __all__ = [
     "one_pass",
 ]
 
-SPEC = "float beta_value, float beta_min, SymInt n, SymInt K, int form, bool per_activation, float factor, bool reduce"
-ACTIVATION = "int activation, float parameter"
-
 library = torch.library.Library("vcl_kernels", "DEF")
 
+FIELDS: dict[type, str] = {
+    LossSpec: "float beta_value, float beta_min, SymInt n, SymInt K, int form, bool per_activation, float factor, "
+    "bool reduce",
+    SubBatches: "SymInt n, SymInt K, bool per_activation",
+    Activation: "int activation, float parameter",
+    Coefficients: "Tensor mean, Tensor scale, Tensor? shift",
+    Saved: "Tensor? saved, Tensor? rows, bool from_output",
+}
 
-def define(schema: str) -> None:
-    """Define an op that takes its arguments in whatever layout a compiler chose for them, not only that of tracing."""
-    library.define(schema, tags=(torch.Tag.flexible_layout,))
+
+class Op(NamedTuple):
+    """The schema of an op, with values by their types."""
+
+    name: str
+    arguments: tuple[Any, ...]  # strings, or the types of values
+    results: str
+
+    def define(self) -> None:
+        """Define it. It takes arguments in whatever layout a compiler chose for them, unless it writes to them."""
+        schema = ", ".join(a if isinstance(a, str) else FIELDS[a] for a in self.arguments)
+        tags = () if "!" in schema else (torch.Tag.flexible_layout,)
+        library.define(f"{self.name}({schema}) -> {self.results}", tags=tags)
+
+    def implement(self, function: Callable[..., Any], key: str) -> None:
+        """Let ``function`` of values serve a dispatch key, or "Fake" tensors."""
+        if key == "Fake":
+            torch.library.register_fake(f"vcl_kernels::{self.name}", self.of_plain(function), lib=library)
+        else:
+            library.impl(self.name, self.of_plain(function), key)
+
+    def of_plain(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function of the op's plain arguments that calls ``function`` with values."""
+
+        def implementation(*plain: Any) -> Any:
+            rest = iter(plain)
+            values = (next(rest) if isinstance(a, str) else a(*islice(rest, len(a._fields))) for a in self.arguments)
+            result = function(*values)
+            return tuple(_flat(result)) if isinstance(result, tuple) else result
+
+        return implementation
 
 
-define(f"loss(Tensor x, Tensor? beta, {SPEC}) -> Tensor")
-define(f"loss_dx(Tensor x, Tensor? beta, {SPEC}, bool beta_grad) -> (Tensor loss, Tensor dx, Tensor dbeta)")
-define(
-    f"loss_coefficients(Tensor x, Tensor? beta, {SPEC}, bool beta_grad, bool keep_rows) "
-    "-> (Tensor loss, Tensor mean, Tensor scale, Tensor dbeta, Tensor rows)"
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, tuple):
+            yield from (field for field in value if field is not None)
+        else:
+            yield value
+
+
+LOSS = ("Tensor x", "Tensor? beta", LossSpec)
+OPS = (
+    Op("loss", LOSS, "Tensor"),
+    Op("loss_dx", (*LOSS, "bool beta_grad"), "(Tensor loss, Tensor dx, Tensor dbeta)"),
+    Op(
+        "loss_coefficients",
+        (*LOSS, "bool beta_grad", "bool keep_rows"),
+        "(Tensor loss, Tensor mean, Tensor scale, Tensor dbeta, Tensor rows)",
+    ),
+    Op(
+        "activation",
+        (*LOSS, Activation, "bool beta_grad", "bool keep_rows"),
+        "(Tensor y, Tensor loss, Tensor mean, Tensor scale, Tensor dbeta, Tensor rows)",
+    ),
+    Op(
+        "activation_dx",
+        (Saved, "Tensor? dy", Coefficients, "Tensor? g", Activation, SubBatches, "SymInt N"),
+        "Tensor",
+    ),
+    Op("moments", ("Tensor x", SubBatches), "(Tensor mean, Tensor var)"),
+    Op("moments_dx", ("Tensor x", Coefficients, "Tensor? g", SubBatches, "SymInt N"), "Tensor"),
+    Op("multiply_", ("Tensor(a!) dx", "Tensor g"), "()"),  # dx is dense
 )
-define("moments(Tensor x, SymInt n, SymInt K, bool per_activation) -> (Tensor mean, Tensor var)")
-define(
-    "moments_dx(Tensor x, Tensor mean, Tensor scale, Tensor? shift, Tensor? g, SymInt n, SymInt N, "
-    "bool per_activation) -> Tensor"
-)
-define(
-    f"activation(Tensor x, Tensor? beta, {SPEC}, bool beta_grad, {ACTIVATION}, bool keep_rows) "
-    "-> (Tensor y, Tensor loss, Tensor mean, Tensor scale, Tensor dbeta, Tensor rows)"
-)
-define(
-    "activation_dx(Tensor? saved, bool from_output, Tensor? rows, Tensor? dy, Tensor mean, Tensor scale, Tensor? g, "
-    f"SymInt n, SymInt N, bool per_activation, {ACTIVATION}) -> Tensor"
-)
-library.define("multiply_(Tensor(a!) dx, Tensor g) -> ()")  # dx is dense
+
+for _op in OPS:
+    _op.define()
+
+
+# A Backend on the ops
 
 _ops = torch.ops.vcl_kernels
-_LOSS = len(LossSpec._fields)
-
-
-# A Backend on the ops: values become plain arguments.
 
 
 def loss(x: Tensor, beta: Tensor | None, spec: LossSpec) -> Tensor:
@@ -90,7 +136,7 @@ def activation(
     x: Tensor, beta: Tensor | None, spec: LossSpec, activation: Activation, beta_grad: bool, keep_rows: bool
 ) -> tuple[Tensor, Tensor, Coefficients, Tensor, Tensor]:
     """See :class:`Backend`."""
-    y, loss, mean, scale, dbeta, rows = _ops.activation.default(x, beta, *spec, beta_grad, *activation, keep_rows)
+    y, loss, mean, scale, dbeta, rows = _ops.activation.default(x, beta, *spec, *activation, beta_grad, keep_rows)
     return y, loss, Coefficients(mean, scale), dbeta, rows
 
 
@@ -104,10 +150,7 @@ def activation_dx(
     N: int,
 ) -> Tensor:
     """See :class:`Backend`."""
-    (n, _, per_activation), (mean, scale, _) = sub_batches, coefficients
-    return _ops.activation_dx.default(
-        saved.tensor, saved.from_output, saved.rows, dy, mean, scale, g, n, N, per_activation, *activation
-    )
+    return _ops.activation_dx.default(*saved, dy, *coefficients, g, *activation, *sub_batches, N)
 
 
 def moments(x: Tensor, sub_batches: SubBatches) -> tuple[Tensor, Tensor]:
@@ -117,7 +160,7 @@ def moments(x: Tensor, sub_batches: SubBatches) -> tuple[Tensor, Tensor]:
 
 def moments_dx(x: Tensor, coefficients: Coefficients, g: Tensor | None, sub_batches: SubBatches, N: int) -> Tensor:
     """See :class:`Backend`."""
-    return _ops.moments_dx.default(x, *coefficients, g, sub_batches.n, N, sub_batches.per_activation)
+    return _ops.moments_dx.default(x, *coefficients, g, *sub_batches, N)
 
 
 def multiply_(dx: Tensor, g: Tensor) -> None:
@@ -125,119 +168,15 @@ def multiply_(dx: Tensor, g: Tensor) -> None:
     _ops.multiply_.default(dx, g)
 
 
-# The other way round: a Backend serves a device's tensors, and plain arguments become values again.
+# What serves the ops: C++ for CPU tensors, which registers itself; Triton, fetched by the first call; and fake tensors
 
 
-def _register(backend: Callable[[], Backend], device: str) -> None:
-    """Register a backend that is fetched in the first call."""
-
-    def loss(x: Tensor, beta: Tensor | None, *spec: Any) -> Any:
-        return backend().loss(x, beta, LossSpec(*spec))
-
-    def loss_dx(x: Tensor, beta: Tensor | None, *plain: Any) -> Any:
-        return backend().loss_dx(x, beta, LossSpec(*plain[:_LOSS]), *plain[_LOSS:])
-
-    def loss_coefficients(x: Tensor, beta: Tensor | None, *plain: Any) -> Any:
-        loss, (mean, scale, _), dbeta, rows = backend().loss_coefficients(
-            x, beta, LossSpec(*plain[:_LOSS]), *plain[_LOSS:]
-        )
-        return loss, mean, scale, dbeta, rows
-
-    def activation(x: Tensor, beta: Tensor | None, *plain: Any) -> Any:
-        beta_grad, kind, parameter, keep_rows = plain[_LOSS:]
-        y, loss, (mean, scale, _), dbeta, rows = backend().activation(
-            x, beta, LossSpec(*plain[:_LOSS]), Activation(kind, parameter), beta_grad, keep_rows
-        )
-        return y, loss, mean, scale, dbeta, rows
-
-    def activation_dx(saved: Tensor | None, from_output: bool, rows: Tensor | None, *plain: Any) -> Any:
-        dy, mean, scale, g, n, N, per_activation, kind, parameter = plain
-        of_x, cut = Saved(saved, rows, from_output), SubBatches(n, mean.shape[0], per_activation)
-        return backend().activation_dx(of_x, dy, Coefficients(mean, scale), g, Activation(kind, parameter), cut, N)
-
-    def moments(x: Tensor, *sub_batches: Any) -> Any:
-        return backend().moments(x, SubBatches(*sub_batches))
-
-    def moments_dx(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor | None, *plain: Any) -> Any:
-        g, n, N, per_activation = plain
-        cut = SubBatches(n, mean.shape[0], per_activation)
-        return backend().moments_dx(x, Coefficients(mean, scale, shift), g, cut, N)
-
-    def multiply_(dx: Tensor, g: Tensor) -> None:
-        backend().multiply_(dx, g)
-
-    for function in (loss, loss_dx, loss_coefficients, activation, activation_dx, moments, moments_dx, multiply_):
-        library.impl(function.__name__, function, device)
+def _of_triton(name: str) -> Callable[..., Any]:
+    return lambda *values: getattr(triton_backend(), name)(*values)
 
 
-cpu.load()  # its library registers itself
-if triton.reason_not_installed() is None and not triton.interpreting():
-    _register(triton_backend, "CUDA")
-
-
-# What the ops return for fake tensors: shapes, dtypes and strides.
-
-
-def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return torch.library.register_fake(f"vcl_kernels::{name}", lib=library)
-
-
-def _fake_loss_and_dbeta(x: Tensor, beta: Tensor | None, spec: LossSpec, beta_grad: bool) -> tuple[Tensor, Tensor]:
-    sum_dtype, per_activation = accumulation_dtype(x.dtype), spec.per_activation
-    loss = x.new_empty((), dtype=sum_dtype) if spec.reduce else empty_units(x, per_activation)
-    if beta is None or not beta_grad:
-        return loss, x.new_empty(0, dtype=sum_dtype)
-    return loss, torch.empty_like(loss) if spec.reduce and beta.dim() == 0 else empty_units(x, per_activation)
-
-
-@_fake("loss")
-def _(x: Tensor, beta: Tensor | None, *spec: Any) -> Tensor:
-    of = LossSpec(*spec)
-    return _fake_loss_and_dbeta(in_layout(x, of.per_activation), beta, of, False)[0]
-
-
-@_fake("loss_dx")
-def _(x: Tensor, beta: Tensor | None, *plain: Any) -> tuple[Tensor, ...]:
-    spec = LossSpec(*plain[:_LOSS])
-    x = in_layout(x, spec.per_activation)
-    loss, dbeta = _fake_loss_and_dbeta(x, beta, spec, plain[_LOSS])
-    return loss, empty_rows(x, x.shape[0]), dbeta
-
-
-@_fake("loss_coefficients")
-def _fake_coefficients(x: Tensor, beta: Tensor | None, *plain: Any) -> tuple[Tensor, ...]:
-    spec, (beta_grad, *_, keep_rows) = LossSpec(*plain[:_LOSS]), plain[_LOSS:]
-    x = in_layout(x, spec.per_activation)
-    loss, dbeta = _fake_loss_and_dbeta(x, beta, spec, beta_grad)
-    mean, scale = (empty_units(x, spec.per_activation, spec.K) for _ in range(2))
-    return loss, mean, scale, dbeta, empty_rows(x, spec.K * spec.n) if keep_rows else x.new_empty(0)
-
-
-@_fake("activation")
-def _(x: Tensor, beta: Tensor | None, *plain: Any) -> tuple[Tensor, ...]:
-    y = empty_rows(in_layout(x, LossSpec(*plain[:_LOSS]).per_activation), x.shape[0])
-    return y, *_fake_coefficients(x, beta, *plain)
-
-
-@_fake("moments")
-def _(x: Tensor, *sub_batches: Any) -> tuple[Tensor, ...]:
-    _, K, per_activation = sub_batches
-    x = in_layout(x, per_activation)
-    return empty_units(x, per_activation, K), empty_units(x, per_activation, K)
-
-
-@_fake("moments_dx")
-def _(x: Tensor, *plain: Any) -> Tensor:
-    *_, N, per_activation = plain
-    return empty_rows(in_layout(x, per_activation), N)
-
-
-@_fake("activation_dx")
-def _(saved: Tensor | None, _from_output: bool, rows: Tensor, *plain: Any) -> Tensor:
-    N, per_activation = plain[5:7]
-    return empty_rows(in_layout(rows if saved is None else saved, per_activation), N)
-
-
-@_fake("multiply_")
-def _(*_: Tensor) -> None:
-    return None
+cpu.load()
+for _op in OPS:
+    _op.implement(getattr(fake, _op.name), "Fake")
+    if triton.reason_not_installed() is None and not triton.interpreting():
+        _op.implement(_of_triton(_op.name), "CUDA")

@@ -65,7 +65,8 @@ def sub_batch_moments(
     x: Tensor, sub_batch_size: int, *, unit: str = "channel", num_sub_batches: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance of each sub-batch: see :func:`vcl_kernels.sub_batch_moments`."""
-    return moments(in_layout_of_gradient(x), check_moments(x, sub_batch_size, unit, num_sub_batches))
+    sub_batches = check_moments(x, sub_batch_size, unit, num_sub_batches)
+    return moments(in_layout_of_gradient(x), sub_batches)
 
 
 def moments(x: Tensor, sub_batches: SubBatches) -> tuple[Tensor, Tensor]:

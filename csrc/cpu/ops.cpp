@@ -219,8 +219,8 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x, int64_t n, int64_t K, bool p
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activation(const Tensor& x, const MaybeTensor& beta,
                                                                       double beta_value, double beta_min, int64_t n,
                                                                       int64_t K, int64_t form, bool per_activation,
-                                                                      double factor, bool reduce, bool beta_grad,
-                                                                      int64_t activation, double parameter,
+                                                                      double factor, bool reduce, int64_t activation,
+                                                                      double parameter, bool beta_grad,
                                                                       bool keep_rows) {
   Request q{Want::activation, spec_of(beta_value, beta_min, n, K, form, per_activation, factor, reduce)};
   q.beta_grad = beta_grad, q.keep_rows = keep_rows, q.activation = {static_cast<Activation>(activation), parameter};
@@ -229,16 +229,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activation(const Tens
 }
 
 Tensor moments_dx(const Tensor& x, const Tensor& mean, const Tensor& scale, const MaybeTensor& shift,
-                  const MaybeTensor& g, int64_t n, int64_t N, bool per_activation) {
+                  const MaybeTensor& g, int64_t n, int64_t, bool per_activation, int64_t N) {
   BackwardRequest q{};
   q.saved = x, q.g = g, q.coefficients = {mean, scale, shift};
   q.n = n, q.N = N, q.per_activation = per_activation;
   return backward(q);
 }
 
-Tensor activation_dx(const MaybeTensor& saved, bool from_output, const MaybeTensor& rows, const MaybeTensor& dy,
-                     const Tensor& mean, const Tensor& scale, const MaybeTensor& g, int64_t n, int64_t N,
-                     bool per_activation, int64_t activation, double parameter) {
+Tensor activation_dx(const MaybeTensor& saved, const MaybeTensor& rows, bool from_output, const MaybeTensor& dy,
+                     const Tensor& mean, const Tensor& scale, const MaybeTensor&, const MaybeTensor& g,
+                     int64_t activation, double parameter, int64_t n, int64_t, bool per_activation, int64_t N) {
   BackwardRequest q{};
   q.saved = saved, q.from_output = from_output, q.rows = rows;
   q.dy = dy, q.activation = {static_cast<Activation>(activation), parameter};
