@@ -123,10 +123,10 @@ def test_backward_twice(kernel_backend, options, weight):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_mean_far_from_zero(kernel_backend, layout):
-    for shape in ((16, 6, 8, 8), (40, 3, 33, 20)):
+    for shape, units in (((16, 6, 8, 8), UNITS), ((40, 3, 33, 20), UNITS[:1])):
         x = LAYOUTS[layout](torch.randn(shape).to(device_of(kernel_backend)) + 1e4)
         for form in FORMS:
-            for unit in UNITS:
+            for unit in units:
                 check(vk.vcl_loss, x, kernel_backend, beta=None, form=form, unit=unit)
             check(vk.vcl_activation, x, kernel_backend, beta=None, form=form, activation="relu")
 
