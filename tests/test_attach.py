@@ -102,16 +102,27 @@ def test_evaluation_is_the_plain_model_and_leaves_nothing_behind(make):
     torch.testing.assert_close(handle.loss(), loss)
 
 
-def test_the_exported_graph_is_the_plain_models():
-    graphs, x = [], images(2)
-    for net in (network(), network()):
-        if graphs:
-            vk.attach(net, x)
-            net(images())
-        nodes = torch.export.export(net.eval(), (x,)).graph.nodes
-        graphs.append([str(node.target) for node in nodes if node.op == "call_function"])
-    assert graphs[0] == graphs[1]
-    assert len(graphs[0]) >= 6
+def exported(net, x):
+    return [str(node.target) for node in torch.export.export(net, (x,)).graph.nodes if node.op == "call_function"]
+
+
+def onnx_graph(net, x):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    model = torch.onnx.export(net, (x,), dynamo=True, verbose=False).model_proto
+    onnx.checker.check_model(model)
+    return [node.op_type for node in model.graph.node]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("graph", [exported, onnx_graph])
+def test_the_exported_graph_is_the_plain_models(graph):
+    plain, attached, x = network(), network(), images(2)
+    vk.attach(attached, x)
+    attached(images())
+    found = graph(attached.eval(), x)
+    assert found == graph(plain.eval(), x)
+    assert len(found) >= 6
 
 
 @models
