@@ -36,7 +36,7 @@ def test_dtypes(kernel_backend, name, dtype, mode):
     ids=str,
 )
 def test_parameters_of_activations(kernel_backend, options, mode):
-    x = torch.randn(20, 5, 7).to(device_of(kernel_backend))
+    x = torch.randn(20, 5, 6).to(device_of(kernel_backend))
     check(vk.vcl_activation, x, kernel_backend, **options, **MODES[mode])
 
 

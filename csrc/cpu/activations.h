@@ -201,10 +201,10 @@ VCL_IN_LOOP Vec<A> activation_gradient(Vec<A> s, Vec<A> dy, A parameter) {
     return dy * (normal_cdf<sizeof(T) == 2>(s, density) + s * (A(kDensityAt0) * density));
   }
   if constexpr (act == Activation::gelu_tanh) {
-    const Vec<A> x = clamped<A>(s, -40, 40);  // beyond, it is 0 or 1, and powers overflow
-    const Vec<A> sigmoid = A(1) / (A(1) + exp<A>(-gelu_tanh_argument<A>(x)));
+    const Vec<A> x = clamped<A>(s, sizeof(A) == 4 ? -10 : -20, 40);  // beyond, it is 0 or 1, and powers overflow
+    const Vec<A> e = exp<A>(-gelu_tanh_argument<A>(x)), sigmoid = A(1) / (A(1) + e);
     const Vec<A> slope = A(kGeluSlope) * (A(1) + A(3 * kGeluCubic) * x * x);
-    return dy * sigmoid * (A(1) + x * (A(1) - sigmoid) * slope);
+    return dy * sigmoid * (A(1) + x * (e * sigmoid) * slope);  // 1 - sigmoid would lose digits
   }
   if constexpr (act == Activation::silu) {
     const Vec<A> sigmoid = A(1) / (A(1) + exp<A>(-s));
