@@ -1,4 +1,4 @@
-"""What each op launches: the calls of the Triton launchers that training makes, and a record of their launches.
+"""What each op launches: the calls of the Triton backend that training makes, and a record of their launches.
 
 Recording works on meta tensors too, so that launches can be compiled ahead of time without a device.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vcl_kernels.backends.interface import Coefficients, Saved
-from vcl_kernels.backends.triton import launchers
+from vcl_kernels.backends.triton import ops
 from vcl_kernels.backends.triton.launch import Launch
 from vcl_kernels.geometry import accumulation_dtype, empty_rows, empty_units
 from vcl_kernels.options import ACTIVATIONS, FORMS, NO_MINIMUM, Activation, LossSpec, sub_batches
@@ -27,52 +27,20 @@ class Recorded(NamedTuple):
     """A launch and the arguments that it was given."""
 
     launch: Launch
-    args: tuple[Any, ...]
+    tensors: Any  # a NamedTuple of tensors and None
+    scalars: tuple[float, ...]
 
 
 def recorded(job: Job) -> list[Recorded]:
     """Call ``job`` with nothing launched; return what it would have launched, in order."""
     found = []
 
-    def record(launch: Launch, *args: Any) -> None:
-        found.append(Recorded(launch, args))
+    def record(launch: Launch, tensors: Any, *scalars: float) -> None:
+        found.append(Recorded(launch, tensors, scalars))
 
     with mock.patch.object(Launch, "__call__", record):
         job()
     return found
-
-
-# An axis of a tile, and the size that it covers
-AXES = {"SB": "splits", "KB": "K", "NB": "n", "RB": "M", "MB": "M", "UB": "U", "FB": "run", "EB": "E"}
-
-
-def tile_of(launch: Launch) -> dict[str, int]:
-    """The tile's axes among the constants of a launch."""
-    return {axis: launch.constants[axis] for axis in AXES if axis in launch.constants}
-
-
-def values_of(one: Recorded) -> dict[str, Any]:
-    """The arguments by name, and U, M and the length of a run, which some kernels are not given."""
-    constants = one.launch.constants
-    found = dict(zip(one.launch.kernel.arg_names, one.args, strict=False))
-    for given, name in (("to_pos", "U"), ("E", "E")):
-        if given in found:
-            found[name] = found[given] * constants["ALIGNED"]
-    if "n" in found:
-        found.setdefault("M", found["n"] * found["P"])
-    if "FB" in constants:
-        found["run"] = min(constants.get("UB", found.get("run_units")), found["U"]) * found["P"]
-    return found
-
-
-def elements_of_tile(one: Recorded) -> int:
-    """Elements of a tile, without padding."""
-    tile, sizes = tile_of(one.launch), values_of(one)
-    if "RB" in tile:
-        tile["MB"] *= tile.pop("RB")
-    if "FB" in tile:
-        tile.pop("UB", None)  # a run has the elements of all its units
-    return math.prod(min(size, sizes[AXES[axis]]) for axis, size in tile.items())
 
 
 def spec_of(x: Tensor, form: str, unit: str = "channel", n: int | None = None) -> LossSpec:
@@ -97,19 +65,19 @@ def loss_jobs(x: Tensor, spec: LossSpec) -> dict[str, Job]:
     with_grad = beta is not None
     mean, scale = (empty_units(x, spec.per_activation, spec.K).fill_(0.5) for _ in range(2))
     of_loss = Coefficients(mean, scale)
-    jobs: dict[str, Job] = {"loss": lambda: launchers.loss(x, beta, spec)}
-    if rows is x and launchers.one_pass(x, spec):
+    jobs: dict[str, Job] = {"loss": lambda: ops.loss(x, beta, spec)}
+    if rows is x and ops.one_pass(x, spec):
         dx = empty_rows(x, x.shape[0])
 
         def multiplied() -> Tensor:
-            launchers.multiply_(dx.fill_(2.0), g)
+            ops.multiply_(dx.fill_(2.0), g)
             return dx
 
-        jobs["loss and dx"] = lambda: launchers.loss_dx(x, beta, spec, with_grad)
+        jobs["loss and dx"] = lambda: ops.loss_dx(x, beta, spec, with_grad)
         jobs["dx times g"] = multiplied
     else:
-        jobs["loss, to be differentiated"] = lambda: launchers.loss_coefficients(x, beta, spec, with_grad, keep)
-        jobs["dx of loss"] = lambda: launchers.moments_dx(rows, of_loss, g, spec.sub_batches, x.shape[0])
+        jobs["loss, to be differentiated"] = lambda: ops.loss_coefficients(x, beta, spec, with_grad, keep)
+        jobs["dx of loss"] = lambda: ops.moments_dx(rows, of_loss, g, spec.sub_batches, x.shape[0])
     return jobs
 
 
@@ -117,8 +85,8 @@ def moments_jobs(x: Tensor, spec: LossSpec) -> dict[str, Job]:
     """What sub_batch_moments calls."""
     mean, scale, shift = (empty_units(x, spec.per_activation, spec.K).fill_(0.5) for _ in range(3))
     return {
-        "moments": lambda: launchers.moments(x, spec.sub_batches),
-        "dx of moments": lambda: launchers.moments_dx(
+        "moments": lambda: ops.moments(x, spec.sub_batches),
+        "dx of moments": lambda: ops.moments_dx(
             x, Coefficients(mean, scale, shift), None, spec.sub_batches, x.shape[0]
         ),
     }
@@ -135,10 +103,10 @@ def activation_jobs(x: Tensor, spec: LossSpec, name: str) -> dict[str, Job]:
 
     def backward(dy: Tensor | None, g: Tensor | None) -> Tensor:
         saved, of_loss = Saved(x, rows, keep), Coefficients(mean, scale)
-        return launchers.activation_dx(saved, dy, of_loss, g, chosen, spec.sub_batches, x.shape[0])
+        return ops.activation_dx(saved, dy, of_loss, g, chosen, spec.sub_batches, x.shape[0])
 
     return {
-        f"{name}": lambda: launchers.activation(x, beta, spec, chosen, beta is not None, keep),
+        f"{name}": lambda: ops.activation(x, beta, spec, chosen, beta is not None, keep),
         f"dx of {name} and loss": lambda: backward(dy, g),
         f"dx of {name}": lambda: backward(dy, None),
         f"dx of {name}'s loss": lambda: backward(None, g),

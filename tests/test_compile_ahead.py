@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.launches import tile_of
 from benchmarks.structure.shapes import every_look, launches
 from benchmarks.structure.table import markdown
 from benchmarks.structure.targets import TARGETS, bytes_to_keep_in_flight, occupancy
 
 ROOT = Path(__file__).parents[1]
 KERNELS = {"one_pass_spatial", "one_pass_unit", "moments_spatial", "moments_unit", "finalise"}
-KERNELS |= {"apply_spatial", "apply_unit", "multiply"}
+KERNELS |= {"backward_spatial", "backward_unit", "multiply"}
 STREAMING = KERNELS - {"finalise"}
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -127,10 +126,11 @@ def test_the_committed_table_has_no_spills():
 
 def test_the_committed_table_is_of_these_launches():
     found = {(row[0].lstrip("| "), row[1], row[2], row[3], row[4]) for row in committed()[1] if len(row) > 5}
-    looks = [(look, name, one.launch) for look in every_look() for name, one in launches(look)]
     launched = {
-        (of.kernel.__name__, str(look), name, " ".join(f"{k}={v}" for k, v in tile_of(of).items()), str(of.warps))
-        for look, name, of in looks
+        (one.launch.name, str(look), name, " ".join(f"{axis}={size}" for axis, size in tile.items()), str(warps))
+        for look in every_look()
+        for name, one in launches(look)
+        for tile, warps, _ in [one.launch.settings]
     }
     rows = {row for row in found if row[0] in KERNELS}
     assert len(rows) > 400

@@ -1,4 +1,4 @@
-"""What every launcher reads and writes, counted in the interpreter, against the least that its job needs.
+"""What every op reads and writes, counted in the interpreter, against the least that its job needs.
 
 Tensors of the size of x must be read and written exactly as often as the floor says; the few values of a unit
 (coefficients, partial moments) are counted together: little beside x where a unit has many positions.
@@ -17,6 +17,7 @@ from traffic import counted
 
 import vcl_kernels as vk
 from vcl_kernels.backends.interface import Coefficients, Saved
+from vcl_kernels.backends.triton import finalise, moments, ops
 from vcl_kernels.geometry import Geometry
 from vcl_kernels.options import ACTIVATIONS, FORMS, NO_MINIMUM, Activation, LossSpec, SubBatches
 
@@ -39,7 +40,6 @@ class Kind(NamedTuple):
     per_activation: bool = False
 
     def tensor(self) -> Tensor:
-        torch.manual_seed(0)
         x = torch.randn(self.shape)
         return x.to(memory_format=torch.channels_last) if self.channels_last else x
 
@@ -74,21 +74,14 @@ def traffic():
         yield traffic
 
 
-@pytest.fixture
-def launchers():
-    from vcl_kernels.backends.triton import launchers
-
-    return launchers
-
-
 def spec(kind: Kind, form: str) -> LossSpec:
     K = 2 if form == "ratio" else kind.shape[0] // n
     return LossSpec(0.5, NO_MINIMUM, n, K, FORMS.index(form), kind.per_activation, 1.0, True)
 
 
-def coefficients(kind: Kind, x: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
+def coefficients(kind: Kind, x: Tensor, K: int, with_shift: bool = False) -> Coefficients:
     shape = (K, *(x.shape[1:] if kind.per_activation else x.shape[1:2]))
-    return torch.randn(shape), torch.randn(shape), torch.randn(shape)
+    return Coefficients(torch.randn(shape), torch.randn(shape), torch.randn(shape) if with_shift else None)
 
 
 def assert_at_floor(traffic, kind: Kind, reads: dict[Tensor, int], writes: dict[Tensor, int]) -> None:
@@ -101,65 +94,60 @@ def assert_at_floor(traffic, kind: Kind, reads: dict[Tensor, int], writes: dict[
 
 
 def test_kinds_are_split_or_not(kind):
-    from vcl_kernels.backends.triton import moments
-
     x = kind.tensor()
-    *_, splits = moments.plan(Geometry.of(x, SubBatches(n, 2, kind.per_activation)), False, x.element_size())
-    assert (splits > 1) == kind.split
+    launch = moments.plan(Geometry.of(x, SubBatches(n, 2, kind.per_activation)), x.element_size(), activates=False)
+    assert (launch.sizes["parts"] > 1) == kind.split
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_loss_reads_its_rows_once(traffic, launchers, kind, form):
+def test_loss_reads_its_rows_once(traffic, kind, form):
     x, given = kind.tensor(), spec(kind, form)
-    launchers.loss(x, None, given)
+    ops.loss(x, None, given)
     assert_at_floor(traffic, kind, {x: given.K * n * x[0].numel()}, {x: 0})
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_loss_and_dx_in_one_pass(traffic, launchers, kind, form):
+def test_loss_and_dx_in_one_pass(traffic, kind, form):
     x, given = kind.tensor(), spec(kind, form)
-    if not launchers.one_pass(x, given):
+    if not ops.one_pass(x, given):
         assert kind.split
         return
-    _, dx, _ = launchers.loss_dx(x, None, given, False)
+    _, dx, _ = ops.loss_dx(x, None, given, False)
     assert_at_floor(traffic, kind, {x: given.K * n * x[0].numel()}, {dx: x.numel()})
 
 
 @pytest.mark.parametrize("beta_grad", [False, True])
 @pytest.mark.parametrize("form", ["ratio", "relative_variance"])
-def test_coefficients_of_the_loss_cost_a_read_and_the_rows_that_are_kept(traffic, launchers, kind, form, beta_grad):
+def test_coefficients_of_the_loss_cost_a_read_and_the_rows_that_are_kept(traffic, kind, form, beta_grad):
     x, given = kind.tensor(), spec(kind, form)
     beta = torch.tensor(0.5) if beta_grad else None
-    *_, rows = launchers.loss_coefficients(x, beta, given, beta_grad, form == "ratio")
+    *_, rows = ops.loss_coefficients(x, beta, given, beta_grad, form == "ratio")
     taking_part = given.K * n * x[0].numel()
     assert rows.numel() == (taking_part if form == "ratio" else 0)
     assert_at_floor(traffic, kind, {x: taking_part}, {rows: rows.numel()})
 
 
-def test_moments_cost_a_read(traffic, launchers, kind):
+def test_moments_cost_a_read(traffic, kind):
     x, K = kind.tensor(), kind.shape[0] // n
-    launchers.moments(x, SubBatches(n, K, kind.per_activation))
+    ops.moments(x, SubBatches(n, K, kind.per_activation))
     assert_at_floor(traffic, kind, {x: x.numel()}, {x: 0})
 
 
 @pytest.mark.parametrize("rows", [20, 10])
 @pytest.mark.parametrize("with_shift", [False, True])
 @pytest.mark.parametrize("with_g", [False, True])
-def test_dx_of_moments_reads_the_rows_that_take_part(traffic, launchers, kind, rows, with_shift, with_g):
+def test_dx_of_moments_reads_the_rows_that_take_part(traffic, kind, rows, with_shift, with_g):
     x, K = kind.tensor()[:rows], rows // n
-    mean, scale, shift = coefficients(kind, x, K)
-    g = torch.tensor(2.0) if with_g else None
-    dx = launchers.moments_dx(
-        x, Coefficients(mean, scale, shift if with_shift else None), g, SubBatches(n, K, kind.per_activation), 20
-    )
+    g, cut = torch.tensor(2.0) if with_g else None, SubBatches(n, K, kind.per_activation)
+    dx = ops.moments_dx(x, coefficients(kind, x, K, with_shift), g, cut, 20)
     assert_at_floor(traffic, kind, {x: x.numel()}, {dx: dx.numel()})
 
 
 @pytest.mark.parametrize(("kind", "name"), ACTIVATED, indirect=["kind"])
 @pytest.mark.parametrize("keep_rows", [False, True])
-def test_activation_reads_x_and_writes_y(traffic, launchers, kind, name, keep_rows):
+def test_activation_reads_x_and_writes_y(traffic, kind, name, keep_rows):
     x, given, chosen = kind.tensor(), spec(kind, "ratio"), activation(name)
-    y, *_, rows = launchers.activation(x, None, given, chosen, False, keep_rows)
+    y, *_, rows = ops.activation(x, None, given, chosen, False, keep_rows)
     assert rows.numel() == keep_rows * given.K * n * x[0].numel()
     writes = {y: x.numel(), **({rows: rows.numel()} if keep_rows else {})}
     assert_at_floor(traffic, kind, {x: x.numel()}, writes)
@@ -167,17 +155,15 @@ def test_activation_reads_x_and_writes_y(traffic, launchers, kind, name, keep_ro
 
 @pytest.mark.parametrize(("kind", "name", "saved"), SAVED, indirect=["kind"])
 @pytest.mark.parametrize("upstream", ["both", "dy", "g"])
-def test_activation_gradient_reads_what_it_needs(traffic, launchers, kind, name, saved, upstream):
+def test_activation_gradient_reads_what_it_needs(traffic, kind, name, saved, upstream):
     x, K, chosen = kind.tensor(), 2, activation(name)
-    mean, scale, _ = coefficients(kind, x, K)
     taking_part = x[: K * n].clone(memory_format=torch.preserve_format)
     rows = taking_part if saved == "y and rows" else None
     dy = torch.randn_like(x) if upstream != "g" else None
     g = torch.tensor(2.0) if upstream != "dy" else None
     cut = SubBatches(n, K, kind.per_activation)
-    dx = launchers.activation_dx(
-        Saved(x, rows, saved != "x"), dy, Coefficients(mean, scale), g, chosen, cut, x.shape[0]
-    )
+    of_loss = coefficients(kind, x, K)
+    dx = ops.activation_dx(Saved(x, rows, saved != "x"), dy, of_loss, g, chosen, cut, x.shape[0])
     E, few = x.numel(), taking_part.numel()
     for_derivative = dy is not None and name != "identity"
     for_loss = g is not None and rows is None
@@ -190,12 +176,12 @@ def test_activation_gradient_reads_what_it_needs(traffic, launchers, kind, name,
 
 
 @pytest.mark.parametrize("elements", [1, 5000, 70000])
-def test_upstream_of_one_leaves_dx_alone(traffic, launchers, elements):
+def test_upstream_of_one_leaves_dx_alone(traffic, elements):
     dx = torch.randn(elements)
     kept = dx.clone()
-    launchers.multiply_(dx, torch.tensor(1.0))
+    ops.multiply_(dx, torch.tensor(1.0))
     assert traffic.of("read", dx) == traffic.of("write", dx) == 0
-    launchers.multiply_(dx, torch.tensor(0.5))
+    ops.multiply_(dx, torch.tensor(0.5))
     assert torch.equal(dx, kept / 2)
     assert traffic.of("read", dx) == traffic.of("write", dx) == elements
 
@@ -224,57 +210,19 @@ def test_pair_reads_its_rows_only(traffic):
     assert traffic.of("write", dx) == x.numel()
 
 
-def activation_there_and_back(launchers, x, form, name, keep_rows):
-    """Forward and backward of an activation with its loss; return y, dy, dx, and the elements of the kept rows."""
-    chosen = activation(name)
-    K = 2 if form == "ratio" else x.shape[0] // n
-    given = LossSpec(1.0, NO_MINIMUM, n, K, FORMS.index(form), False, 1.0, True)
-    y, loss, coefficients, _, rows = launchers.activation(x, None, given, chosen, False, keep_rows)
-    dy, kept = torch.ones_like(x), rows if keep_rows else None
-    saved, g = Saved(y if keep_rows else x, kept, keep_rows), torch.ones_like(loss)
-    dx = launchers.activation_dx(saved, dy, coefficients, g, chosen, given.sub_batches, x.shape[0])
-    return y, dy, dx, rows.numel()
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_activation_of_a_pair_costs_its_rows(traffic, launchers, channels_last):
-    x = torch.randn(60, 3, 28, 28)
-    x = x.to(memory_format=torch.channels_last) if channels_last else x
-    y, dy, dx, kept = activation_there_and_back(launchers, x, "ratio", "elu", keep_rows=True)
-    E = x.numel()
-    assert kept == 10 * 3 * 28 * 28
-    assert traffic.of("read", x) == traffic.of("read", y) == traffic.of("read", dy) == E
-    assert traffic.of("write", y) == traffic.of("write", dx) == E
-    assert traffic.total() <= 1.01 * 5 * E + 2 * kept
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_activation_of_all_sub_batches_reads_three_tensors(traffic, launchers, channels_last):
-    x = torch.randn(24, 3, 28, 28)
-    x = x.to(memory_format=torch.channels_last) if channels_last else x
-    y, _, dx, _ = activation_there_and_back(launchers, x, "relative_variance", "gelu", keep_rows=False)
-    E = x.numel()
-    assert traffic.of("read", y) == 0
-    assert traffic.of("write", y) == traffic.of("write", dx) == E
-    assert traffic.total() <= 1.03 * 5 * E
-
-
 @pytest.mark.parametrize("U", [3, 16, 17])
 @pytest.mark.parametrize("scalar", [False, True])
-def test_sum_over_units_needs_no_launch_of_its_own(launchers, monkeypatch, U, scalar):
-    from vcl_kernels.backends.triton import finalise
-
+def test_sum_over_units_needs_no_launch_of_its_own(monkeypatch, U, scalar):
     monkeypatch.setattr(finalise, "READ_BY_ONE", 32)  # of two sub-batches
-    monkeypatch.setattr(finalise, "rule", finalise.rule.__wrapped__)
     x = torch.randn(10, U, dtype=torch.float64)
     beta = torch.rand(() if scalar else U, dtype=torch.float64)
     results = []
     for reduce in (False, True):
         given = LossSpec(0.0, NO_MINIMUM, 5, 2, 0, False, 1.0, reduce)
         with counted() as traffic:
-            results.append(launchers.loss_coefficients(x, beta, given, True, False))
+            results.append(ops.loss_coefficients(x, beta, given, True, False))
     each, reduced = results
     assert reduced[0].shape == ()
     assert torch.allclose(reduced[0], each[0].sum(), rtol=1e-12)
-    assert torch.allclose(reduced[3], each[3].sum() if scalar else each[3], rtol=1e-12)
+    assert torch.allclose(reduced[2], each[2].sum() if scalar else each[2], rtol=1e-12)
     assert traffic.of("write", reduced[0]) == (U <= 16)  # else PyTorch adds the units

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import cpu, fake, one_pass, triton, triton_backend
+from .backends import cpu, fake, one_pass, triton_backend
 from .backends.interface import Coefficients, Saved
+from .backends.triton import available
 from .options import Activation, LossSpec, SubBatches
 
 __all__ = [
@@ -178,5 +179,5 @@ def _of_triton(name: str) -> Callable[..., Any]:
 cpu.load()
 for _op in OPS:
     _op.implement(getattr(fake, _op.name), "Fake")
-    if triton.reason_not_installed() is None and not triton.interpreting():
+    if available.reason_not_installed() is None and not available.interpreting():
         _op.implement(_of_triton(_op.name), "CUDA")

@@ -12,9 +12,9 @@ import torch
 
 import vcl_kernels as vk
 from vcl_kernels.backends.triton.launch import Launch
-from vcl_kernels.backends.triton.launchers import multiply_
+from vcl_kernels.backends.triton.ops import multiply_
 
-KERNELS = {f"{kind}_{layout}" for kind in ("one_pass", "moments", "apply") for layout in ("spatial", "unit")}
+KERNELS = {f"{kind}_{layout}" for kind in ("one_pass", "moments", "backward") for layout in ("spatial", "unit")}
 KERNELS |= {"finalise", "multiply"}
 SHAPES = ((21, 5, 7, 7), (11, 3, 41, 41), (23, 37))  # fits on chip, does not, has no positions
 UPSTREAM = 2.5
@@ -28,7 +28,7 @@ def launched() -> Iterator[set[str]]:
     run = Launch.__call__
 
     def record(launch: Launch, *args: Any) -> None:
-        names.add(launch.kernel.fn.__name__)
+        names.add(launch.name)
         run(launch, *args)
 
     with mock.patch.object(Launch, "__call__", record):

@@ -57,17 +57,13 @@ def disassembled(cubin: bytes) -> Sass:
     text = _tool("nvdisasm", cubin, "-c")
     opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE)
     found: dict[str, Counter[str]] = {"LDG": Counter(), "STG": Counter()}
-    for opcode in opcodes:
-        kind, *parts = opcode.split(".")
+    for kind, *parts in (opcode.split(".") for opcode in opcodes):
         if kind in found:
             width = next((p for p in parts if re.fullmatch(r"(U|S)?(8|16|64|128|256)", p)), "32")
             found[kind][width.lstrip("US")] += 1
     kinds = Counter(opcode.split(".")[0] for opcode in opcodes)
-    float64 = sum(kinds[name] for name in ("DADD", "DMUL", "DFMA", "DSETP"))
-    barriers = kinds["BAR"]
-    return Sass(
-        len(opcodes), _sorted(found["LDG"]), _sorted(found["STG"]), float64, kinds["LDL"] + kinds["STL"], barriers
-    )
+    float64, local = (sum(kinds[k] for k in of) for of in (("DADD", "DMUL", "DFMA", "DSETP"), ("LDL", "STL")))
+    return Sass(len(opcodes), _sorted(found["LDG"]), _sorted(found["STG"]), float64, local, kinds["BAR"])
 
 
 _GCN_BITS = {"ubyte": "8", "ushort": "16", "short": "16", "byte": "8", "dword": "32"}

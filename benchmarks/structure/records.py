@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.launches import Recorded, elements_of_tile, tile_of, values_of
+from benchmarks.launches import Recorded
 
 from .build import Specialised, build, specialise
-from .code import Code
+from .code import Code, Sass
 from .shapes import Look, launches
 from .targets import TARGETS, occupancy
 
@@ -36,85 +36,77 @@ def collect(looks: Iterable[Look], targets: list[str], sass: list[str], jobs: in
             elif row["programs"] < found[of]["programs"]:
                 found[of].update(row)
             found[of]["launches"] += 1
-    work = [(of, target) for of in found for target in targets]
-    _pending[:] = [(kernels[of], of, target, target in sass) for of, target in work]
-    for (of, target), built in zip(work, _all_built(jobs), strict=True):
-        found[of][target] = _for_target(target, found[of], *built)
-    _pending.clear()
+    _pending[:] = [(kernels[of], of, target, target in sass) for of in found for target in targets]
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        for index, built in enumerate(pool.imap(_built, range(len(_pending)), chunksize=4)):
+            _, of, target, _ = _pending[index]
+            found[of][target] = _for_target(target, found[of], *built)
     versions = {"torch": torch.__version__.partition("+")[0], "triton": triton.__version__}
     return {"versions": versions, "targets": targets, "kernels": list(found.values())}
 
 
-def _all_built(jobs: int) -> Iterable[tuple[Code, Any]]:
-    if jobs == 1:
-        for index in range(len(_pending)):
-            yield _built(index)
-        return
-    with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        yield from pool.imap(_built, range(len(_pending)), chunksize=4)
-
-
-def _built(index: int) -> tuple[Code, Any]:
+def _built(index: int) -> tuple[Code, Sass | None]:
     if index % 100 == 0:
         print(f"{index} of {len(_pending)}", file=sys.stderr)
     return build(*_pending[index])
 
 
 def _described(look: Look, name: str, one: Recorded) -> Record:
-    launch = one.launch
+    launch, size = one.launch, sum(t.element_size() for t in _tensors_read(one))
+    elements, padded = elements_of_tile(one)
     return {
-        "kernel": launch.kernel.__name__,
+        "kernel": one.launch.name,
         "case": str(look),
         "call": name,
-        "tile": tile_of(launch),
-        "warps": launch.warps,
+        "tile": launch.settings.tile,
+        "warps": launch.settings.warps,
         "programs": math.prod(launch.grid),
-        "bytes": elements_of_tile(one) * bytes_of_element(one),
-        "padded_bytes": padded_elements_of_tile(one) * bytes_of_element(one),
+        "bytes": elements * size,
+        "padded_bytes": padded * size,
         "wide": allows_128_bits(one),
-        "writes": any(values_of(one).get(name) is not None for name in ("y_ptr", "dx_ptr")),
+        "writes": any(getattr(one.tensors, name, None) is not None for name in ("y", "dx")),
     }
 
 
 def _tensors_read(one: Recorded) -> list[Any]:
-    given = values_of(one)
-    kernel = one.launch.kernel.__name__
-    if kernel.startswith("apply"):
-        activation = one.launch.constants["ACTIVATION"] != "identity"
-        with_saved = activation if given["dy_ptr"] is not None else given["mean_ptr"] is not None
-        return [given["dy_ptr"]] * (given["dy_ptr"] is not None) + [given["saved_ptr"]] * with_saved
+    """Tensors of the tile's size that a program reads."""
+    launch, tensors = one.launch, one.tensors
+    kernel = launch.kernel.__name__
+    if kernel == "backward":
+        of_saved = launch.constants["ACTIVATION"] != "identity" if tensors.dy is not None else tensors.mean is not None
+        return [tensors.dy] * (tensors.dy is not None) + [tensors.saved] * of_saved
     if kernel == "finalise":
-        return [given["partial_ptr"]] * (1 if given["splits"] == 1 else 2)
-    return [given["dx_ptr" if kernel == "multiply" else "x_ptr"]]
+        return [tensors.partial] * (1 if launch.sizes["parts"] == 1 else 2)
+    return [tensors.dx if kernel == "multiply" else tensors.x]
 
 
-def padded_elements_of_tile(one: Recorded) -> int:
-    """Elements of a tile, padding included."""
-    tile = tile_of(one.launch)
-    if "FB" in tile:
-        tile.pop("UB", None)
-    return math.prod(tile.values())
-
-
-def bytes_of_element(one: Recorded) -> int:
-    """Bytes that a program reads for an element of its tile, of all tensors together."""
-    return sum(t.element_size() for t in _tensors_read(one) if t is not None)
+def elements_of_tile(one: Recorded) -> tuple[int, int]:
+    """Elements of a tile: those that are there, and with padding."""
+    launch, tile, sizes = one.launch, one.launch.settings.tile, one.launch.sizes
+    if "EB" in tile:
+        return min(tile["EB"], sizes["E"] * launch.constants["ALIGNED"]), tile["EB"]
+    covers = {"SB": ("parts", 1), "KB": ("K", 1), "UB": ("U", 1)}
+    if "NB" in tile:
+        T = launch.constants["T"]
+        tile = {"KB": tile.get("KB", 1), "NB": T.NB * T.MB, "FB": T.FB // T.MB}
+        covers = {"KB": ("K", 1), "NB": ("n", 1), "FB": ("P", min(launch.settings.tile["UB"], sizes["U"]))}
+    there = (min(size, sizes[covers[axis][0]] * covers[axis][1]) for axis, size in tile.items())
+    return math.prod(there), math.prod(tile.values())
 
 
 def allows_128_bits(one: Recorded) -> bool:
     """Whether a row of the tile, and every distance between rows, is a multiple of 16 bytes."""
-    constants, tile = one.launch.constants, tile_of(one.launch)
-    if "ALIGNED" not in constants:
+    constants, tile = one.launch.constants, one.launch.settings.tile
+    if "SB" in tile:
         return False
-    size = min(t.element_size() for t in _tensors_read(one) if t is not None)
+    size = min(t.element_size() for t in _tensors_read(one))
     row = next(tile[axis] for axis in ("EB", "FB", "UB") if axis in tile)
-    return constants["ALIGNED"] * size % 16 == 0 and row * size % 16 == 0
+    aligned = constants["ALIGNED"] if "EB" in tile else constants["T"].aligned
+    return aligned * size % 16 == 0 and row * size % 16 == 0
 
 
-def _for_target(target: str, row: Record, code: Code, sass: Any) -> Record:
+def _for_target(target: str, row: Record, code: Code, sass: Sass | None) -> Record:
     at_once = occupancy(target, row["warps"], code.registers, code.shared, code.occupancy)
-    of = TARGETS[target]
-    resident = min(at_once.blocks, row["programs"] / of.multiprocessors)
     found = {
         "registers": code.registers,
         "shared": code.shared,
@@ -123,9 +115,7 @@ def _for_target(target: str, row: Record, code: Code, sass: Any) -> Record:
         "stores": code.stores,
         "blocks": at_once.blocks,
         "resident_warps": at_once.warps,
-        "limit": at_once.limit,
-        "waves": round(row["programs"] / (at_once.blocks * of.multiprocessors), 3),
-        "in_flight": int(resident * row["bytes"]),
+        "waves": round(row["programs"] / (at_once.blocks * TARGETS[target].multiprocessors), 3),
         "in_flight_when_full": at_once.blocks * row["bytes"],
         "accesses_when_full": at_once.blocks * row["padded_bytes"],
     }

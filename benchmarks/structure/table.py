@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 from .targets import LATENCY, TARGETS, bytes_to_keep_in_flight
@@ -30,78 +31,69 @@ def markdown(record: Record) -> str:
     parts = [head, _limits(record["targets"]), "## Summary\n", _summary(record)]
     if record.get("first_steps"):
         parts.append(_first_steps(record))
-    parts.append(_full(record))
-    return "\n".join(parts)
+    return "\n".join([*parts, _full(record)])
+
+
+def _table(columns: list[str], rows: Iterable[list[Any]]) -> str:
+    lines = [" | ".join(map(str, row)) for row in [columns, *rows]]
+    return "\n".join([f"| {lines[0]} |", "|---" * len(columns) + "|", *(f"| {line} |" for line in lines[1:])]) + "\n"
 
 
 def _limits(targets: list[str]) -> str:
-    lines = [
-        "| target | device | multiprocessors | GB/s | warps | blocks | registers | shared KiB | in flight KiB |",
-        "|---" * 9 + "|",
-    ]
+    columns = ["target", "device", "multiprocessors", "GB/s", "warps", "blocks", "registers", "shared KiB"]
+    found = []
     for name in targets:
         of = TARGETS[name]
-        wanted = bytes_to_keep_in_flight(name) / 1024
         cells = [name, of.device, of.multiprocessors, of.gigabytes_per_second, of.warps, of.blocks, of.registers]
-        lines.append(_line([*cells, of.shared >> 10, f"{wanted:.0f}"]))
-    return "\n".join(lines) + "\n"
+        found.append([*cells, of.shared >> 10, f"{bytes_to_keep_in_flight(name) / 1024:.0f}"])
+    return _table([*columns, "in flight KiB"], found)
 
 
 def _summary(record: Record) -> str:
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for row in record["kernels"]:
         for target in record["targets"]:
-            groups[row["kernel"], target].append(row)
-    lines = [
-        "| kernel | target | kernels | registers | spills | least warps | in flight KiB | loads up to | stores up to |",
-        "|---" * 9 + "|",
-    ]
-    for (kernel, target), rows in sorted(groups.items()):
-        at = [row[target] for row in rows]
-        of = TARGETS[target]
-        least = min(a["resident_warps"] for a in at)
-        registers = f"{min(a['registers'] for a in at)} to {max(a['registers'] for a in at)}"
-        in_flight = min(a["in_flight_when_full"] for a in at) / 1024
-        cells = [kernel, target, len(rows), registers, max(a["spills"] for a in at), f"{least} of {of.warps}"]
-        lines.append(_line([*cells, f"{in_flight:.0f}", *(_widest(at, kind) for kind in ("loads", "stores"))]))
-    return "\n".join(lines) + "\n"
+            groups[row["kernel"], target].append(row[target])
+    columns = ["kernel", "target", "kernels", "registers", "spills", "least warps", "in flight KiB"]
+    found = []
+    for (kernel, target), at in sorted(groups.items()):
+        registers = [a["registers"] for a in at]
+        warps = f"{min(a['resident_warps'] for a in at)} of {TARGETS[target].warps}"
+        in_flight = f"{min(a['in_flight_when_full'] for a in at) / 1024:.0f}"
+        cells = [kernel, target, len(at), f"{min(registers)} to {max(registers)}", max(a["spills"] for a in at)]
+        found.append([*cells, warps, in_flight, *(_widest(at, kind) for kind in ("loads", "stores"))])
+    return _table([*columns, "loads up to", "stores up to"], found)
 
 
 def _first_steps(record: Record) -> str:
-    lines = [
-        "## The first training step\n",
+    text = (
+        "## The first training step\n\n"
         "Kernels that the activations of a network take, forward and backward, and the seconds until one process has"
-        f" compiled them for {record['targets'][0]} with an empty cache.\n",
-        "| network | form | kernels | seconds |",
-        "|---" * 4 + "|",
-    ]
-    lines += [_line([row[name] for name in ("network", "form", "kernels", "seconds")]) for row in record["first_steps"]]
-    return "\n".join(lines) + "\n"
+        f" compiled them for {record['targets'][0]} with an empty cache.\n\n"
+    )
+    columns = ["network", "form", "kernels", "seconds"]
+    return text + _table(columns, ([row[name] for name in columns] for row in record["first_steps"]))
 
 
 def _widest(at: list[Record], kind: str) -> str:
     """How many of the kernels have which widest access."""
-    counts: dict[int, int] = defaultdict(int)
-    for a in at:
-        counts[max(map(int, a[kind]), default=0)] += 1
+    counts = Counter(max(map(int, a[kind]), default=0) for a in at)
     return ", ".join(f"{bits} bits: {counts[bits]}" for bits in sorted(counts, reverse=True))
 
 
 def _full(record: Record) -> str:
-    targets = record["targets"]
-    lines = [
-        "## Every kernel\n",
+    text = (
+        "## Every kernel\n\n"
         "Of each target: registers of a thread, warps on a multiprocessor, waves, widths of loads / of stores in bits"
         " (gfx: of the machine code, else of PTX), shared memory in bytes, spills if there are any; `SASS`: widths of"
-        " LDG / STG, and float64 instructions of all instructions.\n",
-        _line(["kernel", "case", "call", "tile", "warps", "programs", *targets]),
-        "|---" * (6 + len(targets)) + "|",
-    ]
+        " LDG / STG, and float64 instructions of all instructions.\n\n"
+    )
+    columns, found = ["kernel", "case", "call", "tile", "warps", "programs"], []
     for row in record["kernels"]:
         tile = " ".join(f"{axis}={size}" for axis, size in row["tile"].items())
-        cells = [row["kernel"], row["case"], row["call"], tile, row["warps"], row["programs"]]
-        lines.append(_line([*cells, *(_cell(row[target]) for target in targets)]))
-    return "\n".join(lines) + "\n"
+        cells = [tile if name == "tile" else row[name] for name in columns]
+        found.append([*cells, *(_cell(row[target]) for target in record["targets"])])
+    return text + _table([*columns, *record["targets"]], found)
 
 
 def _cell(at: Record) -> str:
@@ -118,7 +110,3 @@ def _cell(at: Record) -> str:
 
 def _widths(of: Record) -> str:
     return " / ".join(" ".join(of[kind]) or "none" for kind in ("loads", "stores"))
-
-
-def _line(cells: list[Any]) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"

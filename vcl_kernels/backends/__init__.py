@@ -7,18 +7,19 @@ from functools import cache
 from torch import Tensor
 
 from ..options import LossSpec
-from . import cpu, triton
+from . import cpu
 from .interface import Backend
+from .triton import available
 
 NAMES = ("cpu", "triton", "reference")
 
 
 @cache
 def triton_backend() -> Backend:
-    """Import Triton and return its launchers, which serve CUDA tensors, and CPU tensors under the interpreter."""
-    from .triton import launchers
+    """Import Triton and return its ops, which serve CUDA tensors, and CPU tensors under the interpreter."""
+    from .triton import ops
 
-    return launchers
+    return ops
 
 
 def backends() -> dict[str, str]:
@@ -27,7 +28,7 @@ def backends() -> dict[str, str]:
     >>> backends()["reference"]
     'available'
     """
-    reasons = {"cpu": cpu.reason(), "triton": triton.reason(), "reference": None}
+    reasons = {"cpu": cpu.reason(), "triton": available.reason(), "reference": None}
     return {name: reason or "available" for name, reason in reasons.items()}
 
 
@@ -42,15 +43,15 @@ def choose(name: str | None, x: Tensor) -> str:
     if name is None:
         if device in ("cpu", "meta"):  # of meta tensors the ops' shapes and strides
             return "cpu" if cpu.reason() is None else "reference"
-        return "triton" if device == "cuda" and triton.reason_not_installed() is None else "reference"
+        return "triton" if device == "cuda" and available.reason_not_installed() is None else "reference"
     if name not in NAMES:
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}; got {name!r}")
     if name == "reference":
         return name
-    reason = cpu.reason() if name == "cpu" else triton.reason()
+    reason = cpu.reason() if name == "cpu" else available.reason()
     if reason is not None:
         raise RuntimeError(f"backend={name!r} cannot run: {reason}")
-    serves = "cpu" if name == "cpu" or triton.interpreting() else "cuda"
+    serves = "cpu" if name == "cpu" or available.interpreting() else "cuda"
     if device != serves:
         raise ValueError(f"backend={name!r} takes {serves} tensors here; x is on {x.device}")
     return name

@@ -1,4 +1,4 @@
-"""What autograd asks of a backend. The registered ops fulfil it for each device, the launchers of Triton in person."""
+"""What autograd asks of a backend. The registered ops fulfil it for each device, the ops of Triton in person."""
 
 from __future__ import annotations
 

@@ -1,282 +1,177 @@
-"""Moments of sub-batches, and of parts of those that take too long for one program, for finalise to merge.
+"""Moments of sub-batches, or of parts of those that take too long for one program, for finalise to merge.
 
-With an activation, the same pass over x also writes y, for all rows, and keeps the rows that take part.
+With an activation, the same pass over x also writes y, for all rows, and copies the rows that take part.
 """
 
 import functools
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ...geometry import Geometry
 from .activations import activate
-from .launch import RUN_TIME, WARPS, Launch, Settings, aligned, cdiv, even, power_of_2
-from .runs import by_unit, run_length, run_steps, run_tile, value_steps
+from .launch import RUN_TIME, WARPS, Launch, Settings, cdiv, power_of_2
+from .tiles import SHRUNK, as_runs, by_unit, chan_merge, row_at, run_length, run_tile, unit_in_run
 
 ROWS = 8  # of a tile, which one thread has: as many loads are on their way at once
 TILES = 32  # of a program at most: roundings of its sums grow with each
 FEW = 256  # values of a unit in a sub-batch: up to so many, rounding errors do not average out, and sums are float64
-CANCELLED = tl.constexpr(8.0)  # times its Σ (x - mean)² that a unit's Σ (x - pivot)² may be; about 2 is to be expected
+CANCELLED = tl.constexpr(8.0)  # times its m2 that a unit's Σ (x - pivot)² may be; about 2 is to be expected
 LARGE = tl.constexpr(2.0**100)  # m2 of values that may have been past float32's range, and that SHRUNK are not below it
-SHRUNK = tl.constexpr(2.0**-80)  # so that squares of the largest values of float32 are within its range
+
+
+class Tensors(NamedTuple):
+    """What ``moments`` reads and writes."""
+
+    x: Tensor
+    y: Tensor | None
+    rows: Tensor | None  # a copy of the rows that take part
+    partial: Tensor  # m2 of each sub-batch; of parts mean, m2 and how many values each has
+    mean: Tensor | None  # of each sub-batch, unless there are parts
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
-def moments_spatial(
-    x_ptr,
-    y_ptr,
-    rows_ptr,
-    partial_ptr,
-    mean_ptr,
-    parameter: "fp64",  # noqa: F821
-    N,
-    K,
-    n,
-    U,
-    P,
-    x_row,
-    x_step,
-    to_row,
-    to_step,
-    plane,
-    splits,
-    tiles_per_split,
-    ALIGNED: tl.constexpr,
-    ACTIVATION: tl.constexpr,  # or None: moments alone
-    ACC: tl.constexpr,
-    SUMS: tl.constexpr,
-    NB: tl.constexpr,
-    UB: tl.constexpr,
-    FB: tl.constexpr,
-):
-    """Program (units, sub-batch, split): tiles [row, element of a run], a run being what UB units have of a row.
+def moments(  # noqa: PLR0913
+    tensors, parameter: tl.float64,
+    N, K, n, U, P, Q, x_sub_batch, x_sample, x_row, x_run, to_row, to_run, plane, parts, tiles_of_part,
+    ACTIVATION: tl.constexpr, ACC: tl.constexpr, SUMS: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Program: a run's units of a part. Each column of its tiles has sums of its own, which are merged at the end.
 
-    Each element of the run has sums of its own, over rows. They are merged at the end. With an activation, programs
-    after those do a tile each of the rows past the last sub-batch.
+    With an activation, programs after those do a tile each of the rows past the last sub-batch.
     """
-    HALF: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
-    i = tl.arange(0, NB)[:, None]
+    HALF: tl.constexpr = tensors.x.dtype.element_ty.primitive_bitwidth == 16
+    ALONE: tl.constexpr = T.kind == "alone"
+    STEP: tl.constexpr = T.NB * T.MB
+    FB: tl.constexpr = T.FB
+    U = to_row.to(tl.int64) * T.aligned if T.kind == "units" else U  # of which the compiler knows a divisor
+    i = tl.arange(0, T.NB)[:, None] * T.MB
     f = tl.arange(0, FB)
-    groups = tl.cdiv(U, UB)
-    by_pos = tl.cdiv(P, FB) if UB == 1 else 1
+    column = unit_in_run(f, P, T) if T.kind == "units" else f
+    beside = f // T.UB if T.kind == "units" else 0
+    blocks = tl.cdiv(U, T.UB).to(tl.int32)
+    by_pos = tl.cdiv(P, FB) if ALONE else 1
     pid = tl.program_id(0)
-    if pid < groups * K * splits:
-        split, k, group = part_of(pid, K, splits)
-        by_row = tl.cdiv(n, NB)
-        begin = split * tiles_per_split
-        end = tl.minimum(begin + tiles_per_split, by_row * by_pos)
-        length = run_length(group, U, P, UB, ALIGNED)
-        x_at = x_ptr + (k.to(tl.int64) * n * x_row + group.to(tl.int64) * x_step) * ALIGNED
-        of_k = (k.to(tl.int64) * n * to_row + group.to(tl.int64) * to_step) * ALIGNED
-        # rows that the last elements of a unit have, and those that others have besides
-        in_last, before = n, n * (by_pos - 1)
-        if splits > 1:
-            last = tl.maximum(begin, (by_pos - 1) * by_row)
-            in_last = tl.maximum(rows_before(end, by_row, n, NB) - rows_before(last, by_row, n, NB), 0)
-            before = rows_before(end, by_row, n, NB) - rows_before(begin, by_row, n, NB) - in_last
-        inside = length - (by_pos - 1) * FB if UB == 1 else P
-        values = in_last.to(tl.float64) * inside + before.to(tl.float64) * FB
-        start = (begin // by_row).to(P.dtype) * FB + f
-        start_at = x_at + (begin % by_row * NB).to(tl.int64) * x_row * ALIGNED + start
-        pivot = tl.load(start_at, mask=start < length, other=0.0)
+    if pid < blocks * K * parts:
+        part, k, block = pid % parts, pid // parts % K, pid // parts // K
+        by_row = tl.cdiv(n, STEP)
+        begin = (part * tiles_of_part).to(n.dtype)
+        end = tl.minimum(begin + tiles_of_part, by_row * by_pos)
+        length = run_length(block, U, P, T.UB, T)
+        x_at = tensors.x + (k.to(tl.int64) * x_sub_batch + block.to(tl.int64) * x_run) * T.aligned
+        to_at = (k.to(tl.int64) * n * to_row + block.to(tl.int64) * to_run) * T.aligned
+        first, position = begin * STEP + beside, column
+        if ALONE:
+            first = begin % by_row * STEP
+            position = (begin // by_row).to(P.dtype) * FB + f
+        start_at = x_at + row_at(first, Q, x_sample, x_row, T) + position
+        pivot = tl.load(start_at, mask=(first < n) & (position < length), other=0.0)
+        count, inverse, values = counts(begin, end, parts, n, P, length, T)
         shrink, again, first_pass = tl.full([], 1.0, SUMS), True, True
         while again:
             total = tl.zeros([FB], SUMS)
-            squares = tl.zeros([FB], SUMS)
+            # in the unit layout a column has few elements, whose roundings would not average out
+            squares = tl.zeros([FB], tl.float64 if T.kind == "units" else SUMS)
             less = pivot.to(SUMS) * shrink
-            of_tile, position = begin % by_row * NB, start
+            row, at = first, position
             for t in range(begin, end):
-                sample = of_tile + i
-                mask = (sample < n) & (position < length)[None, :]
+                mask = (row + i < n) & (at < length)[None, :]
                 unread = mask & ((i > 0) | (t > begin) | (not first_pass))
-                here = x_at + sample.to(tl.int64) * x_row * ALIGNED + position[None, :]
-                x = tl.load(here, mask=unread, other=pivot[None, :])
-                to = of_k + sample.to(tl.int64) * to_row * ALIGNED + position[None, :]
-                if ACTIVATION is not None:
-                    y = activate(x.to(ACC), parameter, ACTIVATION, HALF)
-                    tl.store(y_ptr + to, y.to(y_ptr.dtype.element_ty), mask=mask)
-                if rows_ptr is not None:
-                    tl.store(rows_ptr + to, x, mask=mask)
-                d = x.to(SUMS) * shrink - less[None, :]
-                total += tl.sum(d, 0)
-                squares += tl.sum(d * d, 0)
-                of_tile += NB
-                position += tl.where(of_tile < n, 0, FB)
-                of_tile = tl.where(of_tile < n, of_tile, 0)
-            inverse = 1.0 / tl.maximum(before + in_last, 1).to(tl.float64)
-            inverse_before = 1.0 / tl.maximum(before, 1).to(tl.float64)
-            inverse_of = tl.where(f < inside, inverse, inverse_before) if UB == 1 else inverse
-            own, own_m2, squares = own_moments(pivot, total, squares, inverse_of, shrink)
-            pivot = nearer(own, pivot, ACC)
-            own, own_m2, squares = columns(own, P, UB, FB), columns(own_m2, P, UB, FB), columns(squares, P, UB, FB)
-            there = tl.arange(0, FB // UB)[:, None] < inside
-            if UB > 1:
-                own_m2, squares = tl.where(there, own_m2, 0.0), tl.where(there, squares, 0.0)
-            count = before + tl.where(there, in_last, 0)
-            mean, m2 = merged(own, own_m2, count, values, 0, ACC)
-            units = group.to(tl.int64) * UB + tl.arange(0, UB)
-            at = (split.to(tl.int64) * K + k) * U + units
-            store_moments(
-                partial_ptr, mean_ptr, at, plane, (units < U) & found(m2, shrink), mean, m2, values, pid, splits
-            )
-            shrink, again = next_pass(m2, tl.sum(squares, 0), first_pass, SUMS, x_ptr.dtype.element_ty)
-            first_pass = False
-    elif ACTIVATION is not None:
-        t = pid - groups * K * splits
-        of_rows = t // by_pos
-        group = of_rows % groups
-        row = K.to(tl.int64) * n + (of_rows // groups).to(tl.int64) * NB + i
-        position = ((t - of_rows * by_pos).to(P.dtype) * FB + f)[None, :]
-        mask = (row < N) & (position < run_length(group, U, P, UB, ALIGNED))
-        here = (row * x_row + group.to(tl.int64) * x_step) * ALIGNED + position
-        to = (row * to_row + group.to(tl.int64) * to_step) * ALIGNED + position
-        x = tl.load(x_ptr + here, mask=mask, other=0.0).to(ACC)
-        tl.store(y_ptr + to, activate(x, parameter, ACTIVATION, HALF).to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def columns(a, P, UB: tl.constexpr, FB: tl.constexpr):
-    """[FB // UB, UB] of the elements of a run [FB]."""
-    return tl.reshape(by_unit(a, P, 1, UB, FB), [FB // UB, UB])
-
-
-@triton.jit
-def rows_before(tile, by_row, n, NB: tl.constexpr):
-    """Rows of tiles before ``tile``: of n rows at each position, NB at a time."""
-    return tile // by_row * n + tile % by_row * NB
-
-
-@triton.jit(do_not_specialize=RUN_TIME)
-def moments_unit(
-    x_ptr,
-    y_ptr,
-    rows_ptr,
-    partial_ptr,
-    mean_ptr,
-    parameter: "fp64",  # noqa: F821
-    N,
-    K,
-    n,
-    P,
-    x_row,
-    x_pos,
-    to_pos,
-    M,
-    plane,
-    splits,
-    tiles_per_split,
-    ALIGNED: tl.constexpr,
-    EVEN: tl.constexpr,
-    ACTIVATION: tl.constexpr,  # or None: moments alone
-    ACC: tl.constexpr,
-    SUMS: tl.constexpr,
-    RB: tl.constexpr,
-    MB: tl.constexpr,
-    UB: tl.constexpr,
-):
-    """Program (units, sub-batch, split): likewise with tiles [RB, MB · UB] of RB · MB values, of UB units each.
-
-    EVEN: values lie one distance apart, across rows too. They do in y and in the rows that are kept.
-    """
-    HALF: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
-    STEP: tl.constexpr = RB * MB
-    U = to_pos.to(tl.int64) * ALIGNED
-    r = tl.arange(0, RB)[:, None]
-    e = tl.arange(0, MB * UB)
-    m = e // UB
-    blocks = tl.cdiv(U, UB).to(tl.int32)
-    pid = tl.program_id(0)
-    if pid < blocks * K * splits:
-        split, k, block = part_of(pid, K, splits)
-        units = block.to(tl.int64) * UB + tl.arange(0, UB)
-        u = block.to(tl.int64) * UB + e % UB
-        valid = u < U
-        begin = (split * tiles_per_split).to(M.dtype)
-        end = tl.minimum(begin + tiles_per_split, tl.cdiv(M, STEP))
-        x_at = x_ptr + k.to(tl.int64) * n * x_row * ALIGNED
-        of_k = k.to(tl.int64) * M * to_pos * ALIGNED
-        seen = tl.minimum(tl.cdiv(M - tl.arange(0, MB)[:, None], MB), end * RB) - begin * RB
-        count = tl.maximum(seen, 0)
-        values = (tl.minimum(M, end * STEP) - begin * STEP).to(tl.float64)
-        m_first = begin * STEP + m
-        start_at = x_at + value_at(m_first, P, x_row, x_pos, EVEN) * ALIGNED + u
-        pivot = tl.load(start_at, mask=(m_first < M) & valid, other=0.0)
-        shrink, again, first_pass = tl.full([], 1.0, SUMS), True, True
-        while again:
-            total = tl.zeros([MB * UB], SUMS)
-            squares = tl.zeros([MB * UB], tl.float64)  # of few elements: their roundings would not average out
-            less = pivot.to(SUMS) * shrink
-            value = m_first[None, :]
-            x_first = start_at[None, :]
-            to_first = of_k + value.to(tl.int64) * to_pos * ALIGNED + u[None, :]
-            for t in range(begin, end):
-                mask = (value < M - r * MB) & valid[None, :]
-                unread = mask & ((r > 0) | (t > begin) | (not first_pass))
-                if EVEN:
-                    here = x_first + r.to(tl.int64) * x_pos * (MB * ALIGNED)
-                    x_first += x_pos.to(tl.int64) * (STEP * ALIGNED)
+                if T.even:
+                    here = (row_at(row, Q, x_sample, x_row, T) + at)[None, :] + row_at(i, Q, x_sample, x_row, T)
                 else:
-                    here = x_at + value_at(value + r * MB, P, x_row, x_pos, EVEN) * ALIGNED + u[None, :]
-                x = tl.load(here, mask=unread, other=pivot[None, :])
-                to = to_first + r.to(tl.int64) * to_pos * (MB * ALIGNED)
+                    here = row_at(row[None, :] + i, Q, x_sample, x_row, T) + at[None, :]
+                to = (to_at + row.to(tl.int64) * to_row * T.aligned + at)[None, :] + i.to(tl.int64) * to_row * T.aligned
+                x = tl.load(x_at + here, mask=unread, other=pivot[None, :])
                 if ACTIVATION is not None:
                     y = activate(x.to(ACC), parameter, ACTIVATION, HALF)
-                    tl.store(y_ptr + to, y.to(y_ptr.dtype.element_ty), mask=mask)
-                if rows_ptr is not None:
-                    tl.store(rows_ptr + to, x, mask=mask)
-                value += STEP
-                to_first += to_pos.to(tl.int64) * (STEP * ALIGNED)
+                    tl.store(tensors.y + to, y.to(tensors.y.dtype.element_ty), mask=mask)
+                if tensors.rows is not None:
+                    tl.store(tensors.rows + to, x, mask=mask)
                 d = x.to(SUMS) * shrink - less[None, :]
                 total += tl.sum(d, 0)
-                squares += tl.sum(d * d, 0).to(tl.float64)
-            inverse = tl.broadcast_to(1.0 / tl.maximum(count, 1).to(tl.float64), [MB, UB])
-            own, own_m2, squares = own_moments(pivot, total, squares, tl.reshape(inverse, [MB * UB]), shrink)
-            pivot = nearer(own, pivot, ACC)
-            own, own_m2 = tl.reshape(own, [MB, UB]), tl.reshape(own_m2, [MB, UB])
-            squares = tl.reshape(squares, [MB, UB])
-            mean, m2 = merged(own, own_m2, count, values, 0, ACC)
-            at = (split.to(tl.int64) * K + k) * U + units
-            store_moments(
-                partial_ptr, mean_ptr, at, plane, (units < U) & found(m2, shrink), mean, m2, values, pid, splits
-            )
-            shrink, again = next_pass(m2, tl.sum(squares, 0), first_pass, SUMS, x_ptr.dtype.element_ty)
+                squares += tl.sum(d * d, 0).to(squares.dtype)
+                row += STEP
+                if ALONE:
+                    at += tl.where(row < n, 0, FB)
+                    row = tl.where(row < n, row, 0)
+            own, own_m2, squares = own_moments(pivot, total, squares, inverse, shrink)
+            # a second pass has means as pivots, as x is rounded, where sums were finite
+            pivot = tl.where(tl.abs(own) < float("inf"), own.to(ACC).to(pivot.dtype), pivot)
+            own, own_m2, squares = columns(own, P, T), columns(own_m2, P, T), columns(squares, P, T)
+            if T.kind == "shared":
+                own_m2, squares = tl.where(count > 0, own_m2, 0.0), tl.where(count > 0, squares, 0.0)
+            mean, m2 = chan_merge(own, own_m2, count, values, 0, ACC)
+            units = block.to(tl.int64) * T.UB + tl.arange(0, T.UB)
+            # of shrunk x a pass has found m2 where that is so large that no square was below the range; of NaN too
+            least = tl.where(shrink < 1.0, tl.full([], LARGE, tl.float64), float("-inf"))
+            found = (units < U) & ((m2 > least) | (m2 != m2))
+            at = (part.to(tl.int64) * K + k) * U + units
+            store_moments(tensors, at, found, plane, mean, m2, values, pid, parts)
+            shrink, again = next_pass(m2, tl.sum(squares, 0), first_pass, SUMS, tensors.x.dtype.element_ty)
             first_pass = False
     elif ACTIVATION is not None:
-        t = pid - blocks * K * splits
-        u = (t % blocks).to(tl.int64) * UB + e % UB
-        value = (t // blocks).to(tl.int64) * STEP + r * MB + m[None, :]
-        mask = (value < (N - K.to(tl.int64) * n) * P) & (u < U)[None, :]
-        here = K.to(tl.int64) * n * x_row + value_at(value, P, x_row, x_pos, EVEN)
-        to = (K.to(tl.int64) * n * P + value) * to_pos * ALIGNED + u[None, :]
-        x = tl.load(x_ptr + here * ALIGNED + u[None, :], mask=mask, other=0.0).to(ACC)
-        tl.store(y_ptr + to, activate(x, parameter, ACTIVATION, HALF).to(y_ptr.dtype.element_ty), mask=mask)
+        t = pid - blocks * K * parts
+        of_rows = t // by_pos
+        block = of_rows % blocks
+        past = (of_rows // blocks).to(tl.int64) * STEP + i
+        if T.kind == "units":
+            past += beside[None, :]  # type: ignore[index]
+        if ALONE:
+            column = (t - of_rows * by_pos).to(P.dtype) * FB + f
+        mask = (past < N - K.to(tl.int64) * n) & (column < run_length(block, U, P, T.UB, T))[None, :]
+        here = (K.to(tl.int64) * x_sub_batch + block.to(tl.int64) * x_run) * T.aligned + column[None, :]
+        to = ((K.to(tl.int64) * n + past) * to_row + block.to(tl.int64) * to_run) * T.aligned + column[None, :]
+        x = tl.load(tensors.x + here + row_at(past, Q, x_sample, x_row, T), mask=mask, other=0.0).to(ACC)
+        tl.store(tensors.y + to, activate(x, parameter, ACTIVATION, HALF).to(tensors.y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def value_at(value, P, x_row, x_pos, EVEN: tl.constexpr):
-    """Where a value of a unit lies, counted from the row of value 0: it is at position value % P of a row."""
-    if EVEN:
-        return value.to(tl.int64) * x_pos
+def counts(begin, end, parts, n, P, length, T: tl.constexpr):
+    """How many values columns have in tiles from begin to end [FB // UB, UB or 1], 1 / that [FB or 1], and a unit's."""
+    STEP: tl.constexpr = T.NB * T.MB
+    COLUMNS: tl.constexpr = T.FB // T.UB
+    if T.kind == "units":
+        seen = tl.minimum(tl.cdiv(n - tl.arange(0, T.MB)[:, None], T.MB), end * T.NB) - begin * T.NB
+        count = tl.maximum(seen, 0)
+        inverse = tl.broadcast_to(1.0 / tl.maximum(count, 1).to(tl.float64), [T.MB, T.UB])
+        return count, tl.reshape(inverse, [T.FB]), (tl.minimum(n, end * STEP) - begin * STEP).to(tl.float64)
     else:
-        row = value // P
-        return row.to(tl.int64) * x_row + (value - row * P).to(tl.int64) * x_pos
+        # tiles go down the rows at one position after another: the last elements of a unit have ``in_last`` of these
+        # rows, and those before have ``before`` besides
+        by_row = tl.cdiv(n, STEP)
+        by_pos = tl.cdiv(P, T.FB) if T.kind == "alone" else 1
+        in_last, before = n, n * (by_pos - 1)
+        if parts > 1:
+            last = tl.maximum(begin, (by_pos - 1) * by_row)
+            in_last = tl.maximum(rows_before(end, by_row, n, STEP) - rows_before(last, by_row, n, STEP), 0)
+            before = rows_before(end, by_row, n, STEP) - rows_before(begin, by_row, n, STEP) - in_last
+        inside = length - (by_pos - 1) * T.FB if T.kind == "alone" else P
+        inverse = 1.0 / tl.maximum(before + in_last, 1).to(tl.float64)
+        if T.kind == "alone":
+            inverse_before = 1.0 / tl.maximum(before, 1).to(tl.float64)
+            inverse = tl.where(tl.arange(0, T.FB) < inside, inverse, inverse_before)
+        count = before + tl.where(tl.arange(0, COLUMNS)[:, None] < inside, in_last, 0)
+        return count, inverse, in_last.to(tl.float64) * inside + before.to(tl.float64) * T.FB
 
 
 @triton.jit
-def part_of(pid, K, splits):
-    """Which split, sub-batch and units a program has."""
-    split = 0 * pid
-    k = pid
-    if splits > 1:
-        k = pid // splits
-        split = pid - k * splits
-    block = k // K
-    return split, k - block * K, block
+def rows_before(tile, by_row, n, STEP: tl.constexpr):
+    """Rows of tiles before ``tile``: of n rows at each position, STEP at a time."""
+    return tile // by_row * n + tile % by_row * STEP
+
+
+@triton.jit
+def columns(a, P, T: tl.constexpr):
+    """[FB // UB, UB] of the elements of a run [FB]: a column has those of a unit."""
+    return tl.reshape(by_unit(a, P, 1, T), [T.FB // T.UB, T.UB])
 
 
 @triton.jit
 def own_moments(pivot, total, squares, inverse, shrink):
-    """Mean and Σ (x - mean)² of an element, of its sums of d = shrink · (x - pivot) and of d²; and Σ (x - pivot)².
+    """Mean and m2 of a column, from its sums of d = shrink · (x - pivot) and of d²; and Σ (x - pivot)².
 
     Few digits cancel where the pivot is one of its 1 / ``inverse`` values and no outlier. d² past float32's range give
     an infinite m2.
@@ -286,35 +181,6 @@ def own_moments(pivot, total, squares, inverse, shrink):
     mean = total * inverse
     m2 = tl.where(squares < float("inf"), squares - mean * total, squares) * (grow * grow)
     return pivot.to(tl.float64) + mean * grow, m2, squares * (grow * grow)
-
-
-@triton.jit
-def merged(mean, m2, count, values, AXIS: tl.constexpr, ACC: tl.constexpr):
-    """Mean and Σ (x - mean)² of all elements along ``AXIS`` (Chan et al.), which have ``values`` in all.
-
-    Of equal means it is that mean: sums of float32 values are exact here, those of float64 are corrected.
-    """
-    count = count.to(tl.float64)
-    centre = tl.sum(count * mean, AXIS, keep_dims=True) / values
-    d = mean - centre
-    if tl.float64 == ACC:
-        error = tl.sum(count * d, AXIS, keep_dims=True) / values
-        centre += error
-        d -= error
-    return tl.sum(centre, AXIS), tl.sum(m2.to(tl.float64) + count * (d * d), AXIS)
-
-
-@triton.jit
-def nearer(own, pivot, ACC: tl.constexpr):
-    """The pivot of a second pass: an element's mean, if its sums had one, as x is rounded."""
-    return tl.where(tl.abs(own) < float("inf"), own.to(ACC).to(pivot.dtype), pivot)
-
-
-@triton.jit
-def found(m2, shrink):
-    """Whether a pass has found m2: of shrunk x where it is so large that no square was below the range. Of NaN too."""
-    least = tl.where(shrink < 1.0, tl.full([], LARGE, tl.float64), float("-inf"))
-    return (m2 > least) | (m2 != m2)
 
 
 @triton.jit
@@ -334,15 +200,15 @@ def next_pass(m2, squares, first_pass, SUMS: tl.constexpr, OF_X: tl.constexpr):
 
 
 @triton.jit
-def store_moments(partial_ptr, mean_ptr, at, plane, valid, mean, m2, values, pid, splits):
-    """Store mean and m2: of a whole sub-batch where they are wanted; of a part of it in two planes, then its values."""
-    tl.store(partial_ptr + plane + at, m2, mask=valid)
-    if splits > 1:
-        tl.store(partial_ptr + at, mean, mask=valid)
-        if pid < splits:  # the first of a split: they are the same for every unit and sub-batch
-            tl.store(partial_ptr + plane + plane + pid + tl.arange(0, 1), values)
-    elif mean_ptr is not None:
-        tl.store(mean_ptr + at, mean.to(mean_ptr.dtype.element_ty), mask=valid)
+def store_moments(tensors, at, valid, plane, mean, m2, values, pid, parts):
+    """Store mean and m2: of a whole sub-batch where they are wanted; of a part in two planes, then its values."""
+    tl.store(tensors.partial + plane + at, m2, mask=valid)
+    if parts > 1:
+        tl.store(tensors.partial + at, mean, mask=valid)
+        if pid < parts:  # the first unit and sub-batch: every one has the same parts
+            tl.store(tensors.partial + plane + plane + pid + tl.arange(0, 1), values)
+    elif tensors.mean is not None:
+        tl.store(tensors.mean + at, mean.to(tensors.mean.dtype.element_ty), mask=valid)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -356,10 +222,10 @@ def rule(x: Geometry, writes: bool, itemsize: int) -> Settings:
         tile = {"NB": NB, "UB": UB, "FB": FB}
         warps = 1 if UB == 1 else max(2, FB // lanes)  # what warps exchange goes by shared memory
     else:
-        RB, few = min(power_of_2(x.M), rows), x.M <= ROWS
+        NB, few = min(power_of_2(x.M), rows), x.M <= ROWS
         UB = min(power_of_2(x.U), lanes if few else 128 // itemsize)
-        MB = 1 if few else min(power_of_2(cdiv(x.M, RB)), (1 if x.M <= FEW else 4) * lanes // UB)
-        tile, warps = {"RB": RB, "MB": MB, "UB": UB}, max(1, MB * UB // lanes)
+        MB = 1 if few else min(power_of_2(cdiv(x.M, NB)), (1 if x.M <= FEW else 4) * lanes // UB)
+        tile, warps = {"NB": NB, "MB": MB, "UB": UB}, max(1, MB * UB // lanes)
     return Settings(tile, warps, max(1, WARPS // (cdiv(x.U, tile["UB"]) * x.K * warps)))
 
 
@@ -368,49 +234,34 @@ def elements_of_thread(itemsize: int) -> int:
     return 2 if itemsize == 8 else 4
 
 
-def sums_in_float64(x: Geometry, itemsize: int) -> bool:
-    """Whether a sub-batch has so few values of a unit that their rounding errors do not average out."""
-    return itemsize == 8 or x.M <= FEW
-
-
-def plane(x: Geometry, splits: int) -> int:
+def plane(x: Geometry, parts: int) -> int:
     """Return the distance between what is kept of parts: mean, m2, and then their counts."""
-    return 0 if splits == 1 else splits * x.K * x.U
+    return 0 if parts == 1 else parts * x.K * x.U
 
 
-def partial_size(x: Geometry, splits: int) -> int:
-    """Return how many values are kept: m2 of each sub-batch, or of parts two planes and a count for each split."""
-    return x.K * x.U if splits == 1 else 2 * plane(x, splits) + splits
+def partial_size(x: Geometry, parts: int) -> int:
+    """Return how many values are kept: m2 of each sub-batch, or of parts two planes and a count for each."""
+    return x.K * x.U if parts == 1 else 2 * plane(x, parts) + parts
 
 
-def plan(
-    x: Geometry, activates: bool, itemsize: int, settings: Settings | None = None, *, keeps: bool = False
-) -> tuple[Launch, tuple[int, ...], int]:
-    """Decide the launch, its shape arguments (distances in units of its alignment) and how many parts a sub-batch has.
+def plan(x: Geometry, itemsize: int, activates: bool, keeps: bool = False, settings: Settings | None = None) -> Launch:
+    """Decide the launch. Its sizes say how many ``parts`` a sub-batch has.
 
     ``activates``: it writes y, of all rows. ``keeps``: it writes the rows of x that take part.
     """
-    tile, warps, splits = settings or rule(x, activates or keeps, itemsize)
-    rest = x.N - x.K * x.n if activates else 0
-    if x.spatial:
-        by_pos = cdiv(x.P, tile["FB"]) if tile["UB"] == 1 else 1
-        tiles, rest_tiles = cdiv(x.n, tile["NB"]) * by_pos, cdiv(rest, tile["NB"]) * by_pos
-    else:
-        step = tile["RB"] * tile["MB"]
-        tiles, rest_tiles = cdiv(x.M, step), cdiv(rest * x.P, step)
-    # merging takes as long as a tile: two in each split, but where a GPU would be idle
-    idle = not x.spatial and x.M > FEW and cdiv(x.U, tile["UB"]) * x.K * tiles * warps <= WARPS // 4
-    splits = min(tiles if idle else max(1, tiles // 2), splits)
-    per_split = cdiv(tiles, max(splits, cdiv(tiles, TILES)))
-    splits = cdiv(tiles, per_split)
-    grid = (cdiv(x.U, tile["UB"]) * (x.K * splits + rest_tiles),)
-    constants = {**tile, "SUMS": tl.float64 if sums_in_float64(x, itemsize) else tl.float32}
-    parts = plane(x, splits), splits, per_split
-    if x.spatial:
-        by, steps = aligned(run_steps(x, tile["UB"]))
-        launch = Launch(moments_spatial, grid, {"ALIGNED": by, **constants}, warps)
-        return launch, (x.N, x.K, x.n, x.U, x.P, *steps, *parts), splits
-    # sums of more columns take too many registers
-    by, steps = aligned(value_steps(x), elements_of_thread(itemsize))
-    launch = Launch(moments_unit, grid, {"ALIGNED": by, "EVEN": even(x), **constants}, warps)
-    return launch, (x.N, x.K, x.n, x.P, *steps, x.M, *parts), splits
+    settings = settings or rule(x, activates or keeps, itemsize)
+    tile, warps, parts = settings
+    # in the unit layout sums of more columns take too many registers
+    T, sizes = as_runs(x, tile, 16 if x.spatial else elements_of_thread(itemsize))
+    by_pos = cdiv(x.P, T.FB) if T.kind == "alone" else 1
+    rest = sizes["N"] - x.K * sizes["n"] if activates else 0
+    tiles, rest_tiles = (cdiv(rows, T.NB * T.MB) * by_pos for rows in (sizes["n"], rest))
+    # merging takes as long as a tile: two in each part, but where a GPU would be idle
+    idle = T.kind == "units" and x.M > FEW and cdiv(x.U, T.UB) * x.K * tiles * warps <= WARPS // 4
+    parts = min(tiles if idle else max(1, tiles // 2), parts)
+    tiles_of_part = cdiv(tiles, max(parts, cdiv(tiles, TILES)))
+    parts = cdiv(tiles, tiles_of_part)
+    sizes |= {"plane": plane(x, parts), "parts": parts, "tiles_of_part": tiles_of_part}
+    sums = tl.float64 if itemsize == 8 or x.M <= FEW else tl.float32
+    grid = (cdiv(x.U, T.UB) * (x.K * parts + rest_tiles),)
+    return Launch(moments, grid, sizes, {"T": T, "SUMS": sums}, settings)

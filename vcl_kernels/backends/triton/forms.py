@@ -1,26 +1,42 @@
-"""The steps that kernels share: the loss of a unit, its slopes, and what they make of a sample's moments."""
+"""From the variances of a unit to its loss and to the coefficients of dx, in float64: values are few."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+
+class Beta(NamedTuple):
+    """A unit's beta, which acts as max(beta, least); times ``factor`` are the loss and its gradients."""
+
+    tensor: Tensor | None  # of one value or of one for each unit
+    value: float  # where there is no tensor
+    least: float
+    factor: float
 
 
 @triton.jit
-def given_beta(beta_ptr, beta_value, u, valid, BETA: tl.constexpr):
-    """Beta of units u in float64: 0, the value; 1, one tensor element for all; 2, one for each unit."""
+def beta_of(beta, units, U, BETA: tl.constexpr):
+    """Beta of some units in float64: 0, the value; 1, one tensor element for all; 2, one for each unit."""
     if BETA == 0:
-        return tl.full(u.shape, beta_value, tl.float64)
+        return tl.full(units.shape, beta.value, tl.float64)
     elif BETA == 1:
-        return tl.load(beta_ptr).to(tl.float64) + tl.zeros(u.shape, tl.float64)
+        return tl.load(beta.tensor).to(tl.float64) + tl.zeros(units.shape, tl.float64)
     else:
-        return tl.load(beta_ptr + u, mask=valid, other=1.0).to(tl.float64)
+        return tl.load(beta.tensor + units, mask=units < U, other=1.0).to(tl.float64)
 
 
 @triton.jit
-def loss_and_slopes(var, k, K, beta, FORM: tl.constexpr, KB: tl.constexpr, UB: tl.constexpr):
+def loss_of_variances(var, K, beta, FORM: tl.constexpr):
     """Loss of each unit, its derivatives by var [KB, UB] and by beta: the table of the README.
 
     Divisions in float64 are calls, which take registers: one for each pair or unit, and for each count.
     """
+    KB: tl.constexpr = var.shape[0]
+    UB: tl.constexpr = var.shape[1]
     if FORM == "ratio":  # the mean over pairs (a, b) of (1 - r)², r = v_a / (v_b + beta)
         pairs = tl.reshape(var, [KB // 2, 2, UB])
         is_b = tl.arange(0, 2)[None, :, None] == 1
@@ -38,6 +54,7 @@ def loss_and_slopes(var, k, K, beta, FORM: tl.constexpr, KB: tl.constexpr, UB: t
         dvar = tl.reshape(tl.where(is_b, slope_b[:, None, :], -slope[:, None, :]), [KB, UB])
         return loss, dvar, tl.sum(slope_b, 0)
     else:  # V = Σ (v_k - v̄)² / (K - 1), and relative_variance: V / (v̄ + beta)²
+        k = tl.arange(0, KB)[:, None]
         share = 1.0 / tl.full([], K, tl.float64)
         unbiased = 1.0 / tl.full([], K - 1, tl.float64)
         vbar = tl.sum(tl.where(k < K, var, 0.0), 0) * share
@@ -56,42 +73,25 @@ def loss_and_slopes(var, k, K, beta, FORM: tl.constexpr, KB: tl.constexpr, UB: t
 
 
 @triton.jit
-def may_only_rise(dbeta, beta, beta_min):
-    """The gradient of a beta that acts as max(beta, beta_min): below that, nothing that would lower it."""
-    return tl.where((beta >= beta_min) | (dbeta < 0), dbeta, 0.0)
+def coefficients(m2, K, M, units, U, beta, FORM: tl.constexpr, BETA: tl.constexpr, ACC: tl.constexpr):
+    """Loss, scale [KB, UB] and dbeta, all times the factor, from m2 [KB, UB].
+
+    Only scale, which meets every x, is rounded to ACC here.
+    """
+    given = beta_of(beta, units, U, BETA)
+    least = tl.full(units.shape, beta.least, tl.float64)
+    unbiased = 1.0 / tl.full([], M - 1, tl.float64)
+    var = m2.to(tl.float64) * unbiased
+    bounded_beta = tl.where(given < least, least, given)
+    loss, dvar, dbeta = loss_of_variances(var, K, bounded_beta, FORM)
+    weight = tl.full(units.shape, beta.factor, tl.float64)
+    dbeta *= weight
+    if BETA == 2:
+        dbeta = projected_gradient(dbeta, given, least)
+    return loss * weight, (dvar * (weight * 2.0 * unbiased)[None, :]).to(ACC), dbeta
 
 
 @triton.jit
-def coefficients(
-    m2,
-    k,
-    K,
-    M,
-    u,
-    valid,
-    beta_ptr,
-    beta_value,
-    beta_min,
-    factor,
-    FORM: tl.constexpr,
-    BETA: tl.constexpr,
-    ACC: tl.constexpr,
-    KB: tl.constexpr,
-    UB: tl.constexpr,
-):
-    """Loss, scale [KB, UB] of dx = scale · (x - mean), and dbeta, all times factor.
-
-    From m2 = Σ (x - mean)², in float64: they are few, and differences of variances lose digits. Only scale, which
-    meets every x, is rounded to ACC here.
-    """
-    given = given_beta(beta_ptr, beta_value, u, valid, BETA)
-    least = tl.full([UB], beta_min, tl.float64)
-    unbiased = 1.0 / tl.full([], M - 1, tl.float64)
-    var = m2.to(tl.float64) * unbiased
-    loss, dvar, dbeta = loss_and_slopes(var, k, K, tl.where(given < least, least, given), FORM, KB, UB)
-    weight = tl.full([UB], factor, tl.float64)
-    dbeta *= weight
-    if BETA == 2:  # one beta: once it is summed
-        dbeta = may_only_rise(dbeta, given, least)
-    scale = dvar * (weight * 2.0 * unbiased)[None, :]
-    return loss * weight, scale.to(ACC), dbeta
+def projected_gradient(dbeta, beta, least):
+    """The gradient of a beta that acts as max(beta, least): below that, nothing that would lower it."""
+    return tl.where((beta >= least) | (dbeta < 0), dbeta, 0.0)

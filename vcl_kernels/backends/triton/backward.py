@@ -1,0 +1,143 @@
+"""dx = dy · activation' + g · (scale · (x - mean) + shift): all that backward computes, in one pass.
+
+Each term is there if its tensors are. The second is zero for rows that take no part.
+"""
+
+import functools
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...geometry import Geometry
+from .activations import activation_gradient
+from .launch import RUN_TIME, WARPS, Launch, Settings, cdiv, power_of_2
+from .tiles import as_runs, row_at, run_length, run_tile, unit_in_run
+
+TILES = 4  # at most for which a program reads coefficients once
+ROWS = 4  # of a tile, which one thread has
+ELEMENTS = 8  # neighbouring ones of a row, which one thread has; of float64 half as many
+REGISTERS = 160  # of a thread at most: 12 warps of a multiprocessor have as many, and some are left
+UNIT_WARPS = 4  # of a program by unit, where it has so many values
+
+
+class Tensors(NamedTuple):
+    """What ``backward`` reads and writes."""
+
+    saved: Tensor | None  # of x's size: x, or y where the derivative follows from it
+    rows: Tensor | None  # x, of the rows that take part; None: ``saved`` is x
+    dy: Tensor | None
+    dx: Tensor
+    mean: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    g: Tensor | None
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def backward(  # noqa: PLR0913
+    tensors, parameter: tl.float64,
+    N, K, n, U, P, Q, x_sub_batch, x_sample, x_row, x_run, to_row, to_run, rows, parts, blocks, run_units,
+    ACTIVATION: tl.constexpr, FROM_OUTPUT: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Program: some ``rows`` of a sub-batch, or past the last, of a run or of FB positions of it."""
+    U = to_row.to(tl.int64) * T.aligned if T.kind == "units" else U  # of which the compiler knows a divisor
+    UB = T.UB if T.kind == "units" else run_units
+    by_pos = tl.cdiv(P, T.FB) if T.kind == "alone" else 1
+    pid = tl.program_id(0)
+    rest = pid // by_pos
+    part = rest // blocks
+    block = (rest - part * blocks).to(tl.int64)
+    k = part // parts
+    begin = (part - k * parts).to(n.dtype) * rows
+    k = k.to(tl.int64)
+    end = tl.minimum(tl.minimum(begin + rows, n), N - k * n)
+    if T.kind != "units":  # there 64 bits take fewer registers
+        end = end.to(n.dtype)
+    if T.kind == "units":  # a thread's columns are few units, whose coefficients it reads once
+        i = tl.arange(0, T.NB)[:, None, None] * T.MB + tl.arange(0, T.MB)[None, :, None]
+        column = tl.arange(0, T.UB)[None, None, :]
+        unit = column
+    else:
+        i = tl.arange(0, T.NB)[:, None]
+        column = ((pid - rest * by_pos).to(P.dtype) * T.FB + tl.arange(0, T.FB))[None, :]
+        unit = unit_in_run(tl.arange(0, T.FB), P, T)
+    valid = column < run_length(block, U, P, UB, T)
+    saved_at = (k * x_sub_batch + block * x_run) * T.aligned + column
+    dx_at = (k * n * to_row + block * to_run) * T.aligned + column
+    if tensors.mean is not None:
+        units = block * UB + unit
+        at, taken = k * U + units, (units < U) & (k < K)
+        mean = tl.load(tensors.mean + at, mask=taken, other=0.0)
+        scale = tl.load(tensors.scale + at, mask=taken, other=0.0)
+        shift = tl.zeros_like(scale)
+        if tensors.shift is not None:
+            shift = tl.load(tensors.shift + at, mask=taken, other=0.0)
+        if tensors.g is not None:
+            g = tl.load(tensors.g)
+            scale *= g
+            shift *= g
+    for first in range(begin, end, T.NB * T.MB):
+        row = first + i
+        mask = (row < end) & valid
+        from_at = saved_at + row_at(row, Q, x_sample, x_row, T)
+        to_at = dx_at + row.to(tl.int64) * to_row * T.aligned
+        dx = tl.zeros(mask.shape, ACC)
+        if tensors.dy is not None:
+            dx = tl.load(tensors.dy + to_at, mask=mask, other=0.0).to(ACC)
+        if tensors.dy is not None and ACTIVATION != "identity":
+            saved = tl.load(tensors.saved + from_at, mask=mask, other=0.0).to(ACC)
+            dx = activation_gradient(dx, saved, parameter, ACTIVATION, FROM_OUTPUT)
+        if tensors.mean is not None and k < K:
+            if tensors.rows is not None:
+                x = tl.load(tensors.rows + to_at, mask=mask, other=0.0).to(ACC)
+            elif tensors.dy is not None and ACTIVATION != "identity":
+                x = saved
+            else:
+                x = tl.load(tensors.saved + from_at, mask=mask, other=0.0).to(ACC)
+            dx += scale * (x - mean)
+            if tensors.shift is not None:
+                dx += shift
+        tl.store(tensors.dx + to_at, dx.to(tensors.dx.dtype.element_ty), mask=mask)
+
+
+@functools.lru_cache(maxsize=1024)
+def rule(saved: Geometry, dx: Geometry, itemsize: int) -> Settings:
+    """Choose settings."""
+    lanes = 32 * ELEMENTS // (2 if itemsize == 8 else 1)
+    if dx.spatial:
+        UB, FB = run_tile(saved, 256, 512, (512, 512))
+        NB = min(power_of_2(dx.n), ROWS if itemsize == 2 else ROWS // 2)  # 64 bytes of a thread
+        tile, warps = {"NB": NB, "UB": UB, "FB": FB}, max(1, FB // lanes)
+    else:
+        NB = ROWS // 2 if dx.M in (5, 6) else ROWS  # of which 6 are covered with less
+        UB = min(power_of_2(dx.U), 64 if dx.M >= 64 else lanes)
+        MB = min(power_of_2(cdiv(dx.M, 2 * NB)), UNIT_WARPS * lanes // UB)
+        tile, warps = {"NB": NB, "MB": MB, "UB": UB}, max(1, MB * UB // lanes)
+    tiles = tiles_of(dx, tile)
+    return Settings(tile, warps, max(cdiv(tiles, TILES), min(tiles, cdiv(WARPS, programs_of(dx, tile) * warps))))
+
+
+def tiles_of(x: Geometry, tile: dict[str, int]) -> int:
+    """Return how many tiles cover a sub-batch of the units and positions that a program has."""
+    return cdiv(x.n, tile["NB"]) if x.spatial else cdiv(x.M, tile["NB"] * tile["MB"])
+
+
+def programs_of(x: Geometry, tile: dict[str, int]) -> int:
+    """Return how many programs there are if each has a sub-batch, or as many rows past the last."""
+    by_pos = cdiv(x.P, tile["FB"]) if x.spatial and tile["UB"] == 1 else 1
+    return by_pos * cdiv(x.U, tile["UB"]) * cdiv(x.N, x.n)
+
+
+def plan(saved: Geometry, dx: Geometry, itemsize: int, settings: Settings | None = None) -> Launch:
+    """Decide the launch, of ``dx.N`` rows."""
+    dx = dx._replace(spatial=saved.spatial)  # one unit alone is both, if its values lie one after another
+    settings = settings or rule(saved, dx, itemsize)
+    tile, _, parts = settings
+    T, sizes = as_runs(saved._replace(N=dx.N), tile)
+    rows = min(sizes["n"], cdiv(tiles_of(dx, tile), parts) * T.NB * T.MB)
+    parts = cdiv(sizes["n"], rows)
+    sizes |= {"rows": rows, "parts": parts, "blocks": cdiv(dx.U, T.UB), "run_units": T.UB}
+    T = T._replace(UB=0) if dx.spatial else T  # planes of any size share kernels
+    return Launch(backward, (programs_of(dx, tile) * parts,), sizes, {"T": T}, settings, REGISTERS)

@@ -1,0 +1,132 @@
+"""What kernels share: how they see a tensor, where a tile's values lie, and how moments of parts are merged.
+
+A kernel sees rows of runs. A run is what a block of UB neighbouring units has in one row, one value after another.
+There are three kinds:
+
+- "alone": one unit's positions (spatial layout), taken FB at a time;
+- "shared": the positions of several units, one unit after another (spatial layout, small planes);
+- "units": one value of each unit (unit layout). Each value of a unit then takes the place of a row, and P is 1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from ...geometry import Geometry
+from .launch import power_of_2
+
+SHRUNK = tl.constexpr(2.0**-80)  # so that squares of the largest values of float32 are within its range
+
+
+class Tile(NamedTuple):
+    """What a kernel is specialised for: the kind of its runs, and a tile [NB, FB] of MB · NB rows."""
+
+    kind: str  # of a run
+    aligned: int  # a power of two that divides all distances, which kernels get divided by it; 16 at most
+    even: bool  # rows lie one distance apart; else those of each sample of x do
+    NB: int
+    UB: int  # 0: given at run time
+    FB: int
+    MB: int = 1  # rows side by side, of UB columns each
+
+
+@triton.jit
+def row_at(row, Q, x_sample, x_row, T: tl.constexpr):
+    """Where a row of x lies, counted from row 0 of its sub-batch. Rows of a sample (Q of them) are x_row apart."""
+    if T.even:
+        return row.to(tl.int64) * x_row * T.aligned
+    else:
+        sample = row // Q
+        return (sample.to(tl.int64) * x_sample + (row - sample * Q).to(tl.int64) * x_row) * T.aligned
+
+
+@triton.jit
+def run_length(block, U, P, UB, T: tl.constexpr):
+    """Elements of a run: fewer in the last block. The compiler is told that T.aligned divides it."""
+    return tl.minimum(U - block * UB, UB) * P // T.aligned * T.aligned
+
+
+@triton.jit
+def by_unit(a, P, KB: tl.constexpr, T: tl.constexpr):
+    """[KB, FB // UB, UB] of the elements of KB runs [KB · FB]: those of a unit, then its last again, are a column.
+
+    Of one dimension, elements go through shared memory. Of two, Triton would shuffle each with each.
+    """
+    if T.kind == "shared":
+        e = tl.arange(0, KB * T.FB)
+        index = e // T.FB * T.FB + e % T.UB * P + tl.minimum(e % T.FB // T.UB, P - 1)
+        a = tl.gather(a, index, 0)
+    return tl.reshape(a, [KB, T.FB // T.UB, T.UB])
+
+
+@triton.jit
+def unit_in_run(f, P, T: tl.constexpr):
+    """Which unit of a run an element belongs to. Shared: f // P, for f and P below 1024, by a multiplication."""
+    if T.kind == "shared":
+        return f * ((1 << 20) // P + 1) >> 20
+    else:
+        return f % (T.FB // T.MB) if T.kind == "units" else tl.arange(0, 1)
+
+
+@triton.jit
+def chan_merge(mean, m2, count, values, AXIS: tl.constexpr, ACC: tl.constexpr):
+    """Mean and m2 of all parts along ``AXIS``, of ``count`` values each and of ``values`` in all (Chan et al.).
+
+    Of equal means it is that mean: sums of float32 values are exact here, those of float64 are corrected.
+    """
+    count = count.to(tl.float64)
+    centre = tl.sum(count * mean, AXIS, keep_dims=True) / values
+    d = mean - centre
+    if tl.float64 == ACC:
+        error = tl.sum(count * d, AXIS, keep_dims=True) / values
+        centre += error
+        d -= error
+    return tl.sum(centre, AXIS), tl.sum(m2.to(tl.float64) + count * (d * d), AXIS)
+
+
+def fitting(size: int, least: int, most: int) -> int:
+    """Return the power of two from ``least`` to ``most`` whose multiples cover ``size`` with the least padding.
+
+    The largest of equals; for a small ``size`` the power that covers it.
+    """
+    powers = [2**e for e in range(most.bit_length() - 1, least.bit_length() - 2, -1) if 2**e < 2 * size]
+    return min(powers or [power_of_2(size)], key=lambda power: -(-size // power) * power)
+
+
+def run_tile(x: Geometry, most: int, shared: int, alone: tuple[int, int]) -> tuple[int, int]:
+    """Return UB and FB for the spatial layout: how many units share a run, and elements of a tile.
+
+    Units of ``most`` positions at most share a tile of about ``shared`` elements. A tile of another has from
+    ``alone[0]`` to ``alone[1]``.
+    """
+    if x.unit_stride == x.P <= most:
+        PB = power_of_2(x.P)
+        UB = min(power_of_2(x.U), max(1, shared // PB))
+        return UB, UB * PB
+    return 1, fitting(x.P, *alone)
+
+
+def as_runs(x: Geometry, tile: dict[str, int], most: int = 16) -> tuple[Tile, dict[str, int]]:
+    """Return what a kernel is specialised for, and sizes of x and distances in x and in dense rows, given at run time.
+
+    Distances are in units of their alignment, ``most`` at most: 16 is all that an access can use.
+    """
+    UB, MB = tile["UB"], tile.get("MB", 1)
+    FB = tile.get("FB", MB * UB)
+    if x.spatial:
+        kind, even = "shared" if UB > 1 else "alone", True
+        sizes = {"N": x.N, "K": x.K, "n": x.n, "U": x.U, "P": x.P, "Q": 1}
+        rows, steps = (x.row_stride, x.row_stride), (UB * x.unit_stride, x.U * x.P, UB * x.P)
+    else:
+        kind, even = "units", x.P == 1 or x.row_stride == x.P * x.pos_stride
+        sizes = {"N": x.N * x.P, "K": x.K, "n": x.M, "U": x.U, "P": 1, "Q": x.P}
+        rows, steps = (x.row_stride, x.row_stride if x.P == 1 else x.pos_stride), (UB, x.U, UB)
+    distances = (x.n * x.row_stride, *rows, *steps)
+    by = math.gcd(most, *distances)
+    names = ("x_sub_batch", "x_sample", "x_row", "x_run", "to_row", "to_run")
+    sizes |= {name: distance // by for name, distance in zip(names, distances, strict=True)}
+    return Tile(kind, by, even, tile["NB"], UB, FB, MB), sizes
