@@ -1,5 +1,4 @@
-// Activation functions and their derivatives, in the accumulation type. Exponentials and tanh are written out, so that
-// neighbouring vectors overlap.
+// Activation functions and their derivatives, written out so that neighbouring vectors overlap.
 #pragma once
 
 #include "vec.h"

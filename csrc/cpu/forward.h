@@ -189,9 +189,9 @@ template <class T> struct Forward {
   void take_scratch() {
     const int64_t slots = vectors(j.plan.block), run = j.plan.joined ? 2 * vectors(j.plan.block * g.P) + 2 : 0;
     mean = scratch<A>(((2 + H) * g.K + 2 * H * S) * slots + run);
-    scale = mean + g.K * slots, run_room = scale + g.K * slots;
-    var = reinterpret_cast<Wide<A>*>(run_room + run);
+    scale = mean + g.K * slots, var = reinterpret_cast<Wide<A>*>(scale + g.K * slots);
     part_mean = var[g.K * slots], part_m2 = part_mean + H * S * slots;
+    run_room = scale + (1 + H) * g.K * slots + 2 * H * S * slots;
   }
 
   void block_moments(Block b, int64_t slots) const {

@@ -26,16 +26,17 @@ inline void spatial_moments(const T* base, int64_t row, Part c, int64_t ahead, d
     }
   };
   for (int64_t i = c.i0; i < c.i1; ++i) {
-    const T *p = base + i * row + c.p0, *end = p + len;
-    const auto add_next = [&] [[gnu::always_inline]] (auto w) {
-      __builtin_prefetch(p + ahead, 0, 2);
-      add(w, load(p));
-      p += L;
+    const T* p = base + i * row + c.p0;
+    int64_t at = 0;
+    const auto add_at = [&] [[gnu::always_inline]] (auto w, int64_t from) {
+      __builtin_prefetch(p + from + ahead, 0, 2);
+      add(w, load(p + from));
     };
-    while (p + 4 * L <= end) unrolled<4>(add_next);
-    if (p + 2 * L <= end) unrolled<2>(add_next);
-    if (p + L <= end) add_next(Index<2>());
-    if (p < end) add(Index<3>(), counts ? (len < L ? load_some(p, len) : load(end - L)) : broadcast<A>(first));
+    const auto add_next = [&] [[gnu::always_inline]] (auto w) { add_at(w, at + w * L); };
+    for (; at + 4 * L <= len; at += 4 * L) unrolled<4>(add_next);
+    if (at + 2 * L <= len) unrolled<2>(add_next), at += 2 * L;
+    if (at + L <= len) add_at(Index<2>(), at), at += L;
+    if (at < len) add(Index<3>(), counts ? (len < L ? load_some(p, len) : load(p + len - L)) : broadcast<A>(first));
   }
   const double sum = sum_lanes<double>((e[0] + e[1]) + (e[2] + e[3])), offset = sum / double(c.count());
   *mean = first + offset;

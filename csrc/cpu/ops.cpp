@@ -68,8 +68,8 @@ Results allocate(ForwardJob<T>& j, const Tensor& x, const Shape& shape, const Sh
   Results r;
   if (q.want == Want::dx) j.dx = new_rows(r.dx, j.g.N);
   if (q.want == Want::activation) j.y = new_rows(r.y, j.g.N);
-  if (!q.keep_rows) r.rows = empty_vector(0, dtype);
-  else (j.y ? j.rows : j.y) = new_rows(r.rows, j.g.rows_with_loss());
+  if (q.keep_rows) (j.y ? j.rows : j.y) = new_rows(r.rows, j.g.rows_with_loss());
+  else if (q.wants_coefficients()) r.rows = empty_vector(0, dtype);
   if (q.wants_loss() && !q.spec.reduce) j.loss.loss = new_units(r.loss, 0);
   if (!q.beta_grad) r.dbeta = empty_vector(0, acc);
   else if (!j.loss.dbeta_sums) j.loss.dbeta = new_units(r.dbeta, 0);

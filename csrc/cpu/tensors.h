@@ -79,7 +79,8 @@ struct Shape {
 inline Shape shape_of(const Tensor& t) {
   STD_TORCH_CHECK(t.dim() <= 8, "at most 8 dimensions are supported, got ", t.dim());
   Shape s;
-  for (int64_t i = 0; i < t.dim(); ++i) s.add(t.size(i), t.stride(i));
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (size_t i = 0; i < sizes.size(); ++i) s.add(sizes[i], strides[i]);
   return s;
 }
 
