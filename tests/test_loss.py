@@ -169,6 +169,14 @@ def test_half_gradient_does_not_vanish_under_a_loss_scale(kernel_backend):
     assert ((dx.double() - exact).abs() <= 1e-3 * exact.abs() + 6e-8).all()
 
 
+@pytest.mark.parametrize("units", [(), 3])
+def test_a_nan_in_beta_is_not_hidden(backend, units):
+    vcl = vk.VCL(units, beta_init=float("nan"), beta_min=1e-3, backend=backend).to(device_of(backend))
+    vcl(torch.randn(10, 3, 4).to(device_of(backend)))
+    vcl.loss.backward()
+    assert vcl.beta.grad.isnan().all()
+
+
 @pytest.mark.parametrize("per_unit", [False, True])
 @pytest.mark.parametrize("units", [40, 1500])  # few enough for one program to sum them, and not
 @pytest.mark.parametrize("form", ["ratio", "relative_variance"])

@@ -181,7 +181,7 @@ class LowerBound(torch.autograd.Function):
     @staticmethod
     def forward(beta: Tensor, least: float) -> tuple[Tensor, Tensor]:
         """Return max(beta, least), and where beta is free to move."""
-        return beta.clamp(min=least), beta >= least
+        return beta.clamp(min=least), ~(beta < least)
 
     @staticmethod
     def setup_context(ctx: Any, _inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:
@@ -194,7 +194,7 @@ class LowerBound(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor, None]:
         """Pass ``g`` where beta is free to follow it."""
         (is_free,) = ctx.saved_tensors
-        return torch.where(is_free | (g < 0), g, 0.0), None
+        return torch.where(is_free | ~(g >= 0), g, 0.0), None
 
 
 class LowerBoundInForwardMode(LowerBound):

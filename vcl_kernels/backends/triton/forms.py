@@ -94,4 +94,4 @@ def coefficients(m2, K, M, units, U, beta, FORM: tl.constexpr, BETA: tl.constexp
 @triton.jit
 def projected_gradient(dbeta, beta, least):
     """The gradient of a beta that acts as max(beta, least): below that, nothing that would lower it."""
-    return tl.where((beta >= least) | (dbeta < 0), dbeta, 0.0)
+    return tl.where((beta < least) & (dbeta >= 0), 0.0, dbeta)

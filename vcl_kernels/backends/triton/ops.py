@@ -153,7 +153,7 @@ def _reduced(loss: Tensor, dbeta: Tensor | None, beta: Tensor | None, spec: Loss
     if spec.reduce and dbeta is not None and beta is not None and beta.dim() == 0:
         dbeta = dbeta.sum() if dbeta.dim() else dbeta
         if spec.beta_min != NO_MINIMUM:
-            dbeta = torch.where((beta >= spec.beta_min) | (dbeta < 0), dbeta, 0.0)
+            dbeta = torch.where((beta < spec.beta_min) & (dbeta >= 0), 0.0, dbeta)
     return loss.sum() if spec.reduce and loss.dim() else loss, loss.new_empty(0) if dbeta is None else dbeta
 
 
