@@ -1,4 +1,4 @@
-# make demo, make test: each makes its own environment first. PYTHON chooses the interpreter for it.
+# make demo and make test make .venv first. PYTHON chooses its interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 # torch 2.11.0 is a CUDA build, which runs on a CPU too; the interpreter of its triton wants numpy below 2.4
@@ -35,7 +35,7 @@ check: build
 	.venv-oldest/bin/pip install -q $(OLDEST) "setuptools>=77" ninja
 	touch $@
 
-# Builds and tests a copy with the oldest versions: 5 GB of packages. The tree keeps the binary that it has.
+# Builds and tests a copy with the oldest versions: 5 GB of packages. The working tree's binary is not touched.
 oldest: .venv-oldest/ready
 	rm -rf out/oldest && mkdir -p out/oldest
 	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t out/oldest
@@ -43,7 +43,7 @@ oldest: .venv-oldest/ready
 	cd out/oldest && $(CURDIR)/.venv-oldest/bin/python -m vcl_kernels
 	cd out/oldest && $(CURDIR)/.venv-oldest/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 
-# Whether the sources use only what the oldest torch declares, within seconds: its smallest wheel has the same headers.
+# Checks in seconds that the C++ uses only what the oldest torch declares. Its smallest wheel has the same headers.
 HEADERS := out/headers/$(subst ==,-,$(firstword $(OLDEST)))
 WHEEL := --no-deps --only-binary=:all: --platform macosx_11_0_arm64 --python-version 3.11 $(firstword $(OLDEST))
 

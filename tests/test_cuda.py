@@ -19,8 +19,8 @@ pytestmark = needs_device
 triton = {"backend": "triton"}
 EVERY = {"form": "relative_variance"}
 PER_ACTIVATION = {**EVERY, "unit": "activation"}
-SPLIT_SPATIAL = {"moments_spatial", "finalise", "apply_spatial"}
-SPLIT_UNIT = {"moments_unit", "finalise", "apply_unit"}
+SPLIT_SPATIAL = {"moments_spatial", "finalise", "backward_spatial"}
+SPLIT_UNIT = {"moments_unit", "finalise", "backward_unit"}
 
 # What runs, with float16's upstream gradient before rounding it or not: shape on a GPU, shape in a rehearsal, layout,
 # options, kernels.
