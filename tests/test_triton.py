@@ -6,7 +6,7 @@ import triton.language as tl
 from conftest import GPU
 
 import vcl_kernels as vk
-from benchmarks.launches import activation_jobs, loss_jobs, moments_jobs, recorded, spec_of
+from benchmarks.structure.launches import activation_jobs, loss_jobs, moments_jobs, recorded, spec_of
 from vcl_kernels.backends.interface import Coefficients
 from vcl_kernels.backends.triton import moments, multiply, ops
 from vcl_kernels.backends.triton.launch import Launch, Settings

@@ -61,8 +61,8 @@ class OnePassLoss(torch.autograd.Function):
 class DeferredLoss(torch.autograd.Function):
     """Loss in forward; in backward dx = g · scale · (x - mean), rounded once.
 
-    ``keep_rows``: saved are the rows that take part, which are a second output, so that a second derivative reaches x
-    through them. Otherwise x is saved.
+    With ``keep_rows`` the rows that take part are saved and returned as a second output, through which a second
+    derivative reaches x. Otherwise x is saved.
     """
 
     @staticmethod
@@ -118,7 +118,7 @@ class ActivationAndLoss(torch.autograd.Function):
             x, beta, spec, activation, ctx.needs_input_grad[1], ctx.from_output
         )
         kept_rows = rows if ctx.from_output else None
-        # A second derivative comes through an output of its own: what comes through y has the loss injected.
+        # Second derivatives come through an alias of y: a gradient of y itself starts the injected loss.
         alias = y.detach() if ctx.from_output and injection is not None else None
         saved = x if not ctx.from_output else y if alias is None else alias
         ctx.save_for_backward(saved, kept_rows, beta, coefficients.mean, coefficients.scale, dbeta)
@@ -197,7 +197,10 @@ def _differentiable(
 
 
 def _with_upstream(coefficients: Coefficients, g: Tensor | None) -> tuple[Coefficients, Tensor | None]:
-    """Return coefficients and an upstream gradient of one value, which kernels multiply by; one per unit goes in."""
+    """Return coefficients and one upstream value, by which kernels multiply.
+
+    An upstream gradient with a value for each unit is multiplied into the scale instead.
+    """
     if g is None or g.dim() == 0:
         return coefficients, g
     return Coefficients(coefficients.mean, coefficients.scale * g), g.new_ones(())

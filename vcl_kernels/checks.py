@@ -1,4 +1,4 @@
-"""Every error that a caller can make, found before any work. Each names the argument, what came and what is wanted."""
+"""The checks of arguments, before any work. Each error names the argument, what came and what is wanted."""
 
 from __future__ import annotations
 

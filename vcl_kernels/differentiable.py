@@ -31,7 +31,7 @@ def activation_and_loss(x: Tensor, beta: Tensor | None, settings: ActivationSett
     """Differentiable activation and loss of ``x``, which lies in a supported layout."""
     activation, spec, backend, injection = settings
     if saving.apart_in_graph(x, spec):
-        # x may be overwritten afterwards, where the activation allows it: a compiler leaves the clone out otherwise
+        # Clone: x may be changed in place later. A compiler drops the clone if it is not.
         y, value = reference.activate(x, activation), loss(x[: spec.K * spec.n].clone(), beta, spec, backend)
         if injection is None:
             return y, value
@@ -39,7 +39,7 @@ def activation_and_loss(x: Tensor, beta: Tensor | None, settings: ActivationSett
         return y.clone(), value  # a compiler refuses changes in place of a view, which eager code allows
     if _in_graph(backend) and not wants_gradient(x, beta):
         return ops.activation(x, beta, spec, activation, False, False)[:2]
-    scaled = injection is not None and injection.scaler is not None  # no graph holds a scaler: it breaks there
+    scaled = injection is not None and injection.scaler is not None  # a graph cannot hold a GradScaler, and breaks here
     if _in_graph(backend) and not scaled:
         inject = injection is not None
         return torch.ops.vcl_kernels.activation_autograd.default(x, beta, *spec, *activation, inject)

@@ -92,7 +92,7 @@ def vcl_activation(  # noqa: PLR0913  # the public signature
     reduction: str = "mean",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""An activation function and the variance constancy loss of its input, for the price of the activation.
+    r"""An activation function and the variance constancy loss of its input, in one pass over x.
 
     ``y = activation(x)`` and ``loss = vcl_loss(x, beta, …)``. Forward reads x once and writes y once, the statistics
     on the way; backward reads what the bare activation's does and adds the loss's gradient,

@@ -32,12 +32,12 @@ class Geometry(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, cut: SubBatches | LossSpec) -> Geometry:
-        """See ``x``, which is what ``in_layout`` returned."""
+        """Return the geometry of ``x``, which comes from ``in_layout``."""
         return cls.of_shape(x.shape, x.stride(), cut.n, cut.K, cut.per_activation)
 
     @classmethod
     def of_shape(cls, shape: torch.Size, strides: tuple[int, ...], n: int, K: int, per_activation: bool) -> Geometry:
-        """See a tensor of that shape and those strides."""
+        """Return the geometry of a tensor of this shape and these strides."""
         P = math.prod(shape[2:])
         if per_activation:
             return cls(shape[0], K, n, shape[1] * P, 1, False, strides[0], 1, 1)

@@ -12,9 +12,9 @@ from .torch_private import in_functorch
 
 
 class Injection(NamedTuple):
-    """A loss whose backward starts with that of the layer's output."""
+    """How an injected loss is done: its backward starts with that of the layer's output."""
 
-    scaler: torch.amp.GradScaler | None = None  # that of the objective
+    scaler: torch.amp.GradScaler | None = None  # the objective's, if it has one
 
     def upstream(self, x: Tensor) -> Tensor:
         """Return the loss's upstream gradient: 1, times the scaler's scale."""
@@ -24,7 +24,7 @@ class Injection(NamedTuple):
 
 def injected(y: Tensor, loss: Tensor, injection: Injection) -> tuple[Tensor, Tensor]:
     """Put ``loss`` into the graph of ``y``; return y and the loss detached."""
-    if in_functorch():  # there a loss inside vmap does not tell whether it requires a gradient
+    if in_functorch():  # inside vmap a loss does not know whether it requires a gradient
         return InjectLossInFunctorch.apply(y, loss, injection), loss.detach()
     return (InjectLoss.apply(y, loss, injection) if loss.requires_grad else y), loss.detach()
 

@@ -169,7 +169,7 @@ def multiply_(dx: Tensor, g: Tensor) -> None:
     _ops.multiply_.default(dx, g)
 
 
-# What serves the ops: C++ for CPU tensors, which registers itself; Triton, fetched by the first call; and fake tensors
+# Implementations: C++ for CPU, registered when loaded; Triton for CUDA, imported by the first call; fake tensors
 
 
 def _of_triton(name: str) -> Callable[..., Any]:

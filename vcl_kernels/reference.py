@@ -111,7 +111,11 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
         return F.gelu(x, approximate="none" if name == "gelu" else "tanh")
     if name == "relu":
         return F.relu(x)
-    return F.silu(x) if name == "silu" else torch.tanh(x)
+    if name == "silu":
+        return F.silu(x)
+    if name == "tanh":
+        return torch.tanh(x)
+    raise NotImplementedError(name)
 
 
 def activation_gradient(saved: Tensor, dy: Tensor, activation: Activation, *, from_output: bool) -> Tensor:
@@ -125,10 +129,12 @@ def activation_gradient(saved: Tensor, dy: Tensor, activation: Activation, *, fr
         return torch.where(y > 0, dy, dy * (y + parameter))
     if name == "identity":
         return dy
-    # PyTorch's own: where they stand in the graph of y a second derivative is 0, not an error
+    # PyTorch's backward ops: their derivative by y is 0, where that of a formula in place of them would be an error
     if name == "relu":
         return torch.ops.aten.threshold_backward(dy, y, 0)
-    return torch.ops.aten.leaky_relu_backward(dy, y, parameter, True)
+    if name == "leaky_relu":
+        return torch.ops.aten.leaky_relu_backward(dy, y, parameter, True)
+    raise NotImplementedError(name)
 
 
 def loss_of_variances(var: Tensor, beta: Tensor | float, form: str) -> Tensor:
@@ -151,8 +157,13 @@ def bounded_beta(beta: Tensor | float, beta_min: float) -> Tensor | float:
     return bound.apply(beta, beta_min)[0]
 
 
+def projected_gradient(dbeta: Tensor, below: Tensor) -> Tensor:
+    """``dbeta`` without what would push a beta below its bound further down; a NaN stays."""
+    return torch.where(below & (dbeta >= 0), 0.0, dbeta)
+
+
 def in_layout_of_gradient(x: Tensor) -> Tensor:
-    """Return ``x``, with a gradient in x's memory format. PyTorch's own is contiguous, or lies as dy."""
+    """Return ``x`` such that its gradient has x's memory format. PyTorch's own is contiguous, or has dy's."""
     if not (torch.is_grad_enabled() and x.requires_grad) or has_transform(x, None):
         return x
     return LayoutOfGradient.apply(x)
@@ -180,21 +191,21 @@ class LowerBound(torch.autograd.Function):
 
     @staticmethod
     def forward(beta: Tensor, least: float) -> tuple[Tensor, Tensor]:
-        """Return max(beta, least), and where beta is free to move."""
-        return beta.clamp(min=least), ~(beta < least)
+        """Return max(beta, least), and whether beta is below."""
+        return beta.clamp(min=least), beta < least
 
     @staticmethod
     def setup_context(ctx: Any, _inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]) -> None:
-        """Save where beta is free. Beta itself may be overwritten, which compiled code does not check."""
+        """Save whether beta is below. Beta itself may be overwritten, which compiled code does not check."""
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1])
         ctx.save_for_forward(output[1])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor, None]:
-        """Pass ``g`` where beta is free to follow it."""
-        (is_free,) = ctx.saved_tensors
-        return torch.where(is_free | ~(g >= 0), g, 0.0), None
+        """Return the projected gradient."""
+        (below,) = ctx.saved_tensors
+        return projected_gradient(g, below), None
 
 
 class LowerBoundInForwardMode(LowerBound):
@@ -203,5 +214,5 @@ class LowerBoundInForwardMode(LowerBound):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor, None]:
         """Pass the tangent where beta acts."""
-        (is_free,) = ctx.saved_tensors
-        return torch.where(is_free, tangent, 0.0), None
+        (below,) = ctx.saved_tensors
+        return torch.where(below, 0.0, tangent), None

@@ -1,4 +1,4 @@
-"""What forward saves for backward. It decides which kernels both call.
+"""What forward saves for backward. This decides which kernels the two call.
 
 Of a loss:
 
@@ -33,8 +33,8 @@ def for_loss(x: Tensor, spec: LossSpec, backend: Backend) -> LossSaving:
     """Decide what the loss of ``x`` saves."""
     if _holds(2 * spec.K * spec.n <= x.shape[0]):
         return LossSaving.ROWS
-    # float16: the upstream gradient (a GradScaler's) must multiply before rounding, or small values vanish. A beta
-    # that alone is learnt needs no dx. An exported graph serves all sizes.
+    # Not dx in float16: a GradScaler's scale must multiply before rounding, or small values vanish. Nor if only beta
+    # is learnt: dx is not wanted. Nor in an export: one graph serves all sizes.
     if x.dtype == torch.float16 or not x.requires_grad or torch.compiler.is_exporting():
         return LossSaving.X
     return LossSaving.DX if backend.one_pass(x, spec) else LossSaving.X
@@ -58,7 +58,7 @@ def apart_in_graph(x: Tensor, spec: LossSpec) -> bool:
 
 
 def _holds(condition: bool | torch.SymBool) -> bool:
-    """Return ``condition``; False for a symbolic size in an export, where that choice is right for all sizes."""
+    """Return ``condition``. In an export one of a symbolic size is False: that choice is right for every size."""
     if type(condition) is bool:
         return condition
     return not torch.compiler.is_exporting() and bool(condition)

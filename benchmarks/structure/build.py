@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.launches import Recorded
+from benchmarks.structure.launches import Recorded
 
 from .code import Code, Sass, disassembled, of_amd, of_nvidia
 

@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 from benchmarks.cases import ELU_11, Case
-from benchmarks.launches import activation_jobs, recorded, spec_of
+from benchmarks.structure.launches import activation_jobs, recorded, spec_of
 
 from .build import Specialised, build, specialise
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.launches import Recorded
+from benchmarks.structure.launches import Recorded
 
 from .build import Specialised, build, specialise
 from .code import Code, Sass

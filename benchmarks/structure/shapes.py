@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from benchmarks.cases import CONVNEXT, ELU_11, RESNET_50, VIT, Case
-from benchmarks.launches import Recorded, activation_jobs, loss_jobs, moments_jobs, recorded, spec_of
+from benchmarks.structure.launches import Recorded, activation_jobs, loss_jobs, moments_jobs, recorded, spec_of
 from vcl_kernels.options import ACTIVATIONS
 
 EVERY_DTYPE = ("float32", "bfloat16", "float16")

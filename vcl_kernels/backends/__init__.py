@@ -43,7 +43,8 @@ def choose(name: str | None, x: Tensor) -> str:
     if name is None:
         if device in ("cpu", "meta"):  # of meta tensors the ops' shapes and strides
             return "cpu" if cpu.reason() is None else "reference"
-        return "triton" if device == "cuda" and available.reason_not_installed() is None else "reference"
+        compiles = available.reason_not_installed() is None and not available.interpreting()
+        return "triton" if device == "cuda" and compiles else "reference"
     if name not in NAMES:
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}; got {name!r}")
     if name == "reference":

@@ -1,4 +1,4 @@
-"""What autograd asks of a backend. The registered ops fulfil it for each device, the ops of Triton in person."""
+"""What autograd calls: ``vcl_kernels/ops.py``, on registered ops, or Triton's functions under its interpreter."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Saved(NamedTuple):
 
 
 class Backend(Protocol):
-    """Functions of tensors that may lie however they lie.
+    """Arguments may have any strides. Results have x's memory format, and one value per unit has x's order of units.
 
-    Results lie as x does, those of units in x's order of units; or as for a contiguous x where kernels cannot read x
-    where it lies. ``dbeta`` has no elements unless ``beta_grad``, ``rows`` none unless ``keep_rows``.
+    If no kernel can read x's strides, results are those of a contiguous x.
+    ``dbeta`` has no elements unless ``beta_grad``, ``rows`` none unless ``keep_rows``.
     """
 
     def one_pass(self, x: Tensor, spec: LossSpec) -> bool:
@@ -78,4 +78,4 @@ class Backend(Protocol):
         """Return dx = g · (scale · (x - mean) + shift), of N rows: zeros past the last sub-batch."""
 
     def multiply_(self, dx: Tensor, g: Tensor) -> None:
-        """Multiply a dense ``dx`` by one value."""
+        """Multiply a dense ``dx`` by one value, without waiting for the device. (On CPUs autograd multiplies.)"""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...geometry import Geometry, accumulation_dtype, empty_rows, empty_units, in_layout, in_unit_order, with_strides
 from ...options import FORMS, IDENTITY, NO_MINIMUM, LossSpec, SubBatches
+from ...reference import projected_gradient
 from ..interface import Coefficients, Saved
 from . import backward, finalise, multiply
 from . import moments as partial_moments
@@ -153,7 +154,7 @@ def _reduced(loss: Tensor, dbeta: Tensor | None, beta: Tensor | None, spec: Loss
     if spec.reduce and dbeta is not None and beta is not None and beta.dim() == 0:
         dbeta = dbeta.sum() if dbeta.dim() else dbeta
         if spec.beta_min != NO_MINIMUM:
-            dbeta = torch.where((beta < spec.beta_min) & (dbeta >= 0), 0.0, dbeta)
+            dbeta = projected_gradient(dbeta, beta < spec.beta_min)
     return loss.sum() if spec.reduce and loss.dim() else loss, loss.new_empty(0) if dbeta is None else dbeta
 
 

@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from vcl_kernels import saving
 from vcl_kernels.backends.interface import Coefficients, Saved
 from vcl_kernels.backends.triton import ops
 from vcl_kernels.backends.triton.launch import Launch
@@ -60,7 +61,7 @@ def beta_of(x: Tensor, spec: LossSpec) -> Tensor | None:
 def loss_jobs(x: Tensor, spec: LossSpec) -> dict[str, Job]:
     """What vcl_loss calls, by what it is called for."""
     beta, g = beta_of(x, spec), x.new_full((), 0.5, dtype=accumulation_dtype(x.dtype))
-    keep = 2 * spec.K * spec.n <= x.shape[0]  # as autograd does
+    keep = saving.for_loss(x, spec, ops) is saving.LossSaving.ROWS
     rows = x[: spec.K * spec.n] if keep else x
     with_grad = beta is not None
     mean, scale = (empty_units(x, spec.per_activation, spec.K).fill_(0.5) for _ in range(2))
@@ -96,7 +97,7 @@ def activation_jobs(x: Tensor, spec: LossSpec, name: str) -> dict[str, Job]:
     """What vcl_activation calls: forward, and backward with the upstream gradients of both, of y, of the loss."""
     chosen = Activation(ACTIVATIONS.index(name), 1.0)
     beta, g = beta_of(x, spec), x.new_full((), 0.5, dtype=accumulation_dtype(x.dtype))
-    keep = chosen.from_output and 2 * spec.K * spec.n <= x.shape[0]
+    keep = saving.output_and_rows(x, spec, chosen)
     rows = x[: spec.K * spec.n] if keep else None
     dy = torch.full_like(x, 0.5)
     mean, scale = (empty_units(x, spec.per_activation, spec.K).fill_(0.5) for _ in range(2))
