@@ -55,7 +55,12 @@ def moments(  # noqa: PLR0913
     by_pos = tl.cdiv(P, FB) if ALONE else 1
     pid = tl.program_id(0)
     if pid < blocks * K * parts:
-        part, k, block = pid % parts, pid // parts % K, pid // parts // K
+        rest, part = pid, 0 * pid
+        if parts > 1:  # divisions are slow, and small sub-batches have no parts
+            rest = pid // parts
+            part = pid - rest * parts
+        block = rest // K
+        k = rest - block * K
         by_row = tl.cdiv(n, STEP)
         begin = (part * tiles_of_part).to(n.dtype)
         end = tl.minimum(begin + tiles_of_part, by_row * by_pos)
@@ -77,7 +82,7 @@ def moments(  # noqa: PLR0913
             less = pivot.to(SUMS) * shrink
             row, at = first, position
             for t in range(begin, end):
-                mask = (row + i < n) & (at < length)[None, :]
+                mask = (row < n - i) & (at < length)[None, :]
                 unread = mask & ((i > 0) | (t > begin) | (not first_pass))
                 if T.even:
                     here = (row_at(row, Q, x_sample, x_row, T) + at)[None, :] + row_at(i, Q, x_sample, x_row, T)
