@@ -46,3 +46,7 @@ def test_headers_compile_alone(header, level):
 def test_enumerations_have_the_order_of_options(enum, names):
     (body,) = re.findall(rf"enum class {enum} : int64_t {{(.*?)}}", (CSRC / "plain.h").read_text(), re.DOTALL)
     assert tuple(body.replace(",", " ").split()) == names
+
+
+def test_activations_are_counted_to_the_last():
+    assert f"kActivations = static_cast<int>(Activation::{ACTIVATIONS[-1]}) + 1;" in (CSRC / "plain.h").read_text()

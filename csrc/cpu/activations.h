@@ -213,7 +213,7 @@ VCL_IN_LOOP Vec<A> activation_gradient(Vec<A> s, Vec<A> dy, A parameter) {
 
 // Calls f with the activation as a constant.
 template <class F> VCL_IN_LOOP void with_activation(Activation act, F&& f) {
-  unrolled<static_cast<int>(Activation::tanh) + 1>([&] [[gnu::always_inline]] (auto i) {
+  unrolled<kActivations>([&] [[gnu::always_inline]] (auto i) {
     constexpr Activation constant = static_cast<Activation>(i());
     if (act == constant) f(std::integral_constant<Activation, constant>());
   });

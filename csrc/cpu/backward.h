@@ -1,6 +1,6 @@
 // Row by row in memory order:
 //   dx = dy · activation'(saved) + upstream · (scale · (x - mean) + shift)
-// where each term stands only if its tensors do, the second only in rows that take part in the loss.
+// A term without tensors is left out. Rows that take no part have no second term.
 #pragma once
 
 #include "activations.h"
@@ -19,7 +19,7 @@ template <class T> struct Backward {
   const int64_t run, row_values;
   explicit Backward(const BackwardJob<T>& job) : j(job), g(job.g), run(g.run()), row_values(g.row_values()) {}
 
-  // What the values of row i from `at` on, within a run, are made from and go to.
+  // Where the values of row i from `at` on, within a run, are read and written.
   struct Row {
     const T *saved, *dy, *x;
     T* dx;
@@ -58,8 +58,8 @@ template <class T> struct Backward {
     }
   }
 
-  // A coefficient for each of the values [at, at + len) of a row: where they lie, or else written to `room`, up to a
-  // vector past their end.
+  // Coefficients of the values [at, at + len) of a row: a pointer to where they already lie, or `room` filled with them
+  // (up to a vector past the end).
   const A* expanded(const A* coefficients, int64_t k, int64_t at, int64_t len, A* room) const {
     const A* from = coefficients + k * g.U;
     if (g.spatial) return repeat(from, g.P, at, len, room), room;

@@ -48,7 +48,7 @@ template <class T> struct Forward {
 
   // ---- moments of one part for a block of units
 
-  // Where the part after this one begins: of the same units, and after their last of the next block.
+  // Start of the next part: of these units, or after their last one of the next block.
   const T* next_part(int64_t k, int64_t s, Block b) const {
     if (s + 1 == S) return k + 1 < g.K ? x((k + 1) * g.n, b.u0) : x(0, b.u1);
     const Part c = parts.at(s + 1);
@@ -102,7 +102,7 @@ template <class T> struct Forward {
     }
   }
 
-  // Of x that the moments left in cache.
+  // The activation and the copied rows of a part; x is still in cache from its moments.
   template <bool stream> void activate_part(int64_t k, int64_t s, Block b) const {
     const Part c = parts.at(s);
     for (int64_t i = k * g.n + c.i0; i < k * g.n + c.i1; ++i) {
@@ -139,7 +139,7 @@ template <class T> struct Forward {
     return from_wide<A>(all);
   }
 
-  // The same where one part is all of a sub-batch, and its mean final.
+  // The variance where one part is all of a sub-batch; its mean is final.
   VCL_IN_LOOP void variance(const Vec<double>* m2, Wide<A>& var) const {
     for (int h = 0; h < H; ++h) var[h] = m2[h] * freedom;
   }
@@ -148,7 +148,7 @@ template <class T> struct Forward {
     if (to) store_up_to<false>(to + k * g.U + u, from, width);
   }
 
-  // Of the h-th float64 vector of units from u on.
+  // The beta of the h-th float64 vector of units from u on.
   Vec<double> beta_of(int64_t u, int64_t width, int h) const {
     if (!j.loss.beta) return broadcast<double>(j.loss.spec.beta_value);
     return to_wide<A>(j.loss.beta_per_unit ? load_up_to(j.loss.beta + u, width) : broadcast<A>(*j.loss.beta), h);

@@ -50,7 +50,7 @@ template <class T, bool stream> inline void zero_run(T* dx, int64_t len) {
   std::memset(dx + q, 0, (len - q) * sizeof(T));
 }
 
-// Each value of `from` P times over: of what that makes, [first, first + len). Writes up to a vector past the end.
+// Repeats each value of `from` P times and writes elements [first, first + len) of that, up to a vector past the end.
 template <class A> inline void repeat(const A* from, int64_t P, int64_t first, int64_t len, A* to) {
   for (int64_t q = 0, u = first / P, left = P - first % P; q < len; ++u, left = P) {
     const int64_t end = q + left < len ? q + left : len;

@@ -41,7 +41,7 @@ template <class F> void parallel(int64_t tasks, int64_t elements_per_task, const
   torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, kSerial / 2 / std::max<int64_t>(1, elements_per_task)), f);
 }
 
-// Two kinds of tasks at once, of each of which every thread takes the same share.
+// Two sets of tasks at once; every thread takes the same share of each.
 template <class F, class G> void parallel_both(int64_t a, const F& f, int64_t b, const G& g, int64_t elements) {
   const int64_t shares = elements < kSerial ? 1 : torch::stable::get_num_threads();
   const auto share = [&](int64_t begin, int64_t end) {
@@ -56,7 +56,7 @@ template <class F, class G> void parallel_both(int64_t a, const F& f, int64_t b,
 
 struct Results { MaybeTensor loss, dbeta, dx, y, mean, var, scale, rows; };
 
-// All results but sums over units: new tensors, which the job points to. `rows`: how rows that are written lie.
+// All results but sums over units: new tensors, which the job points to. `rows`: shape of the rows that are written.
 template <class T>
 Results allocate(ForwardJob<T>& j, const Tensor& x, const Shape& shape, const Shape& rows, const Request& q) {
   using A = acc_t<T>;
@@ -101,7 +101,7 @@ template <class T> Results forward(const Tensor& given, MaybeTensor beta, const 
   const SubBatches& sub_batches = q.spec.sub_batches;
   const Tensor x = in_layout(given, sub_batches.per_activation);
   const Shape shape = shape_of(x);
-  const Shape rows = q.want == Want::dx || q.activates() ? rows_as(x, shape, shape.sizes[0]) : shape;
+  const Shape rows = q.want == Want::dx || q.writes_rows() ? rows_as(x, shape, shape.sizes[0]) : shape;
   beta = in_unit_order(beta, shape, sub_batches.per_activation);
   ForwardJob<T> j{};
   j.g = geometry_of(shape, sub_batches);

@@ -17,6 +17,7 @@ template <class T> using acc_t = std::conditional_t<sizeof(T) == 8, double, floa
 
 enum class Form : int64_t { ratio, variance, relative_variance };
 enum class Activation : int64_t { identity, relu, leaky_relu, elu, gelu, gelu_tanh, silu, tanh };
+constexpr int kActivations = static_cast<int>(Activation::tanh) + 1;  // of the last enumerator
 
 struct ActivationSpec {
   Activation kind;

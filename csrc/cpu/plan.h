@@ -18,16 +18,16 @@ struct Request {
 
   bool wants_loss() const { return want != Want::moments; }
   bool wants_coefficients() const { return want == Want::coefficients || want == Want::activation; }
-  // Whether y is written or, by the identity, the rows that take part.
-  bool activates() const { return want == Want::activation || keep_rows; }
+  // Whether rows are written: y, or the copied rows that take part.
+  bool writes_rows() const { return want == Want::activation || keep_rows; }
 };
 
 constexpr int64_t kSerial = 32768;              // elements under which starting threads costs more than it gains
-constexpr int64_t kFinalise = 8;                // elements whose pass takes as long as a unit's coefficients, per part
+constexpr int64_t kFinalise = 8;                // cost of a unit's coefficients, per part, in elements
 constexpr int64_t kBlockBytes = 512 << 10;      // of x in a block of units: it is read again from L2
 constexpr int64_t kUnitBlockBytes = 256 << 10;  // where units are contiguous: rows far apart share few cache sets
-constexpr int64_t kStreamLater = 4 << 20;       // least bytes of a result that is long cold when it is wanted
-constexpr int64_t kStreamNext = 16 << 20;       // of one that may still lie in L3 when the next layer reads it
+constexpr int64_t kStreamLater = 4 << 20;       // least bytes of a result that is used only later, out of cache
+constexpr int64_t kStreamNext = 16 << 20;       // least bytes of one that the next layer reads at once, perhaps from L3
 constexpr int64_t kJoinedRun = 8192;            // values in a run of units, with their coefficients in cache
 constexpr int64_t kPartBlockBytes = 256 << 10;  // of x in a block of a part: its activation finds it in L2
 constexpr int64_t kPartMoments = 4 << 20;       // bytes of the moments of parts that may exceed half of x
@@ -48,7 +48,7 @@ inline int64_t block_units(const Geometry& g, int64_t size) {
 // Whether a block writes its units as one run. A gradient only where units do not end on a vector: its coefficients
 // must be repeated for each value.
 inline bool joins(const Geometry& g, const Strides& out, const Request& q, int64_t block) {
-  const bool wanted = q.want == Want::dx ? g.P % 16 != 0 : q.activates();
+  const bool wanted = q.want == Want::dx ? g.P % 16 != 0 : q.writes_rows();
   return wanted && g.spatial && g.strides.unit == g.P && out.unit == g.P && g.P <= Parts(g).most &&
          block * g.P <= kJoinedRun;
 }

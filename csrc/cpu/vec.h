@@ -5,7 +5,7 @@
 
 namespace vcl::VCL_ISA {
 
-// In the loop, whatever the compiler's own measure: a call would write every vector that is in use to memory.
+// Always inlined: a call would spill every live vector.
 #define VCL_IN_LOOP [[gnu::always_inline]] inline
 
 template <class A, int bytes> struct VectorOf { typedef A type __attribute__((vector_size(bytes))); };
