@@ -19,7 +19,7 @@ GELU_TANH = tl.constexpr((1.5957691216057308, 0.044715))
 
 @triton.jit
 def activate(x, parameter, ACTIVATION: tl.constexpr, HALF: tl.constexpr):
-    """y = act(x), to be rounded to 16 bits if HALF; ``parameter`` is alpha of elu, the slope of leaky_relu."""
+    """y = activation(x), to be rounded to 16 bits if HALF; ``parameter`` is alpha of elu, the slope of leaky_relu."""
     parameter = tl.full(x.shape, parameter, x.dtype)
     if ACTIVATION == "identity":
         return x
@@ -150,5 +150,5 @@ def gelu_tanh_argument(x):
 
 @triton.jit
 def saturated(x):
-    """X within bounds, past which gelu equals its limits even in float64, so that powers do not overflow."""
+    """x within bounds, past which gelu equals its limits even in float64, so that powers do not overflow."""
     return tl.minimum(tl.maximum(x, -40.0), 40.0)

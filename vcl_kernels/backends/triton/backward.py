@@ -1,6 +1,6 @@
 """dx = dy · activation' + g · (scale · (x - mean) + shift): all that backward computes, in one pass.
 
-Each term is there if its tensors are. The second is zero for rows that take no part.
+A term without tensors is left out. Rows that take no part have no second term.
 """
 
 import functools
@@ -15,11 +15,11 @@ from .activations import activation_gradient
 from .launch import RUN_TIME, WARPS, Launch, Settings, cdiv, power_of_2
 from .tiles import as_runs, row_at, run_length, run_tile, unit_in_run
 
-TILES = 4  # at most for which a program reads coefficients once
-ROWS = 4  # of a tile, which one thread has
-ELEMENTS = 8  # neighbouring ones of a row, which one thread has; of float64 half as many
-REGISTERS = 160  # of a thread at most: 12 warps of a multiprocessor have as many, and some are left
-UNIT_WARPS = 4  # of a program by unit, where it has so many values
+TILES = 4  # most tiles of a program, which reads its coefficients once
+ROWS = 4  # of a tile in one thread
+ELEMENTS = 8  # neighbouring elements of a row in one thread; half as many in float64
+REGISTERS = 160  # most of a thread: a multiprocessor then holds 12 warps
+UNIT_WARPS = 4  # most of a program in the unit layout
 
 
 class Tensors(NamedTuple):
@@ -41,8 +41,8 @@ def backward(  # noqa: PLR0913
     N, K, n, U, P, Q, x_sub_batch, x_sample, x_row, x_run, to_row, to_run, rows, parts, blocks, run_units,
     ACTIVATION: tl.constexpr, FROM_OUTPUT: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Program: some ``rows`` of a sub-batch, or past the last, of a run or of FB positions of it."""
-    U = to_row.to(tl.int64) * T.aligned if T.kind == "units" else U  # of which the compiler knows a divisor
+    """Program: ``rows`` rows of a sub-batch, or of the rows past the last, for a run or FB of its positions."""
+    U = to_row.to(tl.int64) * T.aligned if T.kind == "units" else U  # so the compiler knows a divisor of U
     UB = T.UB if T.kind == "units" else run_units
     by_pos = tl.cdiv(P, T.FB) if T.kind == "alone" else 1
     pid = tl.program_id(0)
@@ -111,7 +111,7 @@ def rule(saved: Geometry, dx: Geometry, itemsize: int) -> Settings:
         NB = min(power_of_2(dx.n), ROWS if itemsize == 2 else ROWS // 2)  # 64 bytes of a thread
         tile, warps = {"NB": NB, "UB": UB, "FB": FB}, max(1, FB // lanes)
     else:
-        NB = ROWS // 2 if dx.M in (5, 6) else ROWS  # of which 6 are covered with less
+        NB = ROWS // 2 if dx.M in (5, 6) else ROWS  # 5 or 6 rows are padded to 6, not to 8
         UB = min(power_of_2(dx.U), 64 if dx.M >= 64 else lanes)
         MB = min(power_of_2(cdiv(dx.M, 2 * NB)), UNIT_WARPS * lanes // UB)
         tile, warps = {"NB": NB, "MB": MB, "UB": UB}, max(1, MB * UB // lanes)
@@ -132,7 +132,7 @@ def programs_of(x: Geometry, tile: dict[str, int]) -> int:
 
 def plan(saved: Geometry, dx: Geometry, itemsize: int, settings: Settings | None = None) -> Launch:
     """Decide the launch, of ``dx.N`` rows."""
-    dx = dx._replace(spatial=saved.spatial)  # one unit alone is both, if its values lie one after another
+    dx = dx._replace(spatial=saved.spatial)  # one unit of contiguous values fits both layouts: take that of ``saved``
     settings = settings or rule(saved, dx, itemsize)
     tile, _, parts = settings
     T, sizes = as_runs(saved._replace(N=dx.N), tile)

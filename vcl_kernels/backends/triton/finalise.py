@@ -35,9 +35,10 @@ def finalise(  # noqa: PLR0913
     FORM: tl.constexpr,  # or None: moments alone
     BETA: tl.constexpr, REDUCE: tl.constexpr, ACC: tl.constexpr, SB: tl.constexpr, KB: tl.constexpr, UB: tl.constexpr,
 ):  # fmt: skip
-    """Program: UB units at a time, all sub-batches, SB parts at a time. REDUCE: it is the only one, and adds units.
+    """Program: UB units at a time, all their sub-batches, SB parts at a time.
 
-    Without parts there is m2 alone to read, and the means are where they belong.
+    With REDUCE it is the only program, and sums over units. Without parts, ``partial`` is m2 alone, and the means are
+    already where they belong.
     """
     beta = Beta(tensors.beta, beta_value, beta_min, factor)
     first = tl.program_id(0).to(tl.int64) * UB
@@ -52,7 +53,7 @@ def finalise(  # noqa: PLR0913
         out = k.to(tl.int64) * U + units[None, :]
         m2 = tl.load(tensors.partial + plane + out, mask=mask, other=0.0)
         if parts > 1:
-            # parts in two planes, mean and m2, and then how many values each has; means are counted off one of them
+            # partial: all means, all m2, and each part's count. Means are summed as differences from the first part's
             one = tl.load(tensors.partial + out, mask=mask, other=0.0)
             mean = tl.zeros([KB, UB], tl.float64)
             for start in range(0, parts, SB):
@@ -110,7 +111,7 @@ def rule(x: Geometry, one_program: bool) -> Settings:
 def plan(x: Geometry, parts: int, reduce: bool, settings: Settings | None = None) -> Launch:
     """Decide the launch.
 
-    ``reduce``: wanted is the sum over units; REDUCE says whether the launch gives it.
+    ``reduce``: the sum over units is wanted. REDUCE: this launch computes it; else the caller does.
     """
     one_program = reduce and power_of_2(x.K) * x.U * parts <= READ_BY_ONE
     settings = settings or rule(x, one_program)

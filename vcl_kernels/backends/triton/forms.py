@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Beta(NamedTuple):
-    """A unit's beta, which acts as max(beta, least); times ``factor`` are the loss and its gradients."""
+    """Beta as kernels get it; max(beta, least) acts. ``factor`` multiplies the loss and its gradients."""
 
     tensor: Tensor | None  # of one value or of one for each unit
     value: float  # where there is no tensor

@@ -15,10 +15,11 @@ RUN_TIME = (
     *("plane", "parts", "tiles_of_part", "rows", "blocks", "run_units"),
 )
 
-WARPS = 2048  # wanted of a launch at least: what an H100 holds of 128 registers
+WARPS = 2048  # least warps of a launch: an H100 holds as many at 128 registers a thread
 
 MOST_PROGRAMS = 2**31 - 1
-ROOM = 2**16  # that a tile may reach past a size, counted in 32 bits; sizes from 2^31 on are counted in 64
+# How far a tile may reach past a size. Sizes this close below 2^31 are refused; larger ones are counted in 64 bits.
+ROOM = 2**16
 
 
 class Settings(NamedTuple):
@@ -40,7 +41,7 @@ class Launch(NamedTuple):
     sizes: dict[str, int]
     constants: dict[str, Any]
     settings: Settings
-    registers: int = 128  # of which a multiprocessor has as many as 16 warps take
+    registers: int = 128  # a multiprocessor then holds 16 warps
 
     @property
     def name(self) -> str:

@@ -15,11 +15,11 @@ from .activations import activate
 from .launch import RUN_TIME, WARPS, Launch, Settings, cdiv, power_of_2
 from .tiles import SHRUNK, as_runs, by_unit, chan_merge, row_at, run_length, run_tile, unit_in_run
 
-ROWS = 8  # of a tile, which one thread has: as many loads are on their way at once
-TILES = 32  # of a program at most: roundings of its sums grow with each
-FEW = 256  # values of a unit in a sub-batch: up to so many, rounding errors do not average out, and sums are float64
-CANCELLED = tl.constexpr(8.0)  # times its m2 that a unit's Σ (x - pivot)² may be; about 2 is to be expected
-LARGE = tl.constexpr(2.0**100)  # m2 of values that may have been past float32's range, and that SHRUNK are not below it
+ROWS = 8  # of a tile in one thread: as many loads are in flight
+TILES = 32  # most tiles of a program: each adds a rounding to its sums
+FEW = 256  # values of a unit in a sub-batch. Up to this many, rounding errors do not average out: sum in float64
+CANCELLED = tl.constexpr(8.0)  # largest Σ (x - pivot)² / m2 without a second pass; about 2 is expected
+LARGE = tl.constexpr(2.0**100)  # least m2 that a pass over shrunk x is trusted with: no square underflowed
 
 
 class Tensors(NamedTuple):
@@ -46,7 +46,7 @@ def moments(  # noqa: PLR0913
     ALONE: tl.constexpr = T.kind == "alone"
     STEP: tl.constexpr = T.NB * T.MB
     FB: tl.constexpr = T.FB
-    U = to_row.to(tl.int64) * T.aligned if T.kind == "units" else U  # of which the compiler knows a divisor
+    U = to_row.to(tl.int64) * T.aligned if T.kind == "units" else U  # so the compiler knows a divisor of U
     i = tl.arange(0, T.NB)[:, None] * T.MB
     f = tl.arange(0, FB)
     column = unit_in_run(f, P, T) if T.kind == "units" else f
@@ -103,14 +103,14 @@ def moments(  # noqa: PLR0913
                     at += tl.where(row < n, 0, FB)
                     row = tl.where(row < n, row, 0)
             own, own_m2, squares = own_moments(pivot, total, squares, inverse, shrink)
-            # a second pass has means as pivots, as x is rounded, where sums were finite
+            # a second pass takes the means, in x's dtype, as pivots, where sums were finite
             pivot = tl.where(tl.abs(own) < float("inf"), own.to(ACC).to(pivot.dtype), pivot)
             own, own_m2, squares = columns(own, P, T), columns(own_m2, P, T), columns(squares, P, T)
             if T.kind == "shared":
                 own_m2, squares = tl.where(count > 0, own_m2, 0.0), tl.where(count > 0, squares, 0.0)
             mean, m2 = chan_merge(own, own_m2, count, values, 0, ACC)
             units = block.to(tl.int64) * T.UB + tl.arange(0, T.UB)
-            # of shrunk x a pass has found m2 where that is so large that no square was below the range; of NaN too
+            # a pass over shrunk x stores m2 only where it is so large that no square underflowed, or NaN
             least = tl.where(shrink < 1.0, tl.full([], LARGE, tl.float64), float("-inf"))
             found = (units < U) & ((m2 > least) | (m2 != m2))
             at = (part.to(tl.int64) * K + k) * U + units
@@ -135,17 +135,17 @@ def moments(  # noqa: PLR0913
 
 @triton.jit
 def counts(begin, end, parts, n, P, length, T: tl.constexpr):
-    """How many values columns have in tiles from begin to end [FB // UB, UB or 1], 1 / that [FB or 1], and a unit's."""
+    """Of tiles [begin, end): values in each column [FB // UB, UB or 1], 1 / that [FB or 1], and values of a unit."""
     STEP: tl.constexpr = T.NB * T.MB
     COLUMNS: tl.constexpr = T.FB // T.UB
     if T.kind == "units":
-        seen = tl.minimum(tl.cdiv(n - tl.arange(0, T.MB)[:, None], T.MB), end * T.NB) - begin * T.NB
-        count = tl.maximum(seen, 0)
+        below = tl.minimum(tl.cdiv(n - tl.arange(0, T.MB)[:, None], T.MB), end * T.NB) - begin * T.NB
+        count = tl.maximum(below, 0)
         inverse = tl.broadcast_to(1.0 / tl.maximum(count, 1).to(tl.float64), [T.MB, T.UB])
         return count, tl.reshape(inverse, [T.FB]), (tl.minimum(n, end * STEP) - begin * STEP).to(tl.float64)
     else:
-        # tiles go down the rows at one position after another: the last elements of a unit have ``in_last`` of these
-        # rows, and those before have ``before`` besides
+        # tiles run down all rows at one block of positions, then at the next: every element has ``before`` rows, and
+        # those inside the last block have ``in_last`` more
         by_row = tl.cdiv(n, STEP)
         by_pos = tl.cdiv(P, T.FB) if T.kind == "alone" else 1
         in_last, before = n, n * (by_pos - 1)
@@ -190,9 +190,9 @@ def own_moments(pivot, total, squares, inverse, shrink):
 
 @triton.jit
 def next_pass(m2, squares, first_pass, SUMS: tl.constexpr, OF_X: tl.constexpr):
-    """What x is multiplied by in a second pass, and whether one is needed.
+    """The factor of x in a second pass, and whether one is needed.
 
-    It is where squares were past float32's range, and where pivots were outliers: of Σ (x - pivot)² nearly all cancels.
+    It is where a square overflowed float32, or the pivot was an outlier, so that nearly all of Σ (x - pivot)² cancels.
     """
     shrink = tl.full([], 1.0, SUMS)
     if tl.float32 == SUMS:
@@ -223,7 +223,7 @@ def rule(x: Geometry, writes: bool, itemsize: int) -> Settings:
     lanes = 32 * elements_of_thread(itemsize)
     if x.spatial:
         UB, FB = run_tile(x, 64, 2 * lanes, (lanes, lanes))
-        NB = min(power_of_2(x.n), 2 if writes and x.n in (5, 6) else rows)  # of which 6 are covered with less
+        NB = min(power_of_2(x.n), 2 if writes and x.n in (5, 6) else rows)  # 5 or 6 rows are padded to 6, not to 8
         tile = {"NB": NB, "UB": UB, "FB": FB}
         warps = 1 if UB == 1 else max(2, FB // lanes)  # what warps exchange goes by shared memory
     else:
@@ -240,12 +240,12 @@ def elements_of_thread(itemsize: int) -> int:
 
 
 def plane(x: Geometry, parts: int) -> int:
-    """Return the distance between what is kept of parts: mean, m2, and then their counts."""
+    """Return the distance in ``partial`` from means to m2, and from m2 to counts; 0 without parts."""
     return 0 if parts == 1 else parts * x.K * x.U
 
 
 def partial_size(x: Geometry, parts: int) -> int:
-    """Return how many values are kept: m2 of each sub-batch, or of parts two planes and a count for each."""
+    """Return the size of ``partial``: m2 of each sub-batch, or means and m2 of parts, and a count for each part."""
     return x.K * x.U if parts == 1 else 2 * plane(x, parts) + parts
 
 
@@ -261,7 +261,7 @@ def plan(x: Geometry, itemsize: int, activates: bool, keeps: bool = False, setti
     by_pos = cdiv(x.P, T.FB) if T.kind == "alone" else 1
     rest = sizes["N"] - x.K * sizes["n"] if activates else 0
     tiles, rest_tiles = (cdiv(rows, T.NB * T.MB) * by_pos for rows in (sizes["n"], rest))
-    # merging takes as long as a tile: two in each part, but where a GPU would be idle
+    # merging a part costs a tile: at least two tiles a part, unless a GPU would be idle
     idle = T.kind == "units" and x.M > FEW and cdiv(x.U, T.UB) * x.K * tiles * warps <= WARPS // 4
     parts = min(tiles if idle else max(1, tiles // 2), parts)
     tiles_of_part = cdiv(tiles, max(parts, cdiv(tiles, TILES)))

@@ -12,8 +12,8 @@ from .forms import Beta, coefficients
 from .launch import RUN_TIME, Launch, Settings, cdiv, power_of_2, warps_for
 from .tiles import SHRUNK, as_runs, by_unit, chan_merge, row_at, run_length, run_tile, unit_in_run
 
-# Elements of a tile, padding included, of which a thread of 8 warps holds 64 in registers, or one of 16 warps 16: where
-# units are contiguous addresses take as many again, and more would spill.
+# Most elements of a tile, padding included: 64 in each thread of 8 warps; in the unit layout, where addresses take
+# registers too, 16 in each thread of 16 warps. More would spill.
 MOST_SPATIAL = 16384
 MOST_UNIT = 8192
 
@@ -39,7 +39,7 @@ def one_pass(  # noqa: PLR0913
     Tile [row, sub-batch · element of the run]; of three dimensions Triton 3.6 would spread rows over threads. In the
     unit layout [sub-batch, row, unit], for few units.
     """
-    U = to_row.to(tl.int64) * T.aligned if T.kind == "units" else U  # of which the compiler knows a divisor
+    U = to_row.to(tl.int64) * T.aligned if T.kind == "units" else U  # so the compiler knows a divisor of U
     block = tl.program_id(0).to(tl.int64)
     units = block * T.UB + tl.arange(0, T.UB)
     length = run_length(block, U, P, T.UB, T)

@@ -112,9 +112,9 @@ def multiply_(dx: Tensor, g: Tensor) -> None:
 
 
 def _moments(x, sub_batches, mean=None, y=None, rows=None, activation=None) -> tuple[Tensor, int]:
-    """m2 of each sub-batch, with mean filled if given; or of its parts what finalise makes both of. And how many parts.
+    """Launch ``moments``; return ``partial`` and the number of parts. mean, y and rows are filled if given.
 
-    y and rows are filled if given.
+    Without parts ``partial`` is m2. With parts finalise computes m2 and fills the mean.
     """
     g = _geometry(x, sub_batches)
     launch = partial_moments.plan(g, x.element_size(), activates=y is not None, keeps=rows is not None)

@@ -26,7 +26,7 @@ class Tile(NamedTuple):
     """What a kernel is specialised for: the kind of its runs, and a tile [NB, FB] of MB · NB rows."""
 
     kind: str  # of a run
-    aligned: int  # a power of two that divides all distances, which kernels get divided by it; 16 at most
+    aligned: int  # the power of two, 16 at most, by which all distances were divided
     even: bool  # rows lie one distance apart; else those of each sample of x do
     NB: int
     UB: int  # 0: given at run time
@@ -52,9 +52,9 @@ def run_length(block, U, P, UB, T: tl.constexpr):
 
 @triton.jit
 def by_unit(a, P, KB: tl.constexpr, T: tl.constexpr):
-    """[KB, FB // UB, UB] of the elements of KB runs [KB · FB]: those of a unit, then its last again, are a column.
+    """Elements of KB runs [KB · FB] as [KB, FB // UB, UB], a column for each unit. A short column repeats its last.
 
-    Of one dimension, elements go through shared memory. Of two, Triton would shuffle each with each.
+    In one dimension elements are gathered through shared memory. In two, Triton would shuffle each with each.
     """
     if T.kind == "shared":
         e = tl.arange(0, KB * T.FB)
