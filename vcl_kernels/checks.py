@@ -22,7 +22,7 @@ from .options import (
     Activation,
     LossSpec,
     SubBatches,
-    sub_batches,
+    number_of_sub_batches,
 )
 
 _ACTIVATION_NAMES = tuple(name for name in ACTIVATIONS if name != "gelu_tanh")  # that is gelu, approximate="tanh"
@@ -198,7 +198,7 @@ def _loss_spec(
             f"x has {x.shape[0]} samples; a loss over two sub-batches of sub_batch_size={sub_batch_size} "
             f"needs at least {2 * sub_batch_size}"
         )
-    K = sub_batches(form, x.shape[0], sub_batch_size, num_sub_batches)
+    K = number_of_sub_batches(form, x.shape[0], sub_batch_size, num_sub_batches)
     value = _beta_value(x, beta, form, per_activation)
     factor = weight
     if reduction == "mean":

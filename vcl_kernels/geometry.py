@@ -31,9 +31,9 @@ class Geometry(NamedTuple):
     pos_stride: int
 
     @classmethod
-    def of(cls, x: Tensor, cut: SubBatches | LossSpec) -> Geometry:
+    def of(cls, x: Tensor, sub_batches: SubBatches | LossSpec) -> Geometry:
         """Return the geometry of ``x``, which comes from ``in_layout``."""
-        return cls.of_shape(x.shape, x.stride(), cut.n, cut.K, cut.per_activation)
+        return cls.of_shape(x.shape, x.stride(), sub_batches.n, sub_batches.K, sub_batches.per_activation)
 
     @classmethod
     def of_shape(cls, shape: torch.Size, strides: tuple[int, ...], n: int, K: int, per_activation: bool) -> Geometry:

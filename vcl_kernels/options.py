@@ -41,7 +41,7 @@ class LossSpec(NamedTuple):
 NO_MINIMUM = -math.inf
 
 
-def sub_batches(form: str, rows: int, n: int, num_sub_batches: int | None) -> int:
+def number_of_sub_batches(form: str, rows: int, n: int, num_sub_batches: int | None) -> int:
     """Return K: 2 for "ratio" unless asked, else all; a last unpaired sub-batch of "ratio" takes no part."""
     if num_sub_batches is None:
         return 2 if form == "ratio" else rows // n

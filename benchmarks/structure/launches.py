@@ -18,7 +18,7 @@ from vcl_kernels.backends.interface import Coefficients, Saved
 from vcl_kernels.backends.triton import ops
 from vcl_kernels.backends.triton.launch import Launch
 from vcl_kernels.geometry import accumulation_dtype, empty_rows, empty_units
-from vcl_kernels.options import ACTIVATIONS, FORMS, NO_MINIMUM, Activation, LossSpec, sub_batches
+from vcl_kernels.options import ACTIVATIONS, FORMS, NO_MINIMUM, Activation, LossSpec, number_of_sub_batches
 
 Job = Callable[[], Any]
 SUB_BATCH_SIZE = {"ratio": 5, "variance": 8, "relative_variance": 8}
@@ -47,7 +47,7 @@ def recorded(job: Job) -> list[Recorded]:
 def spec_of(x: Tensor, form: str, unit: str = "channel", n: int | None = None) -> LossSpec:
     """The loss as a user gets it by default, of sub-batches of 5 for "ratio" and of 8 for the others."""
     n = n or SUB_BATCH_SIZE[form]
-    K = sub_batches(form, x.shape[0], n, None)
+    K = number_of_sub_batches(form, x.shape[0], n, None)
     units = math.prod(x.shape[1:]) if unit == "activation" else x.shape[1]
     return LossSpec(1.0, NO_MINIMUM, n, K, FORMS.index(form), unit == "activation", 1 / units, True)
 

@@ -158,8 +158,8 @@ def _reduced(loss: Tensor, dbeta: Tensor | None, beta: Tensor | None, spec: Loss
     return loss.sum() if spec.reduce and loss.dim() else loss, loss.new_empty(0) if dbeta is None else dbeta
 
 
-def _geometry(x: Tensor, cut: SubBatches | LossSpec) -> Geometry:
-    return _of_shape(x.shape, x.stride(), cut.n, cut.K, cut.per_activation)
+def _geometry(x: Tensor, sub_batches: SubBatches | LossSpec) -> Geometry:
+    return _of_shape(x.shape, x.stride(), sub_batches.n, sub_batches.K, sub_batches.per_activation)
 
 
 @functools.lru_cache(maxsize=1024)
