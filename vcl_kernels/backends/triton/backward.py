@@ -18,7 +18,7 @@ from .tiles import as_runs, row_at, run_length, run_tile, unit_in_run
 TILES = 4  # most tiles of a program, which reads its coefficients once
 ROWS = 4  # of a tile in one thread
 ELEMENTS = 8  # neighbouring elements of a row in one thread; half as many in float64
-REGISTERS = 160  # most of a thread: a multiprocessor then holds 12 warps
+REGISTERS = 168  # most of a thread: a multiprocessor then holds 12 warps
 UNIT_WARPS = 4  # most of a program in the unit layout
 
 

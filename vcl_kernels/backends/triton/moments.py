@@ -84,11 +84,14 @@ def moments(  # noqa: PLR0913
             for t in range(begin, end):
                 mask = (row < n - i) & (at < length)[None, :]
                 unread = mask & ((i > 0) | (t > begin) | (not first_pass))
-                if T.even:
-                    here = (row_at(row, Q, x_sample, x_row, T) + at)[None, :] + row_at(i, Q, x_sample, x_row, T)
-                else:
-                    here = row_at(row[None, :] + i, Q, x_sample, x_row, T) + at[None, :]
-                to = (to_at + row.to(tl.int64) * to_row * T.aligned + at)[None, :] + i.to(tl.int64) * to_row * T.aligned
+                # the order of these sums is the one that takes the fewest registers
+                here = row_at(row + i, Q, x_sample, x_row, T) + at[None, :]
+                to = to_at + (row + i).to(tl.int64) * to_row * T.aligned + at[None, :]
+                if T.kind == "units":
+                    to = (to_at + row.to(tl.int64) * to_row * T.aligned + at)[None, :]
+                    to += i.to(tl.int64) * to_row * T.aligned
+                    if T.even:
+                        here = (row_at(row, Q, x_sample, x_row, T) + at)[None, :] + row_at(i, Q, x_sample, x_row, T)
                 x = tl.load(x_at + here, mask=unread, other=pivot[None, :])
                 if ACTIVATION is not None:
                     y = activate(x.to(ACC), parameter, ACTIVATION, HALF)
