@@ -130,10 +130,10 @@ def programs_of(x: Geometry, tile: dict[str, int]) -> int:
     return by_pos * cdiv(x.U, tile["UB"]) * cdiv(x.N, x.n)
 
 
-def plan(saved: Geometry, dx: Geometry, itemsize: int, settings: Settings | None = None) -> Launch:
+def plan(saved: Geometry, dx: Geometry, itemsize: int) -> Launch:
     """Decide the launch, of ``dx.N`` rows."""
     dx = dx._replace(spatial=saved.spatial)  # one unit of contiguous values fits both layouts: take that of ``saved``
-    settings = settings or rule(saved, dx, itemsize)
+    settings = rule(saved, dx, itemsize)
     tile, _, parts = settings
     T, sizes = as_runs(saved._replace(N=dx.N), tile)
     rows = min(sizes["n"], cdiv(tiles_of(dx, tile), parts) * T.NB * T.MB)

@@ -108,13 +108,13 @@ def rule(x: Geometry, one_program: bool) -> Settings:
     return Settings({"SB": SB, "KB": KB, "UB": UB}, warps_for(64 * KB * UB))
 
 
-def plan(x: Geometry, parts: int, reduce: bool, settings: Settings | None = None) -> Launch:
+def plan(x: Geometry, parts: int, reduce: bool) -> Launch:
     """Decide the launch.
 
     ``reduce``: the sum over units is wanted. REDUCE: this launch computes it; else the caller does.
     """
     one_program = reduce and power_of_2(x.K) * x.U * parts <= READ_BY_ONE
-    settings = settings or rule(x, one_program)
+    settings = rule(x, one_program)
     sizes = {"K": x.K, "M": x.M, "U": x.U, "plane": plane(x, parts), "parts": parts}
     grid = (1 if one_program else cdiv(x.U, settings.tile["UB"]),)
     return Launch(finalise, grid, sizes, {**settings.tile, "REDUCE": one_program}, settings)

@@ -252,12 +252,12 @@ def partial_size(x: Geometry, parts: int) -> int:
     return x.K * x.U if parts == 1 else 2 * plane(x, parts) + parts
 
 
-def plan(x: Geometry, itemsize: int, activates: bool, keeps: bool = False, settings: Settings | None = None) -> Launch:
+def plan(x: Geometry, itemsize: int, activates: bool, keeps: bool = False) -> Launch:
     """Decide the launch. Its sizes say how many ``parts`` a sub-batch has.
 
     ``activates``: it writes y, of all rows. ``keeps``: it writes the rows of x that take part.
     """
-    settings = settings or rule(x, activates or keeps, itemsize)
+    settings = rule(x, activates or keeps, itemsize)
     tile, warps, parts = settings
     # in the unit layout sums of more columns take too many registers
     T, sizes = as_runs(x, tile, 16 if x.spatial else elements_of_thread(itemsize))

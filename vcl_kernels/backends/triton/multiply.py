@@ -35,9 +35,9 @@ def rule() -> Settings:
     return Settings({"EB": TILE}, warps_for(TILE))
 
 
-def plan(elements: int, settings: Settings | None = None) -> Launch:
+def plan(elements: int) -> Launch:
     """Decide the launch."""
-    settings = settings or rule()
+    settings = rule()
     by = math.gcd(16, elements)
     constants = {"ALIGNED": by, **settings.tile}
     return Launch(multiply, (cdiv(elements, settings.tile["EB"]),), {"E": elements // by}, constants, settings)

@@ -168,9 +168,9 @@ def rule(x: Geometry, itemsize: int) -> Settings:
     return Settings({"NB": power_of_2(x.M), "KB": KB, "UB": UB}, warps)
 
 
-def plan(x: Geometry, itemsize: int, settings: Settings | None = None) -> Launch:
+def plan(x: Geometry, itemsize: int) -> Launch:
     """Decide the launch for a unit that fits."""
-    settings = settings or rule(x, itemsize)
+    settings = rule(x, itemsize)
     T, sizes = as_runs(x, settings.tile)
     constants = {"T": T, "KB": settings.tile["KB"]}
     return Launch(one_pass, (cdiv(x.U, T.UB),), sizes, constants, settings, 255 if x.spatial else 128)
