@@ -44,8 +44,7 @@ def calls(ops, x, per_activation):
         saved = (y, rows, True) if rows_kept else (x, None, False)
         rest = (mean, scale, None, g, *activation, 4, len(mean), per_activation, 16)
         yield "activation_dx", (*saved, torch.randn_like(y), *rest)
-        if rows_kept:
-            yield "activation_dx", (None, rows, True, None, *rest)
+        yield "activation_dx", (*saved, None, *rest)
     yield "moments", (x, 4, 3, per_activation)
     mean, var = ops.moments(x, 4, 3, per_activation)
     yield "moments_dx", (x, mean, var, None, g, 4, 3, per_activation, 20)
@@ -90,6 +89,8 @@ def test_ops_read_nothing_past_their_tensors(kernel_backend):
         ),
         ("moments", (x, 4, 5, False), "16 rows"),
         ("loss", (x, beta[:3], *right), "each unit"),
+        ("loss", (x, beta, *right[:4], 3, *right[5:]), "form must be from 0 to 2, got 3"),
+        ("activation", (x, beta, *right, -1, 0.0, True, False), "activation must be from 0 to 7, got -1"),
         ("moments_dx", (x, mean, var, None, None, 4, 4, False, 15), "rows"),
         ("activation_dx", (*saved, 1, 0.0, 4, 3, False, 16), "rows"),
     ):

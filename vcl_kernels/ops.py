@@ -1,4 +1,4 @@
-"""The registered ops, and the functions of a ``Backend`` on them.
+"""The registered ops, and a ``Backend`` on them.
 
 An op takes and returns what the function of a ``Backend`` does, with the fields of each value as plain arguments.
 ``mean``, ``var``, ``scale`` and ``shift`` are ``(K, *units)`` in the accumulation dtype.
@@ -13,22 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import cpu, fake, one_pass, triton_backend
+from .backends import cpu, fake, triton_backend
+from .backends import one_pass as one_pass  # of the Backend
 from .backends.interface import Coefficients, Saved
 from .backends.triton import available
 from .options import Activation, LossSpec, SubBatches
-
-__all__ = [
-    "activation",
-    "activation_dx",
-    "loss",
-    "loss_coefficients",
-    "loss_dx",
-    "moments",
-    "moments_dx",
-    "multiply_",
-    "one_pass",
-]
 
 library = torch.library.Library("vcl_kernels", "DEF")
 
@@ -38,7 +27,7 @@ FIELDS: dict[type, str] = {
     SubBatches: "SymInt n, SymInt K, bool per_activation",
     Activation: "int activation, float parameter",
     Coefficients: "Tensor mean, Tensor scale, Tensor? shift",
-    Saved: "Tensor? saved, Tensor? rows, bool from_output",
+    Saved: "Tensor saved, Tensor? rows, bool from_output",
 }
 
 
@@ -116,19 +105,16 @@ _ops = torch.ops.vcl_kernels
 
 
 def loss(x: Tensor, beta: Tensor | None, spec: LossSpec) -> Tensor:
-    """See :class:`Backend`, as of all functions here."""
     return _ops.loss.default(x, beta, *spec)
 
 
 def loss_dx(x: Tensor, beta: Tensor | None, spec: LossSpec, beta_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """See :class:`Backend`."""
     return _ops.loss_dx.default(x, beta, *spec, beta_grad)
 
 
 def loss_coefficients(
     x: Tensor, beta: Tensor | None, spec: LossSpec, beta_grad: bool, keep_rows: bool
 ) -> tuple[Tensor, Coefficients, Tensor, Tensor]:
-    """See :class:`Backend`."""
     loss, mean, scale, dbeta, rows = _ops.loss_coefficients.default(x, beta, *spec, beta_grad, keep_rows)
     return loss, Coefficients(mean, scale), dbeta, rows
 
@@ -136,7 +122,6 @@ def loss_coefficients(
 def activation(
     x: Tensor, beta: Tensor | None, spec: LossSpec, activation: Activation, beta_grad: bool, keep_rows: bool
 ) -> tuple[Tensor, Tensor, Coefficients, Tensor, Tensor]:
-    """See :class:`Backend`."""
     y, loss, mean, scale, dbeta, rows = _ops.activation.default(x, beta, *spec, *activation, beta_grad, keep_rows)
     return y, loss, Coefficients(mean, scale), dbeta, rows
 
@@ -150,22 +135,18 @@ def activation_dx(
     sub_batches: SubBatches,
     N: int,
 ) -> Tensor:
-    """See :class:`Backend`."""
     return _ops.activation_dx.default(*saved, dy, *coefficients, g, *activation, *sub_batches, N)
 
 
 def moments(x: Tensor, sub_batches: SubBatches) -> tuple[Tensor, Tensor]:
-    """See :class:`Backend`."""
     return _ops.moments.default(x, *sub_batches)
 
 
 def moments_dx(x: Tensor, coefficients: Coefficients, g: Tensor | None, sub_batches: SubBatches, N: int) -> Tensor:
-    """See :class:`Backend`."""
     return _ops.moments_dx.default(x, *coefficients, g, *sub_batches, N)
 
 
 def multiply_(dx: Tensor, g: Tensor) -> None:
-    """See :class:`Backend`."""
     _ops.multiply_.default(dx, g)
 
 

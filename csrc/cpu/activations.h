@@ -238,8 +238,8 @@ void activation_gradient_run(ActivationSpec activation, bool from_output, const 
   with_activation(activation.kind, [=](auto act) {
     with_flag(from_output, [=](auto output) {
       for (int64_t q = 0; q < len; q += lanes<A>) {
-        const Vec<A> at = load_up_to(s + q, len - q), upstream = load_up_to(dy + q, len - q);
-        store_up_to<stream>(dx + q, activation_gradient<act(), output(), T>(at, upstream, parameter), len - q);
+        const Vec<A> s_at = load_up_to(s + q, len - q), dy_at = load_up_to(dy + q, len - q);
+        store_up_to<stream>(dx + q, activation_gradient<act(), output(), T>(s_at, dy_at, parameter), len - q);
       }
     });
   });

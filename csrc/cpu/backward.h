@@ -27,9 +27,8 @@ template <class T> struct Backward {
 
   Row row(int64_t i, int64_t at) const {
     const int64_t saved_at = i * g.strides.row + at / run * g.run_stride() + at % run, to = i * j.strides.row + at;
-    const T* dy = j.dy ? j.dy + to : nullptr;
-    const T* saved = j.saved ? j.saved + saved_at : dy;  // the gradient of the identity does not look at it
-    return {saved, dy, j.rows ? j.rows + i * row_values + at : saved, j.dx + to};
+    const T* saved = j.saved + saved_at;
+    return {saved, j.dy ? j.dy + to : nullptr, j.rows ? j.rows + i * row_values + at : saved, j.dx + to};
   }
 
   // A run of whole units, each at least a vector long: where the next one begins inside a vector, lanes are chosen.

@@ -187,7 +187,8 @@ template <class T> struct Forward {
   Vec<double>*part_mean, *part_m2;
 
   void take_scratch() {
-    const int64_t slots = vectors(j.plan.block), run = j.plan.joined ? 2 * vectors(j.plan.block * g.P) + 2 : 0;
+    const int64_t slots = vectors(j.plan.block_units),
+                  run = j.plan.joined ? 2 * vectors(j.plan.block_units * g.P) + 2 : 0;
     mean = scratch<A>(((2 + H) * g.K + 2 * H * S) * slots + run);
     scale = mean + g.K * slots, var = reinterpret_cast<Wide<A>*>(scale + g.K * slots);
     part_mean = var[g.K * slots], part_m2 = part_mean + H * S * slots;
@@ -223,7 +224,7 @@ template <class T> struct Forward {
     Forward f(j);
     f.take_scratch();
     for (int64_t index = begin; index < end; ++index) {
-      const Block b = f.block(index, j.plan.block);
+      const Block b = f.block(index, j.plan.block_units);
       const int64_t slots = vectors(b.units());
       f.block_moments(b, slots);
       f.block_coefficients(index, b, slots);
@@ -235,7 +236,7 @@ template <class T> struct Forward {
 
   static void part_tasks(const ForwardJob<T>& j, int64_t begin, int64_t end) {
     const Forward f(j);
-    const int64_t units = j.plan.part_block, blocks = (j.g.U + units - 1) / units, step = vectors(j.g.U) * L;
+    const int64_t units = j.plan.part_block_units, blocks = (j.g.U + units - 1) / units, step = vectors(j.g.U) * L;
     Vec<double>* final_mean = f.S > 1 ? nullptr : *reinterpret_cast<Wide<A>*>(scratch<A>(H * vectors(units)));
     for (int64_t t = begin; t < end; ++t) {
       const int64_t index = t / blocks, k = index / f.S;
@@ -257,7 +258,7 @@ template <class T> struct Forward {
     const auto [mean, scale, shift] = j.loss.coefficients;
     Wide<A>* var = reinterpret_cast<Wide<A>*>(scratch<A>(H * K));
     for (int64_t index = begin; index < end; ++index) {
-      const Block b = f.block(index, j.plan.block);
+      const Block b = f.block(index, j.plan.block_units);
       for (int64_t u = b.u0; u < b.u1; u += L) {
         const int64_t width = at_most_a_vector(b.u1 - u);
         for (int64_t k = 0; k < K; ++k) {

@@ -56,12 +56,12 @@ template <class F, class G> void parallel_both(int64_t a, const F& f, int64_t b,
 
 struct Results { MaybeTensor loss, dbeta, dx, y, mean, var, scale, rows; };
 
-// All results but sums over units: new tensors, which the job points to. `rows`: shape of the rows that are written.
+// All results but sums over units: new tensors, which the job points to. `written`: the shape of dx, y or rows.
 template <class T>
-Results allocate(ForwardJob<T>& j, const Tensor& x, const Shape& shape, const Shape& rows, const Request& q) {
+Results allocate(ForwardJob<T>& j, const Tensor& x, const Shape& shape, const Shape& written, const Request& q) {
   using A = acc_t<T>;
   const int32_t dtype = dtype_code(x), acc = dtype_code<A>();
-  const auto new_rows = [&](MaybeTensor& to, int64_t N) { return data<T>(to = empty(rows_as(x, rows, N), dtype)); };
+  const auto new_rows = [&](MaybeTensor& to, int64_t N) { return data<T>(to = empty(rows_as(x, written, N), dtype)); };
   const auto new_units = [&](MaybeTensor& to, int64_t K) {
     return data<A>(to = empty(units_as(shape, q.spec.sub_batches.per_activation, K), acc));
   };
@@ -87,28 +87,28 @@ template <class T> void execute(ForwardJob<T>& j) {
   };
   const auto activate = tasks(kernels.activate, j.g.rows_with_loss());
   if (!p.split) return parallel_both(p.blocks, tasks(kernels.blocks), p.rest, activate, p.elements);
-  const int64_t all = p.parts * divide_up(j.g.U, 16) * 16;
-  const Tensor moments = empty_vector(p.moments * all, dtype_code<double>());
+  const int64_t all = p.all_parts * divide_up(j.g.U, 16) * 16;
+  const Tensor moments = empty_vector(p.moments_per_part * all, dtype_code<double>());
   j.part_m2 = data<double>(moments);
-  if (p.moments == 2) j.part_mean = j.part_m2 + all;
-  const int64_t part_blocks = p.parts * divide_up(j.g.U, p.part_block);
+  if (p.moments_per_part == 2) j.part_mean = j.part_m2 + all;
+  const int64_t part_blocks = p.all_parts * divide_up(j.g.U, p.part_block_units);
   parallel_both(part_blocks, tasks(kernels.parts), p.rest, activate, p.elements);
-  parallel(p.blocks, kFinalise * p.block * p.parts, tasks(kernels.finalise));
+  parallel(p.blocks, kFinalise * p.block_units * p.all_parts, tasks(kernels.finalise));
 }
 
-template <class T> Results forward(const Tensor& given, MaybeTensor beta, const Request& q) {
+template <class T> Results forward(Tensor x, MaybeTensor beta, const Request& q) {
   using A = acc_t<T>;
   const SubBatches& sub_batches = q.spec.sub_batches;
-  const Tensor x = in_layout(given, sub_batches.per_activation);
+  x = in_layout(x, sub_batches.per_activation);
   const Shape shape = shape_of(x);
-  const Shape rows = q.want == Want::dx || q.writes_rows() ? rows_as(x, shape, shape.sizes[0]) : shape;
+  const Shape written = q.want == Want::dx || q.writes_rows() ? rows_as(x, shape, shape.sizes[0]) : shape;
   beta = in_unit_order(beta, shape, sub_batches.per_activation);
   ForwardJob<T> j{};
   j.g = geometry_of(shape, sub_batches);
   j.x = data<T>(x);
   j.loss.spec = q.spec;
   j.loss.beta = data<A>(beta), j.loss.beta_per_unit = beta && beta->dim() > 0;
-  j.strides = strides_of(rows, sub_batches.per_activation), j.activation = q.activation;
+  j.strides = strides_of(written, sub_batches.per_activation), j.activation = q.activation;
 
   j.plan = plan_forward(j.g, j.strides, q, sizeof(T), torch::stable::get_num_threads());
 
@@ -116,7 +116,7 @@ template <class T> Results forward(const Tensor& given, MaybeTensor beta, const 
   std::vector<double> sums(q.spec.reduce ? 2 * blocks : 0);
   if (q.spec.reduce) j.loss.loss_sums = sums.data();
   if (q.spec.reduce && q.beta_grad && !j.loss.beta_per_unit) j.loss.dbeta_sums = sums.data() + blocks;
-  Results r = allocate(j, x, shape, rows, q);
+  Results r = allocate(j, x, shape, written, q);
   j.plan.stream &= aligned(j.dx ? j.dx : j.y);
 
   execute(j);
@@ -136,7 +136,8 @@ Results forward(const Tensor& x, const MaybeTensor& beta, const Request& q) {
 // ---- backward
 
 struct BackwardRequest {
-  MaybeTensor saved, rows, dy, g;  // g: the upstream gradient of the loss, one value
+  Tensor saved;
+  MaybeTensor rows, dy, g;  // g: the upstream gradient of the loss, one value
   Coefficients<MaybeTensor> coefficients;
   int64_t n, N;
   bool per_activation, from_output;
@@ -146,26 +147,24 @@ struct BackwardRequest {
 // dx of N rows, laid out as what was saved.
 template <class T> Tensor backward(BackwardRequest q) {
   using A = acc_t<T>;
-  const bool per_activation = q.per_activation;
-  const Tensor like = in_layout(q.saved ? *q.saved : *q.rows, per_activation);
-  const Shape shape = shape_of(like), to = rows_as(like, shape, q.N);
+  q.saved = in_layout(q.saved, q.per_activation);
+  const Shape shape = shape_of(q.saved), to = rows_as(q.saved, shape, q.N);
   auto& [mean, scale, shift] = q.coefficients;
-  if (q.saved) q.saved = like;
-  if (q.rows) q.rows = laid_out(*q.rows, rows_as(like, shape, q.rows->size(0)));
+  if (q.rows) q.rows = laid_out(*q.rows, rows_as(q.saved, shape, q.rows->size(0)));
   if (q.dy) q.dy = laid_out(*q.dy, to);  // it may be expanded, or in another memory format
-  for (MaybeTensor* of : {&mean, &scale, &shift}) *of = in_unit_order(*of, shape, per_activation);
+  for (MaybeTensor* of : {&mean, &scale, &shift}) *of = in_unit_order(*of, shape, q.per_activation);
   const int64_t K = mean->size(0), N = q.N;
-  STD_TORCH_CHECK(N >= q.n * K && (!q.dy || (q.dy->size(0) == N && (!q.saved || shape.sizes[0] == N))),
+  STD_TORCH_CHECK(N >= q.n * K && (!q.dy || (q.dy->size(0) == N && shape.sizes[0] == N)),
                   "dy, dx and what was saved must have the same rows, and no fewer than take part, got N = ", N);
-  const Tensor dx = empty(to, dtype_code(like));
+  const Tensor dx = empty(to, dtype_code(q.saved));
   BackwardJob<T> j{};
-  j.g = geometry_of(shape, {q.n, K, per_activation});
+  j.g = geometry_of(shape, {q.n, K, q.per_activation});
   j.g.N = N;
   j.saved = data<T>(q.saved), j.rows = data<T>(q.rows), j.dy = data<T>(q.dy), j.dx = data<T>(dx);
   j.from_output = q.from_output, j.activation = q.activation;
   j.coefficients = {data<A>(mean), data<A>(scale), data<A>(shift)};
   j.upstream = q.g ? *data<A>(q.g) : A(1);
-  j.strides = strides_of(to, per_activation);
+  j.strides = strides_of(to, q.per_activation);
   j.stream = streams(j.g, j.strides.row, j.g.run(), sizeof(T), q.dy.has_value()) && aligned(j.dx);
   const Kernels<T> kernels = kernels_for<T>();
   parallel(N, j.g.row_values(), [&](int64_t begin, int64_t end) { kernels.backward(j, begin, end); });
@@ -173,28 +172,32 @@ template <class T> Tensor backward(BackwardRequest q) {
 }
 
 Tensor backward(const BackwardRequest& q) {
-  return with_dtype(q.saved ? *q.saved : *q.rows, [&](auto number) { return backward<decltype(number)>(q); });
+  return with_dtype(q.saved, [&](auto number) { return backward<decltype(number)>(q); });
 }
 
 // ---- ops: plain arguments become values at once
 
+template <class E> E enumerator(const char* name, int64_t value, int count) {
+  STD_TORCH_CHECK(value >= 0 && value < count, name, " must be from 0 to ", count - 1, ", got ", value);
+  return static_cast<E>(value);
+}
+
 LossSpec spec_of(double beta_value, double beta_min, int64_t n, int64_t K, int64_t form, bool per_activation,
                  double factor, bool reduce) {
-  return {beta_value, beta_min, {n, K, per_activation}, static_cast<Form>(form), factor, reduce};
+  return {beta_value, beta_min, {n, K, per_activation}, enumerator<Form>("form", form, kForms), factor, reduce};
 }
 
 Tensor loss(const Tensor& x, const MaybeTensor& beta, double beta_value, double beta_min, int64_t n, int64_t K,
             int64_t form, bool per_activation, double factor, bool reduce) {
-  Request q{Want::loss, spec_of(beta_value, beta_min, n, K, form, per_activation, factor, reduce)};
-  return *forward(x, beta, q).loss;
+  return *forward(x, beta, {Want::loss, spec_of(beta_value, beta_min, n, K, form, per_activation, factor, reduce)})
+              .loss;
 }
 
 std::tuple<Tensor, Tensor, Tensor> loss_dx(const Tensor& x, const MaybeTensor& beta, double beta_value, double beta_min,
                                            int64_t n, int64_t K, int64_t form, bool per_activation, double factor,
                                            bool reduce, bool beta_grad) {
-  Request q{Want::dx, spec_of(beta_value, beta_min, n, K, form, per_activation, factor, reduce)};
-  q.beta_grad = beta_grad;
-  const Results r = forward(x, beta, q);
+  const auto spec = spec_of(beta_value, beta_min, n, K, form, per_activation, factor, reduce);
+  const Results r = forward(x, beta, {Want::dx, spec, beta_grad});
   return {*r.loss, *r.dx, *r.dbeta};
 }
 
@@ -203,16 +206,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_coefficients(const Tenso
                                                                      int64_t K, int64_t form, bool per_activation,
                                                                      double factor, bool reduce, bool beta_grad,
                                                                      bool keep_rows) {
-  Request q{Want::coefficients, spec_of(beta_value, beta_min, n, K, form, per_activation, factor, reduce)};
-  q.beta_grad = beta_grad, q.keep_rows = keep_rows;
-  const Results r = forward(x, beta, q);
+  const auto spec = spec_of(beta_value, beta_min, n, K, form, per_activation, factor, reduce);
+  const Results r = forward(x, beta, {Want::coefficients, spec, beta_grad, keep_rows});
   return {*r.loss, *r.mean, *r.scale, *r.dbeta, *r.rows};
 }
 
 std::tuple<Tensor, Tensor> moments(const Tensor& x, int64_t n, int64_t K, bool per_activation) {
-  Request q{Want::moments, {}};
-  q.spec.sub_batches = {n, K, per_activation};
-  const Results r = forward(x, std::nullopt, q);
+  LossSpec spec{};
+  spec.sub_batches = {n, K, per_activation};
+  const Results r = forward(x, std::nullopt, {Want::moments, spec});
   return {*r.mean, *r.var};
 }
 
@@ -222,9 +224,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> activation(const Tens
                                                                       double factor, bool reduce, int64_t activation,
                                                                       double parameter, bool beta_grad,
                                                                       bool keep_rows) {
-  Request q{Want::activation, spec_of(beta_value, beta_min, n, K, form, per_activation, factor, reduce)};
-  q.beta_grad = beta_grad, q.keep_rows = keep_rows, q.activation = {static_cast<Activation>(activation), parameter};
-  const Results r = forward(x, beta, q);
+  const auto spec = spec_of(beta_value, beta_min, n, K, form, per_activation, factor, reduce);
+  const ActivationSpec function{enumerator<Activation>("activation", activation, kActivations), parameter};
+  const Results r = forward(x, beta, {Want::activation, spec, beta_grad, keep_rows, function});
   return {*r.y, *r.loss, *r.mean, *r.scale, *r.dbeta, *r.rows};
 }
 
@@ -236,12 +238,12 @@ Tensor moments_dx(const Tensor& x, const Tensor& mean, const Tensor& scale, cons
   return backward(q);
 }
 
-Tensor activation_dx(const MaybeTensor& saved, const MaybeTensor& rows, bool from_output, const MaybeTensor& dy,
+Tensor activation_dx(const Tensor& saved, const MaybeTensor& rows, bool from_output, const MaybeTensor& dy,
                      const Tensor& mean, const Tensor& scale, const MaybeTensor&, const MaybeTensor& g,
                      int64_t activation, double parameter, int64_t n, int64_t, bool per_activation, int64_t N) {
   BackwardRequest q{};
   q.saved = saved, q.from_output = from_output, q.rows = rows;
-  q.dy = dy, q.activation = {static_cast<Activation>(activation), parameter};
+  q.dy = dy, q.activation = {enumerator<Activation>("activation", activation, kActivations), parameter};
   q.g = g, q.coefficients.mean = mean;
   if (g) q.coefficients.scale = scale;
   q.n = n, q.N = N, q.per_activation = per_activation;

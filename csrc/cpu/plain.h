@@ -16,8 +16,9 @@ template <class T> using acc_t = std::conditional_t<sizeof(T) == 8, double, floa
 // ---- what was asked for; enumerators in the order of options.py
 
 enum class Form : int64_t { ratio, variance, relative_variance };
+constexpr int kForms = static_cast<int>(Form::relative_variance) + 1;  // of the last enumerator
 enum class Activation : int64_t { identity, relu, leaky_relu, elu, gelu, gelu_tanh, silu, tanh };
-constexpr int kActivations = static_cast<int>(Activation::tanh) + 1;  // of the last enumerator
+constexpr int kActivations = static_cast<int>(Activation::tanh) + 1;  // likewise
 
 struct ActivationSpec {
   Activation kind;
@@ -82,21 +83,21 @@ struct Part {
 // the geometry alone and are merged in order: results do not depend on how threads share the work.
 struct Parts {
   int64_t n, P;
-  int64_t most;             // values of one unit in a part
-  int64_t rows, positions;  // of a part: whole rows, or positions of one row
-  int64_t by_pos;           // parts of one row
+  int64_t most;                       // values of one unit in a part
+  int64_t part_rows, part_positions;  // a part is whole rows, or positions of one row
+  int64_t by_pos;                     // parts of one row
 
   // 16 KiB of float32 for contiguous positions. For contiguous units 128 values, because neighbours share the cache;
   // or all of a sub-batch that is hardly larger.
   explicit Parts(const Geometry& g) : n(g.n), P(g.P), most(g.spatial ? 4096 : g.M() <= 256 ? 256 : 128) {
-    rows = P >= most ? 1 : (most / P < n ? most / P : n);
-    positions = P <= most ? P : most;
-    by_pos = (P + positions - 1) / positions;
+    part_rows = P >= most ? 1 : (most / P < n ? most / P : n);
+    part_positions = P <= most ? P : most;
+    by_pos = (P + part_positions - 1) / part_positions;
   }
-  int64_t size() const { return (n + rows - 1) / rows * by_pos; }
+  int64_t size() const { return (n + part_rows - 1) / part_rows * by_pos; }
   Part at(int64_t s) const {
-    const int64_t i0 = s / by_pos * rows, p0 = s % by_pos * positions;
-    return {i0, i0 + rows < n ? i0 + rows : n, p0, p0 + positions < P ? p0 + positions : P};
+    const int64_t i0 = s / by_pos * part_rows, p0 = s % by_pos * part_positions;
+    return {i0, i0 + part_rows < n ? i0 + part_rows : n, p0, p0 + part_positions < P ? p0 + part_positions : P};
   }
 };
 
@@ -118,14 +119,15 @@ template <class A> struct LossJob {
 
 // How the work of forward is cut.
 struct Plan {
-  bool split;              // tasks: parts and then `finalise`, otherwise blocks
-  int64_t block, blocks;   // units in a block, a multiple of 16 unless one holds all; how many blocks
-  int64_t part_block;      // units in a block of a part, likewise
-  int64_t parts, moments;  // parts of all sub-batches; float64 moments of each: m2, and the mean unless it is final
-  bool joined;             // spatial: the units of a block lie one after another and are written as one run
-  bool stream;             // write by non-temporal stores, if the result is aligned
-  int64_t rest;            // last rows, whose activation alone is wanted
-  int64_t elements;        // that are read
+  bool split;                   // tasks: parts and then `finalise`, otherwise blocks
+  int64_t block_units, blocks;  // units in a block, a multiple of 16 unless one holds all; how many blocks
+  int64_t part_block_units;     // units in a block of a part, likewise
+  int64_t all_parts;            // of all sub-batches
+  int64_t moments_per_part;     // float64 moments of a part: m2, and the mean unless it is final
+  bool joined;                  // spatial: the units of a block lie one after another and are written as one run
+  bool stream;                  // write by non-temporal stores, if the result is aligned
+  int64_t rest;                 // last rows, whose activation alone is wanted
+  int64_t elements;             // that are read
 };
 
 template <class T> struct ForwardJob {

@@ -37,7 +37,7 @@ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Units in a block: as many as stay in L2; contiguous units at least 256 bytes wide. Spatial units that do not end
 // on a vector are taken in sixteens where the results are streamed, so that every block begins on one.
-inline int64_t block_units(const Geometry& g, int64_t size) {
+inline int64_t units_in_block(const Geometry& g, int64_t size) {
   const int64_t sample = std::max<int64_t>(1, g.K * g.M() * size);
   if (!g.spatial) return std::clamp<int64_t>(kUnitBlockBytes / sample / 64 * 64, 64, 1024);
   const int64_t fit = std::clamp<int64_t>(kBlockBytes / sample, 1, std::max<int64_t>(1, g.U / 16));
@@ -47,10 +47,10 @@ inline int64_t block_units(const Geometry& g, int64_t size) {
 
 // Whether a block writes its units as one run. A gradient only where units do not end on a vector: its coefficients
 // must be repeated for each value.
-inline bool joins(const Geometry& g, const Strides& out, const Request& q, int64_t block) {
+inline bool joins(const Geometry& g, const Strides& out, const Request& q, int64_t block_units) {
   const bool wanted = q.want == Want::dx ? g.P % 16 != 0 : q.writes_rows();
   return wanted && g.spatial && g.strides.unit == g.P && out.unit == g.P && g.P <= Parts(g).most &&
-         block * g.P <= kJoinedRun;
+         block_units * g.P <= kJoinedRun;
 }
 
 // Whether to take parts in memory order: too few blocks to share, or contiguous units, whose samples lie far apart; but
@@ -58,7 +58,7 @@ inline bool joins(const Geometry& g, const Strides& out, const Request& q, int64
 inline bool splits(const Geometry& g, const Request& q, const Plan& p, int64_t size, int64_t threads) {
   const int64_t values = g.U * g.K * g.M();
   if (q.want == Want::dx || values < kSerial) return false;
-  const bool small = p.moments * p.parts * g.U * 8 <= std::max(kPartMoments, values * size / 2);
+  const bool small = p.moments_per_part * p.all_parts * g.U * 8 <= std::max(kPartMoments, values * size / 2);
   return (!g.spatial && small) || p.blocks < 2 * threads;
 }
 
@@ -71,20 +71,20 @@ inline bool streams(const Geometry& g, int64_t row_stride, int64_t run, int64_t 
 // `out`: strides of the rows to be written. `size`: bytes of an element.
 inline Plan plan_forward(const Geometry& g, const Strides& out, const Request& q, int64_t size, int64_t threads) {
   Plan p{};
-  p.block = block_units(g, size);
-  p.joined = joins(g, out, q, p.block);
+  p.block_units = units_in_block(g, size);
+  p.joined = joins(g, out, q, p.block_units);
   const bool next = q.want == Want::activation;
   const int64_t gap = g.spatial ? out.unit | g.P : out.pos | g.U;
-  const int64_t run = p.joined ? p.block * g.P : g.P == 1 ? g.U : gap;  // that a block writes at a time
+  const int64_t run = p.joined ? p.block_units * g.P : g.P == 1 ? g.U : gap;  // that a block writes at a time
   p.stream = (next || q.want == Want::dx) && streams(g, out.row, run, size, next);
-  p.blocks = divide_up(g.U, p.block);
-  p.parts = g.K * Parts(g).size();
-  p.moments = p.parts > g.K ? 2 : 1;
+  p.blocks = divide_up(g.U, p.block_units);
+  p.all_parts = g.K * Parts(g).size();
+  p.moments_per_part = p.all_parts > g.K ? 2 : 1;
   p.split = splits(g, q, p, size, threads);
   if (p.split) {
-    p.block = 64, p.blocks = divide_up(g.U, 64);
-    const int64_t part_bytes = g.K * g.M() / p.parts * size;  // of a unit
-    p.part_block = std::clamp<int64_t>(kPartBlockBytes / part_bytes / 64 * 64, 64, std::max<int64_t>(64, g.U));
+    p.block_units = 64, p.blocks = divide_up(g.U, 64);
+    const int64_t part_bytes = g.K * g.M() / p.all_parts * size;  // of a unit
+    p.part_block_units = std::clamp<int64_t>(kPartBlockBytes / part_bytes / 64 * 64, 64, std::max<int64_t>(64, g.U));
   }
   p.rest = next ? g.N - g.rows_with_loss() : 0;
   p.elements = g.U * (g.K * g.M() + p.rest * g.P);

@@ -1,4 +1,4 @@
-"""The functions of a ``Backend`` on fake tensors: shapes, dtypes and strides of results, and no values."""
+"""A ``Backend`` of fake tensors: shapes, dtypes and strides of results, and no values."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from .interface import Coefficients, Saved
 
 
 def loss(x: Tensor, beta: Tensor | None, spec: LossSpec) -> Tensor:
-    """Return the loss."""
     return _loss_and_dbeta(in_layout(x, spec.per_activation), beta, spec, False)[0]
 
 
 def loss_dx(x: Tensor, beta: Tensor | None, spec: LossSpec, beta_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss, dx and dbeta."""
     x = in_layout(x, spec.per_activation)
     loss, dbeta = _loss_and_dbeta(x, beta, spec, beta_grad)
     return loss, empty_rows(x, x.shape[0]), dbeta
@@ -25,7 +23,6 @@ def loss_dx(x: Tensor, beta: Tensor | None, spec: LossSpec, beta_grad: bool) -> 
 def loss_coefficients(
     x: Tensor, beta: Tensor | None, spec: LossSpec, beta_grad: bool, keep_rows: bool
 ) -> tuple[Tensor, Coefficients, Tensor, Tensor]:
-    """Return the loss, the coefficients, dbeta and the rows that take part."""
     x = in_layout(x, spec.per_activation)
     loss, dbeta = _loss_and_dbeta(x, beta, spec, beta_grad)
     rows = empty_rows(x, spec.K * spec.n) if keep_rows else x.new_empty(0)
@@ -35,7 +32,6 @@ def loss_coefficients(
 def activation(
     x: Tensor, beta: Tensor | None, spec: LossSpec, _activation: Activation, beta_grad: bool, keep_rows: bool
 ) -> tuple[Tensor, Tensor, Coefficients, Tensor, Tensor]:
-    """Return y, and then what ``loss_coefficients`` does."""
     y = empty_rows(in_layout(x, spec.per_activation), x.shape[0])
     return y, *loss_coefficients(x, beta, spec, beta_grad, keep_rows)
 
@@ -49,26 +45,21 @@ def activation_dx(
     sub_batches: SubBatches,
     N: int,
 ) -> Tensor:
-    """Return dx."""
-    x = saved.rows if saved.tensor is None else saved.tensor
-    assert x is not None
-    return empty_rows(in_layout(x, sub_batches.per_activation), N)
+    return empty_rows(in_layout(saved.tensor, sub_batches.per_activation), N)
 
 
 def moments(x: Tensor, sub_batches: SubBatches) -> tuple[Tensor, Tensor]:
-    """Return mean and variance."""
     _, K, per_activation = sub_batches
     x = in_layout(x, per_activation)
     return empty_units(x, per_activation, K), empty_units(x, per_activation, K)
 
 
 def moments_dx(x: Tensor, _coefficients: Coefficients, _g: Tensor | None, sub_batches: SubBatches, N: int) -> Tensor:
-    """Return dx."""
     return empty_rows(in_layout(x, sub_batches.per_activation), N)
 
 
 def multiply_(_dx: Tensor, _g: Tensor) -> None:
-    """Return nothing."""
+    pass
 
 
 def _loss_and_dbeta(x: Tensor, beta: Tensor | None, spec: LossSpec, beta_grad: bool) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ class Coefficients(NamedTuple):
 class Saved(NamedTuple):
     """What forward saved of x: a tensor of x's size and, if that is y, the rows of x that take part."""
 
-    tensor: Tensor | None  # x, or y if from_output; None: no derivative of an activation is wanted
+    tensor: Tensor  # x, or y if from_output
     rows: Tensor | None = None  # the first K · n rows of x; None: ``tensor`` is x
     from_output: bool = False
 
