@@ -26,9 +26,9 @@ def loss(x: Tensor, beta: Tensor | None, spec: LossSpec, backend: Backend) -> Te
     if not wants_gradient(x, beta):
         return backend.loss(x, beta, spec)
     saves = saving.for_loss(x, spec, backend)
-    if saves is saving.LossSaving.DX:
+    if saves == "dx":
         return OnePassLoss.apply(x, beta, spec, backend)
-    return DeferredLoss.apply(x, beta, spec, backend, saves is saving.LossSaving.ROWS)[0]
+    return DeferredLoss.apply(x, beta, spec, backend, saves == "rows")[0]
 
 
 def wants_gradient(x: Tensor, beta: Tensor | None) -> bool:
@@ -42,8 +42,9 @@ class OnePassLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, beta: Tensor | None, spec: LossSpec, backend: Backend) -> Tensor:
         """Save dx for an upstream gradient of 1, and x for a second derivative."""
-        loss, dx, dbeta = backend.loss_dx(x, beta, spec, ctx.needs_input_grad[1])
-        ctx.save_for_backward(x, beta, dx, dbeta)
+        beta_grad = ctx.needs_input_grad[1]
+        loss, dx, dbeta = backend.loss_dx(x, beta, spec, beta_grad)
+        ctx.save_for_backward(x, beta, dx, dbeta if beta_grad else None)
         ctx.spec, ctx.backend = spec, backend
         return loss
 
@@ -55,7 +56,7 @@ class OnePassLoss(torch.autograd.Function):
             return *_differentiable(x, beta, ctx.spec, ctx.needs_input_grad, g), None, None
         if ctx.needs_input_grad[0]:
             dx = _multiplied(dx, g, ctx.backend)
-        return dx, _beta_gradient(ctx, beta, dbeta, g), None, None
+        return dx, _beta_gradient(beta, dbeta, g), None, None
 
 
 class DeferredLoss(torch.autograd.Function):
@@ -71,8 +72,9 @@ class DeferredLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         """Save x or its rows that take part, and the coefficients."""
         ctx.set_materialize_grads(False)
-        loss, coefficients, dbeta, rows = backend.loss_coefficients(x, beta, spec, ctx.needs_input_grad[1], keep_rows)
-        ctx.save_for_backward(rows if keep_rows else x, beta, coefficients.mean, coefficients.scale, dbeta)
+        beta_grad = ctx.needs_input_grad[1]
+        loss, (mean, scale, _), dbeta, rows = backend.loss_coefficients(x, beta, spec, beta_grad, keep_rows)
+        ctx.save_for_backward(rows if keep_rows else x, beta, mean, scale, dbeta if beta_grad else None)
         ctx.spec, ctx.backend, ctx.N = spec, backend, x.shape[0]
         return loss, rows if keep_rows else None
 
@@ -88,7 +90,7 @@ class DeferredLoss(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 coefficients, g_one = _with_upstream(Coefficients(mean, scale), g)
                 dx = ctx.backend.moments_dx(x, coefficients, g_one, ctx.spec.sub_batches, ctx.N)
-            db = _beta_gradient(ctx, beta, dbeta, g)
+            db = _beta_gradient(beta, dbeta, g)
         return _sum(dx, _padded(g_rows, ctx.N)), db, None, None, None
 
 
@@ -114,19 +116,20 @@ class ActivationAndLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         activation, spec, backend, injection = ctx.settings = settings
         ctx.from_output = ctx.needs_input_grad[0] and saving.output_and_rows(x, spec, activation)
-        y, loss, coefficients, dbeta, rows = backend.activation(
-            x, beta, spec, activation, ctx.needs_input_grad[1], ctx.from_output
+        beta_grad = ctx.needs_input_grad[1]
+        y, loss, (mean, scale, _), dbeta, rows = backend.activation(
+            x, beta, spec, activation, beta_grad, ctx.from_output
         )
-        kept_rows = rows if ctx.from_output else None
+        saved_rows = rows if ctx.from_output else None
         # Second derivatives come through an alias of y: a gradient of y itself starts the injected loss.
         alias = y.detach() if ctx.from_output and injection is not None else None
         saved = x if not ctx.from_output else y if alias is None else alias
-        ctx.save_for_backward(saved, kept_rows, beta, coefficients.mean, coefficients.scale, dbeta)
+        ctx.save_for_backward(saved, saved_rows, beta, mean, scale, dbeta if beta_grad else None)
         if injection is not None:
             ctx.mark_non_differentiable(loss)
         elif not ctx.needs_input_grad[0]:  # beta alone is learnt: y is no function of it
             ctx.mark_non_differentiable(y)
-        return (y, loss, kept_rows) if alias is None else (y, loss, kept_rows, alias)
+        return (y, loss, saved_rows) if alias is None else (y, loss, saved_rows, alias)
 
     @staticmethod
     def backward(
@@ -152,7 +155,7 @@ class ActivationAndLoss(torch.autograd.Function):
                 coefficients, g_one = _with_upstream(Coefficients(mean, scale), g)
                 saved = Saved(tensor, rows, ctx.from_output)
                 dx = backend.activation_dx(saved, dy, coefficients, g_one, activation, spec.sub_batches, N)
-            db = None if g is None else _beta_gradient(ctx, beta, dbeta, g)
+            db = None if g is None else _beta_gradient(beta, dbeta, g)
         return _sum(dx, _padded(g_rows, N)), db, None
 
 
@@ -217,8 +220,8 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def _beta_gradient(ctx: Any, beta: Tensor | None, dbeta: Tensor, g: Tensor) -> Tensor | None:
-    if beta is None or not ctx.needs_input_grad[1]:
+def _beta_gradient(beta: Tensor | None, dbeta: Tensor | None, g: Tensor) -> Tensor | None:
+    if beta is None or dbeta is None:
         return None
     dbeta = dbeta * g if is_traced(g) or keeps_graph() or not _is_one(g) else dbeta
     return dbeta.sum() if dbeta.dim() > beta.dim() else dbeta

@@ -12,7 +12,7 @@ anyway, and the rows that take part, where the derivative follows from y and tho
 
 from __future__ import annotations
 
-from enum import Enum, auto
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,23 +21,15 @@ from .backends.interface import Backend
 from .options import Activation, LossSpec
 
 
-class LossSaving(Enum):
-    """What a loss saves."""
-
-    ROWS = auto()  # the rows that take part
-    DX = auto()  # the gradient for an upstream gradient of 1 (and x, for second derivatives)
-    X = auto()
-
-
-def for_loss(x: Tensor, spec: LossSpec, backend: Backend) -> LossSaving:
-    """Decide what the loss of ``x`` saves."""
+def for_loss(x: Tensor, spec: LossSpec, backend: Backend) -> Literal["rows", "dx", "x"]:
+    """Decide what the loss of ``x`` saves. ("dx": and x, for second derivatives.)"""
     if _holds(2 * spec.K * spec.n <= x.shape[0]):
-        return LossSaving.ROWS
+        return "rows"
     # Not dx in float16: a GradScaler's scale must multiply before rounding, or small values vanish. Nor if only beta
     # is learnt: dx is not wanted. Nor in an export: one graph serves all sizes.
     if x.dtype == torch.float16 or not x.requires_grad or torch.compiler.is_exporting():
-        return LossSaving.X
-    return LossSaving.DX if backend.one_pass(x, spec) else LossSaving.X
+        return "x"
+    return "dx" if backend.one_pass(x, spec) else "x"
 
 
 def output_and_rows(x: Tensor, spec: LossSpec, activation: Activation) -> bool:

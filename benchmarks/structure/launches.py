@@ -61,7 +61,7 @@ def beta_of(x: Tensor, spec: LossSpec) -> Tensor | None:
 def loss_jobs(x: Tensor, spec: LossSpec) -> dict[str, Job]:
     """What vcl_loss calls, by what it is called for."""
     beta, g = beta_of(x, spec), x.new_full((), 0.5, dtype=accumulation_dtype(x.dtype))
-    keep = saving.for_loss(x, spec, ops) is saving.LossSaving.ROWS
+    keep = saving.for_loss(x, spec, ops) == "rows"
     rows = x[: spec.K * spec.n] if keep else x
     with_grad = beta is not None
     mean, scale = (empty_units(x, spec.per_activation, spec.K).fill_(0.5) for _ in range(2))
