@@ -98,11 +98,10 @@ def vcl_activation(  # noqa: PLR0913  # the public signature
     on the way; backward reads what the bare activation's does and adds the loss's gradient,
     ``dx = dy · activation'(x) + g · scale · (x - mean)``, before it writes dx.
 
-    Saved for backward is one tensor of x's size, as by the bare activation. Where at most half of the rows take part,
-    or one pair of sub-batches but not all rows (the paper's), and the derivative follows from y (relu, tanh, and elu
-    and leaky_relu with a parameter of at least 0) that is y, which the next layer saves anyway, and the rows that take
-    part; y must then not be modified in place. Else it is x. In half precision elu's derivative, y + alpha, has the
-    rounding of y.
+    Saved for backward is one tensor of x's size, as by the bare activation: x, or y and the rows that take part, where
+    those are few (the paper's one pair, for example) and the derivative follows from y (relu, tanh, and elu and
+    leaky_relu with a parameter of at least 0). The next layer saves y anyway; y must then not be modified in place. In
+    half precision elu's derivative, y + alpha, has the rounding of y.
 
     Under ``torch.compile``, where at most a quarter of the rows take part, the activation is the compiler's, which
     fuses it with its neighbours; only those rows go through a kernel of their own.

@@ -34,13 +34,11 @@ class InjectLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, _loss: Tensor, injection: Injection) -> Tensor:
-        """Return y."""
         ctx.injection = injection
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Pass dy on."""
         return dy, ctx.injection.upstream(dy), None
 
 
@@ -51,10 +49,8 @@ class InjectLossInFunctorch(InjectLoss):
 
     @staticmethod
     def forward(y: Tensor, _loss: Tensor, _injection: Injection) -> Tensor:  # type: ignore[override]
-        """Return y."""
         return y.view_as(y)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Injection], _output: Tensor) -> None:
-        """Remember the injection."""
         ctx.injection = inputs[2]

@@ -174,13 +174,11 @@ class LayoutOfGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Return x."""
         ctx.strides = dense_strides(x)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> Tensor:
-        """Copy dx if it has other strides."""
         return with_strides(dx, ctx.strides)
 
 
@@ -203,7 +201,6 @@ class LowerBound(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor, None]:
-        """Return the projected gradient."""
         (below,) = ctx.saved_tensors
         return projected_gradient(g, below), None
 
@@ -213,6 +210,5 @@ class LowerBoundInForwardMode(LowerBound):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor, None]:
-        """Pass the tangent where beta acts."""
         (below,) = ctx.saved_tensors
         return torch.where(below, 0.0, tangent), None
