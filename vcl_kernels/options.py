@@ -12,6 +12,13 @@ REDUCTIONS = ("mean", "sum", "none")
 DEFAULT_BETA = {"ratio": 1.0, "variance": 0.0, "relative_variance": 1e-5}
 
 
+def _named(argument: str, names: tuple[str, ...], index: int) -> str:
+    """Return a choice's name. The ops take its number from whoever calls them."""
+    if not 0 <= index < len(names):
+        raise ValueError(f"{argument} must be from 0 to {len(names) - 1}, got {index}")
+    return names[index]
+
+
 class SubBatches(NamedTuple):
     """How the rows of x are cut, and what is a unit, in the order of the registered ops' arguments."""
 
@@ -31,6 +38,11 @@ class LossSpec(NamedTuple):
     per_activation: bool
     factor: float  # multiplies the loss and its gradients: weight, and 1 / U for reduction="mean"
     reduce: bool  # one value, not one for each unit
+
+    @property
+    def form_name(self) -> str:
+        """Name in FORMS."""
+        return _named("form", FORMS, self.form)
 
     @property
     def sub_batches(self) -> SubBatches:
@@ -62,7 +74,7 @@ class Activation(NamedTuple):
     @property
     def name(self) -> str:
         """Name in ACTIVATIONS."""
-        return ACTIVATIONS[self.kind]
+        return _named("activation", ACTIVATIONS, self.kind)
 
     @property
     def from_output(self) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .checks import check_activation, check_loss, check_moments
 from .geometry import dense_strides, with_strides
-from .options import FORMS, IDENTITY, NO_MINIMUM, Activation, LossSpec, SubBatches
+from .options import IDENTITY, NO_MINIMUM, Activation, LossSpec, SubBatches
 from .torch_private import has_transform
 
 __all__ = ["sub_batch_moments", "vcl_activation", "vcl_loss"]
@@ -86,7 +86,7 @@ def loss(x: Tensor, beta: Tensor | None, spec: LossSpec) -> Tensor:
     """``factor`` times the loss of each unit, or their sum if ``spec.reduce``."""
     _, var = moments(x, spec.sub_batches)
     acting = bounded_beta(spec.beta_value if beta is None else beta, spec.beta_min)
-    per_unit = loss_of_variances(var, acting, FORMS[spec.form])
+    per_unit = loss_of_variances(var, acting, spec.form_name)
     return spec.factor * (per_unit.sum() if spec.reduce else per_unit)
 
 

@@ -54,7 +54,7 @@ def spec_of(x: Tensor, form: str, unit: str = "channel", n: int | None = None) -
 
 def beta_of(x: Tensor, spec: LossSpec) -> Tensor | None:
     """A learned beta as the form takes it: one for each unit of "ratio", one value for "relative_variance"."""
-    one = {"ratio": empty_units(x, spec.per_activation), "relative_variance": x.new_empty(())}.get(FORMS[spec.form])
+    one = {"ratio": empty_units(x, spec.per_activation), "relative_variance": x.new_empty(())}.get(spec.form_name)
     return None if one is None else one.to(accumulation_dtype(x.dtype)).fill_(0.5)
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import Geometry, accumulation_dtype, empty_rows, empty_units, in_layout, in_unit_order, with_strides
-from ...options import FORMS, IDENTITY, NO_MINIMUM, LossSpec, SubBatches
+from ...options import IDENTITY, NO_MINIMUM, LossSpec, SubBatches
 from ...reference import projected_gradient
 from ..interface import Coefficients, Saved
 from . import backward, finalise, multiply
@@ -146,7 +146,7 @@ def _loss(x, beta, spec, partial, parts, mean, beta_grad) -> tuple[Tensor, Any, 
 
 def _loss_constants(x: Tensor, beta: Tensor | None, spec: LossSpec) -> dict[str, Any]:
     kind = 0 if beta is None else 1 if beta.dim() == 0 else 2
-    return {"FORM": FORMS[spec.form], "BETA": kind, "ACC": _accumulation(x)}
+    return {"FORM": spec.form_name, "BETA": kind, "ACC": _accumulation(x)}
 
 
 def _reduced(loss: Tensor, dbeta: Tensor | None, beta: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor]:
