@@ -17,10 +17,7 @@ template <class A> inline Vec<A>* scratch(int64_t vectors) {
   thread_local std::unique_ptr<char[]> memory;
   thread_local int64_t size = 0;
   const int64_t bytes = vectors * 64 + 64;
-  if (size < bytes) {
-    memory.reset(new char[bytes]());
-    size = bytes;
-  }
+  if (size < bytes) memory.reset(new char[bytes]()), size = bytes;
   return reinterpret_cast<Vec<A>*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
 }
 

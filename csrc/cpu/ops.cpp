@@ -158,16 +158,15 @@ template <class T> Tensor backward(BackwardRequest q) {
                   "dy, dx and what was saved must have the same rows, and no fewer than take part, got N = ", N);
   const Tensor dx = empty(to, dtype_code(q.saved));
   BackwardJob<T> j{};
-  j.g = geometry_of(shape, {q.n, K, q.per_activation});
-  j.g.N = N;
+  j.g = geometry_of(shape, {q.n, K, q.per_activation}), j.g.N = N;
   j.saved = data<T>(q.saved), j.rows = data<T>(q.rows), j.dy = data<T>(q.dy), j.dx = data<T>(dx);
   j.from_output = q.from_output, j.activation = q.activation;
   j.coefficients = {data<A>(mean), data<A>(scale), data<A>(shift)};
   j.upstream = q.g ? *data<A>(q.g) : A(1);
   j.strides = strides_of(to, q.per_activation);
   j.stream = streams(j.g, j.strides.row, j.g.run(), sizeof(T), q.dy.has_value()) && aligned(j.dx);
-  const Kernels<T> kernels = kernels_for<T>();
-  parallel(N, j.g.row_values(), [&](int64_t begin, int64_t end) { kernels.backward(j, begin, end); });
+  const auto kernel = kernels_for<T>().backward;
+  parallel(N, j.g.row_values(), [&](int64_t begin, int64_t end) { kernel(j, begin, end); });
   return dx;
 }
 
