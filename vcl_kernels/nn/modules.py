@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.nn.parameter import UninitializedParameter
 
 from .. import reference
 from ..checks import (
@@ -31,7 +31,7 @@ __all__ = ["VCL", "VCLActivation"]
 
 
 class LatestForward:
-    """What the latest training forward left. An object of its own, as attributes of a module are slow to set.
+    """The loss of the latest training forward. An object of its own: an attribute of a module takes longer to set.
 
     Copies, pickles and replicas of a module start with a new one.
     """
@@ -129,7 +129,7 @@ class VCLActivation(nn.Module):
         return self.latest.loss
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the activation of x; in training, keep the loss of x."""
+        """Return the activation of x. In training, also compute the loss of x."""
         if not self.training:
             return reference.activate(x, self.activation)
         if torch.compiler.is_compiling() and in_functorch():
@@ -144,73 +144,58 @@ class VCLActivation(nn.Module):
         if not x.shape or x.shape[0] < 2 * self.sub_batch_size:
             y, latest.loss = self._with_zero_loss(x, injection)
             return y
-        channels_second = channels_first(x, self.channel_dim)
-        K = self.num_sub_batches
+        view = channels_first(x, self.channel_dim)
+        K = None if self.num_sub_batches is None else min(self.num_sub_batches, x.shape[0] // self.sub_batch_size)
         beta, spec = check_loss(
-            channels_second,
-            self._beta_for(channels_second),
-            self.sub_batch_size,
-            self.form,
-            self.unit,
-            None if K is None else min(K, x.shape[0] // self.sub_batch_size),
-            "mean",
-            self.weight,
-            self.beta_min,
+            view, self._beta_for(view), self.sub_batch_size, self.form, self.unit, K, "mean", self.weight, self.beta_min
         )
-        y, latest.loss = activation_and_loss(channels_second, beta, spec, self.activation, self.backend, injection)
-        if y is channels_second:
-            return x
-        return y if channels_second is x else y.movedim(1, self.channel_dim)
+        y, latest.loss = activation_and_loss(view, beta, spec, self.activation, self.backend, injection)
+        if view is x:
+            return y
+        return x if y is view else y.movedim(1, self.channel_dim)
 
     def _with_zero_loss(self, x: Tensor, injection: Injection | None) -> tuple[Tensor, Tensor]:
-        """The activation of a batch that is too short for a loss."""
+        """Return the activation of a batch that is too short for a loss, and a loss of 0."""
         check_dtype("x", x.dtype)
         check_dimensions(x.shape)
         loss = x.new_zeros((), dtype=accumulation_dtype(x.dtype))
-        if self.beta is not None and not is_lazy(self.beta):
+        if self.beta is not None and type(self.beta) is not UninitializedParameter:
             loss = loss + 0 * self.beta.sum()  # DistributedDataParallel waits for a gradient
         y = reference.activate(x, self.activation)
         return (y, loss) if injection is None else injected(y, loss, injection)
 
     def _beta_for(self, x: Tensor) -> Tensor | float | None:
-        """Return the argument ``beta`` for x, whose channels are in dimension 1; make it now if it has no shape."""
-        if self.form == "variance":
-            return None
-        beta = self.beta
+        """Return the argument ``beta`` for x, whose channels are in dimension 1. A beta without a shape gets it now."""
+        beta, wide = self.beta, accumulation_dtype(x.dtype)
         if beta is None:
-            return self.beta_init
-        wide = accumulation_dtype(x.dtype)
+            return None if self.form == "variance" else self.beta_init
         if type(beta) is UninitializedParameter:  # isinstance takes longer, through a metaclass
             check_dimensions(x.shape)
             if x.device != beta.device and "meta" in (x.device.type, beta.device.type):
                 raise ValueError(f"beta must be on x's device, {x.device}; got {beta.device}")
-            self._make_beta(unit_shape(x.shape, self.unit == "activation"), x.device, wide)
+            self._make_beta(unit_shape(x.shape, self.unit == "activation"), wide, x.device)
         return beta if beta.dtype in (wide, x.dtype) else beta.to(wide)  # x may be float32 in a bfloat16 model
 
-    def materialize(self, x: Tensor) -> None:
-        """Give a beta without a shape the one that a first forward of ``x`` would, if that would be no error."""
-        if x.dim() > 1:
-            self._beta_for(channels_first(x, self.channel_dim))
+    def materialize(self, x: Tensor) -> VCLActivation:
+        """Give a beta without a shape the one that a training forward of ``x`` would; return the module."""
+        self._beta_for(channels_first(x, self.channel_dim))
+        return self
 
-    def _make_beta(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
-        beta = self.beta
-        assert isinstance(beta, UninitializedParameter)
-        beta.materialize(shape, device=device, dtype=dtype)
-        with torch.no_grad():
-            beta.fill_(self.beta_init)
+    def _make_beta(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None) -> None:
+        assert isinstance(self.beta, UninitializedParameter)
+        self.beta.materialize(shape, device, dtype)
+        nn.init.constant_(self.beta, self.beta_init)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self.beta is not None and is_lazy(self.beta):
-            destination[prefix + "beta"] = self.beta  # PyTorch's lazy modules do the same: there is nothing to detach
-        else:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
+        # A beta without a shape is saved as it is: it cannot be detached.
+        super()._save_to_state_dict(destination, prefix, keep_vars or type(self.beta) is UninitializedParameter)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         loaded = state_dict.get(prefix + "beta")
-        if loaded is not None and self.beta is not None and is_lazy(self.beta):
-            if is_lazy(loaded):
+        if type(self.beta) is UninitializedParameter and loaded is not None:
+            if type(loaded) is UninitializedParameter:
                 return
-            self._make_beta(tuple(loaded.shape), self.beta.device, loaded.dtype)
+            self._make_beta(tuple(loaded.shape), loaded.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -224,9 +209,8 @@ class VCLActivation(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the settings."""
-        shape = (
-            "none" if self.beta is None else "from the first batch" if is_lazy(self.beta) else tuple(self.beta.shape)
-        )
+        lazy = type(self.beta) is UninitializedParameter
+        shape = "none" if self.beta is None else "from the first batch" if lazy else tuple(self.beta.shape)
         activation = "" if self.activation.name == "identity" else f"{self.activation.name}, "
         settings = f"form={self.form}, n={self.sub_batch_size}, unit={self.unit}, weight={self.weight:g}"
         channel_dim = "" if self.channel_dim == 1 else f", channel_dim={self.channel_dim}"
