@@ -1,10 +1,10 @@
-"""Removes batch norm from a network, which computes the same afterwards in evaluation."""
+"""Removal of batch norm from a network, which afterwards computes what it did in evaluation."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -19,8 +19,8 @@ from .surgery import check_not_wrapped, replace, slots
 
 __all__ = ["ChannelAffine", "remove_batch_norm"]
 
-# Layers into which a batch norm can be folded, each with the batch norm whose channels are the layer's (a SyncBatchNorm
-# fits all). Exact types: a parametrized, lazy or user's subclass may compute its weight anew in each forward.
+# Layers into which a batch norm can be folded, each with the batch norm of its dimensions (SyncBatchNorm takes any).
+# Exact types: a parametrized, lazy or user's subclass may compute its weight anew in each forward.
 FOLDABLE: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: nn.BatchNorm1d,
     nn.Conv1d: nn.BatchNorm1d,
@@ -34,7 +34,7 @@ BATCH_NORMS = batch_norm_types()
 
 
 class ChannelAffine(nn.Module):
-    """``y = weight * x + bias`` with one weight and bias for each channel: what batch norm leaves behind.
+    """``y = weight * x + bias`` with a weight and a bias for each channel: a batch norm that was not folded.
 
     Computed in x's dtype, as a convolution is under autocast.
 
@@ -76,16 +76,16 @@ def remove_batch_norm(model: nn.Module) -> nn.Module:
     becomes a :class:`~vcl_kernels.nn.batch_norm.ChannelAffine`. Names stay, and so do the layers' parameters as
     objects. Training and evaluation then compute the same, each sample for itself.
 
-    What follows what is read off the model's forward, traced with ``torch.fx`` (in training and evaluation; no input
-    is needed). If it cannot be traced, neighbours in an ``nn.Sequential`` are taken to be called one after the other,
+    The order of layers is read off the model's forward, traced with ``torch.fx`` in training and evaluation; no input
+    is needed. If it cannot be traced, neighbours in an ``nn.Sequential`` are taken to be called one after the other,
     and other batch norms become affine maps. A linear layer's output is taken to be ``(N, C)``.
 
-    Not folded: layers with hooks, parametrizations or parameters that another module uses, and frozen layers before a
-    batch norm that learns. What batch norm did not learn is not learned afterwards: the affine map (or the new bias)
-    of a frozen batch norm is frozen, and that of one with ``affine=False`` too.
+    Nothing is folded into layers with hooks, parametrizations or parameters that another module uses, nor a batch
+    norm that learns into a frozen layer. The affine map or new bias of a batch norm that is frozen, or has
+    ``affine=False``, does not learn either.
 
-    Load checkpoints of the batch-norm network before, and make optimizers and DistributedDataParallel after, for
-    parameters come and go. A model from ``torch.compile`` compiles itself again, but its wrapper cannot be traced:
+    Load checkpoints of the batch-norm network before; make optimizers and DistributedDataParallel after, because
+    parameters come and go. A compiled model compiles itself again, but what ``torch.compile`` returns cannot be traced:
     give the module inside.
 
     Args:
@@ -95,10 +95,9 @@ def remove_batch_norm(model: nn.Module) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: no batch norm in the model; the model is one itself; a batch norm that has no running statistics
-            to go by (``track_running_stats=False``, or lazy and never run), or hooks or a forward of its own, which
-            would be lost; DistributedDataParallel, which would go on with the old parameters. The model is then
-            unchanged.
+        ValueError: the model has no batch norm, is one itself, or is wrapped for distributed training, which would go
+            on with the old parameters; a batch norm has no running statistics (``track_running_stats=False``, or lazy
+            and never run), or hooks or a forward of its own, which would be lost. The model is then unchanged.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8))
     >>> remove_batch_norm(net)
@@ -110,23 +109,22 @@ def remove_batch_norm(model: nn.Module) -> nn.Module:
     )
     """
     norms = _batch_norms(model)
-    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    owners = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
     inputs = _input_layers(model)
     replacements: dict[nn.Module, nn.Module] = {}
     for norm in norms:
         layer = inputs.get(norm)
         if layer is not None and _can_fold(layer, norm, owners):
             _fold(layer, norm)
-            replacements[norm] = nn.Identity()
+            replacements[norm] = nn.Identity().train(norm.training)
         else:
-            replacements[norm] = _affine(norm)
-        replacements[norm].train(norm.training)
+            replacements[norm] = _affine(norm).train(norm.training)
     replace(model, replacements)
     return model
 
 
 def _batch_norms(model: nn.Module) -> list[Any]:
-    """The batch norms of the model. Raises ValueError where one cannot be removed."""
+    """Return the batch norms of the model. Raise ValueError where one cannot be removed."""
     if isinstance(model, BATCH_NORMS):
         raise ValueError(f"model is itself a {type(model).__name__}, which cannot be replaced in place; give its owner")
     check_not_wrapped(model)
@@ -154,7 +152,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 class _Tracer(fx.Tracer):
-    """Traces into modules that contain a layer or batch norm; the inside of others does not matter here."""
+    """Traces the inside of modules that contain a batch norm or a layer of FOLDABLE, and no other."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         kinds = (*BATCH_NORMS, *FOLDABLE)
@@ -163,33 +161,23 @@ class _Tracer(fx.Tracer):
 
 
 def _input_layers(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """For each module whose only input is the output of one other module, which nothing else uses: that module."""
+    """Map each module whose only input is the output of one other module, which nothing else uses, to that module."""
     try:
-        graphs = list(_graphs(model))
+        nodes = [node for graph in _graphs(model) for node in graph.nodes]
     except Exception:  # tracing runs the user's code on fx proxies, which may raise anything
         return _predecessors(model)
-    inputs: dict[str, set[str]] = {}
-    users: dict[str, set[str]] = {}
-    for graph in graphs:
-        for node in graph.nodes:
-            inputs.setdefault(_module_name(node), set()).update(map(_module_name, node.all_input_nodes))
-            users.setdefault(_module_name(node), set()).update(map(_module_name, node.users))
-    pairs = {}
-    for name, sources in inputs.items():
-        if name and len(sources) == 1 and users.get(source := next(iter(sources))) == {name}:
-            pairs[model.get_submodule(name)] = model.get_submodule(source)
-    return pairs
-
-
-def _module_name(node: fx.Node) -> str:
-    """The module that a node calls, or whose parameter it reads, which counts as a use; else ``""``."""
-    if node.op == "get_attr":
-        return str(node.target).rpartition(".")[0]
-    return str(node.target) if node.op == "call_module" else ""
+    inputs: defaultdict[str, set[str]] = defaultdict(set)
+    users: defaultdict[str, set[str]] = defaultdict(set)
+    for node in nodes:
+        inputs[_module_name(node)].update(map(_module_name, node.all_input_nodes))
+        users[_module_name(node)].update(map(_module_name, node.users))
+    only_inputs = {name: next(iter(sources)) for name, sources in inputs.items() if name and len(sources) == 1}
+    pairs = [(name, source) for name, source in only_inputs.items() if users[source] == {name}]
+    return {model.get_submodule(name): model.get_submodule(source) for name, source in pairs}
 
 
 def _graphs(model: nn.Module) -> Iterator[fx.Graph]:
-    """The model's forward in both modes, with its optional arguments and without them."""
+    """Trace the model's forward in both modes, with its optional arguments and without them."""
     # Tracing may leave proxies in attributes and write to buffers: trace a copy, which shares the parameters.
     copied = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     optional = {n: None for n, p in inspect.signature(model.forward).parameters.items() if p.default is None}
@@ -201,8 +189,15 @@ def _graphs(model: nn.Module) -> Iterator[fx.Graph]:
             yield _Tracer().trace(copied, concrete_args=optional)
 
 
+def _module_name(node: fx.Node) -> str:
+    """Return the module that a node calls, or whose parameter it reads, which counts as a use; else ``""``."""
+    if node.op == "get_attr":
+        return str(node.target).rpartition(".")[0]
+    return str(node.target) if node.op == "call_module" else ""
+
+
 def _predecessors(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """For each module in an ``nn.Sequential`` the one before it, where both stand in the model only once."""
+    """Map each module in an ``nn.Sequential`` to the one before it, where both stand in the model only once."""
     count = Counter(slots(model).values())
     pairs: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
@@ -211,14 +206,14 @@ def _predecessors(model: nn.Module) -> dict[nn.Module, nn.Module]:
     return pairs
 
 
-def _can_fold(layer: Any, norm: Any, owners: Counter[int]) -> bool:
+def _can_fold(layer: Any, norm: Any, owners: Counter[nn.Parameter]) -> bool:
     """Whether ``norm`` can be folded into ``layer``, which then learns what ``norm`` learned."""
     if type(layer) not in FOLDABLE or not issubclass(type(norm), (FOLDABLE[type(layer)], nn.SyncBatchNorm)):
         return False
-    if not _is_plain(layer) or any(owners[id(p)] > 1 for p in layer.parameters()):
+    if not _is_plain(layer) or any(owners[p] > 1 for p in layer.parameters()):
         return False
-    for from_norm, into in ((norm.weight, layer.weight), (norm.bias, layer.bias)):
-        if _learns(from_norm) and isinstance(into, Tensor) and not into.requires_grad:
+    for of_norm, of_layer in ((norm.weight, layer.weight), (norm.bias, layer.bias)):
+        if _learns(of_norm) and of_layer is not None and not of_layer.requires_grad:
             return False
     weight = _output_first(layer, layer.weight)
     return len(weight) == norm.num_features and weight.device == norm.running_mean.device
@@ -226,37 +221,33 @@ def _can_fold(layer: Any, norm: Any, owners: Counter[int]) -> bool:
 
 @torch.no_grad()
 def _fold(layer: Any, norm: Any) -> None:
-    """Make ``layer`` compute ``norm(layer(x))``."""
-    weight, bias = _scaled_and_shifted(_output_first(layer, layer.weight), layer.bias, norm)
-    layer.weight.copy_(_output_first(layer, weight))
+    """Make ``layer`` compute ``norm(layer(x))``. Computed in float32 at least, and rounded once."""
+    weight = _output_first(layer, layer.weight)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    w = weight.to(dtype).reshape(len(weight), -1)
+    of_channels = (layer.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    wide: list[Any] = [t if t is None else t.to(dtype) for t in of_channels]
+    b, mean, var, gamma, beta = wide
+    w, b = fuse_conv_bn_weights(w, b, mean, var, norm.eps, gamma, beta)
+    layer.weight.copy_(_output_first(layer, w.reshape(weight.shape)))
     if layer.bias is None:
-        layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=_learns(norm.bias))
+        layer.bias = nn.Parameter(b.to(weight.dtype), requires_grad=_learns(norm.bias))
     else:
-        layer.bias.copy_(bias)
+        layer.bias.copy_(b)
 
 
-@torch.no_grad()
 def _affine(norm: Any) -> ChannelAffine:
-    """The affine map that a batch norm is in evaluation."""
+    """Return the affine map that a batch norm is in evaluation."""
     mean = norm.running_mean
-    weight, bias = _scaled_and_shifted(mean.new_ones(len(mean), 1), None, norm)
     affine = ChannelAffine(len(mean), device=mean.device, dtype=mean.dtype)
-    affine.weight.copy_(weight[:, 0]).requires_grad_(_learns(norm.weight))
-    affine.bias.copy_(bias).requires_grad_(_learns(norm.bias))
+    _fold(affine, norm)
+    affine.weight.requires_grad_(_learns(norm.weight))
+    affine.bias.requires_grad_(_learns(norm.bias))
     return affine
 
 
 def _learns(parameter: Tensor | None) -> bool:
     return parameter is not None and parameter.requires_grad
-
-
-def _scaled_and_shifted(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
-    """Fold ``norm`` into a weight ``(C, ...)`` and a bias ``(C,)``; in float32 at least, to be rounded once."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    tensors = (weight, bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    wide: list[Any] = [None if t is None else t.detach().to(dtype) for t in tensors]
-    w, b, mean, var, gamma, beta = wide
-    return fuse_conv_bn_weights(w, b, mean, var, norm.eps, gamma, beta)
 
 
 def _output_first(layer: Any, weight: Tensor) -> Tensor:
