@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from .fused import Calls, FusedActivation, before_activation, can_fuse, vcl_for
 from .modules import VCL, VCLActivation
-from .probe import Call, probe
+from .probe import probe
 from .surgery import check_not_wrapped, replace
 
 __all__ = ["ACTIVATIONS", "VCLHandle", "attach", "param_groups"]
@@ -54,20 +55,19 @@ def attach(  # noqa: PLR0913  # the public signature
             (``self.act = nn.ReLU()``), call :func:`vcl_kernels.vcl_activation` instead, or name the layers behind
             which they stand with ``layers``.
         example_input: a tensor, or tuple or mapping of arguments, for one evaluation forward (nothing is learnt from
-            it; a second one is without in-place activations, if there are any) that finds the shape of each beta,
+            it; a second one is without in-place activations, if there are any). It shows the shape of each beta,
             activations called more than once, and those whose channels are last. Activations of fewer than two
-            dimensions get no VCL. None, or an activation that the example does not reach: shapes come from the first
-            training forward, after which the optimizer is to be made.
+            dimensions get no VCL. Without it, or where it does not reach, betas get their shape in the first training
+            forward: make the optimizer after that.
         weight: multiplies the sum over layers.
         sub_batch_size, form, unit, num_sub_batches, learn_beta, beta_init, beta_min: as for :class:`vcl_kernels.VCL`.
         layers: other places: names or modules before which VCL is put, or a predicate of (name, module).
         inject: the loss enters the graph through each layer's output, which must then not be changed in place, and
             the training loop needs no change. Under a ``torch.amp.GradScaler``, set ``handle.grad_scaler`` to it.
-        channel_dim: where activations have their channels, dimension 0 being that of samples. None: in the last
-            dimension of what ``example_input`` shows to come from a linear function or a norm over that dimension, or
-            to be made of such tensors without a change of shape, or a part of one (as in a transformer's feed-forward
-            layers, ``(N, L, C)``), or to enter a linear layer that ``layers`` names; else in dimension 1. The model's
-            repr shows it.
+        channel_dim: the dimension of channels; that of samples is 0. None: the last dimension of activations
+            ``(N, L, C)`` that, as ``example_input`` shows, come from a linear function or a norm over that dimension,
+            are made of such tensors without a change of shape, are a part of one (a gate), or enter a linear layer
+            that ``layers`` names; else dimension 1. The model's repr shows it.
 
     Returns:
         A :class:`VCLHandle`: ``handle.loss()`` to add to the objective, unless ``inject``. It is ``model.vcl_handle``
@@ -85,33 +85,30 @@ def attach(  # noqa: PLR0913  # the public signature
     >>> objective.backward()
     """
     settings = {name: value for name, value in locals().items() if name not in ("model", "example_input", "layers")}
+    settings["channel_dim"] = 1 if channel_dim is None else channel_dim
     if learn_beta and form != "variance":
         check_not_wrapped(model)
     attached = next((name for name, module in model.named_modules() if hasattr(module, "vcl_handle")), None)
     if attached is not None:
         where = f"its submodule {attached!r}" if attached else "it"
         raise ValueError(f"model has VCL attached already, to {where}; remove() that first (model.vcl_handle)")
-    settings["channel_dim"] = 1 if channel_dim is None else channel_dim
     VCL(**settings)  # raises for a wrong setting before the model is changed
     modules = _chosen(model, layers)
-    calls: dict[nn.Module, list[Call]] = {}
-    if example_input is not None:
-        calls = probe(model, list(modules.values()), example_input)
-        missed = [name for name, module in modules.items() if module not in calls]
-        if missed:
-            warnings.warn(
-                f"the example does not reach {', '.join(missed)}; a beta there has no shape before the first training "
-                "forward that does. layers= leaves places out",
-                stacklevel=2,
-            )
+    calls = {} if example_input is None else probe(model, list(modules.values()), example_input)
+    missed = [name for name, module in modules.items() if module not in calls]
+    if missed and example_input is not None:
+        warnings.warn(
+            f"the example does not reach {', '.join(missed)}; a beta there has no shape before the first training "
+            "forward that does. layers= leaves places out",
+            stacklevel=2,
+        )
     vcls: dict[str, list[VCLActivation]] = {}
     for name, module in modules.items():
-        if all(x.dim() > 1 for x, _ in calls.get(module, ())):
-            vcls[name] = [] if module in calls else [vcl_for(module, settings)]
-            for x, probed_dim in calls.get(module, ()):
-                dim = probed_dim if channel_dim is None else channel_dim
-                vcls[name].append(vcl_for(module, {**settings, "channel_dim": dim}))
-                vcls[name][-1].materialize(x)
+        if module not in calls:
+            vcls[name] = [vcl_for(module, settings)]
+        elif all(x.dim() > 1 for x, _ in calls[module]):
+            of_calls = [(x, {**settings, "channel_dim": channel_dim or probed}) for x, probed in calls[module]]
+            vcls[name] = [vcl_for(module, of_call).materialize(x) for x, of_call in of_calls]
     if not vcls:
         raise ValueError("model has no activation of two or more dimensions (N, C, …)")
     return VCLHandle(model, {name: (modules[name], Calls(of_module)) for name, of_module in vcls.items()})
@@ -122,41 +119,42 @@ class VCLHandle:
 
     def __init__(self, model: nn.Module, layers: dict[str, tuple[nn.Module, Calls]]) -> None:
         self.model = model
-        self._names, self._calls = list(layers), [calls for _, calls in layers.values()]
-        self._before = [module for module, _ in layers.values() if not can_fuse(module)]  # their VCL comes before them
-        self._inplace = [module for module in self._before if getattr(module, "inplace", False)]
-        self._hooks = []
-        replacements: dict[nn.Module, nn.Module] = {}
+        self._calls = {name: calls for name, (_, calls) in layers.items()}
+        self._undo: list[Callable[[], Any]] = []  # what remove() calls; all of it can be copied and pickled
+        fused: dict[nn.Module, FusedActivation] = {}
         for module, calls in layers.values():
             if can_fuse(module):
-                replacements[module] = FusedActivation(module, calls)
-            else:
-                module.vcl = calls.train(module.training)
-                self._hooks.append(module.register_forward_pre_hook(before_activation, with_kwargs=True))
-        self._replaced = replace(model, replacements)
-        for module in self._inplace:
-            module.inplace = False  # type: ignore[assignment]
+                fused[module] = FusedActivation(module, calls)
+                continue
+            module.vcl = calls.train(module.training)
+            hook = module.register_forward_pre_hook(before_activation, with_kwargs=True)
+            self._undo += [hook.remove, partial(_delete_vcl, module)]
+            if getattr(module, "inplace", False):
+                module.inplace = False  # type: ignore[assignment]
+                self._undo.append(partial(setattr, module, "inplace", True))
+        self._undo += [partial(_restore_original, *replaced) for replaced in replace(model, fused)]
         model.vcl_handle = self  # type: ignore[assignment]  # a copy of the model has the copied handle
-        self._hooks.append(model.register_forward_pre_hook(self._before_forward))
-        self._hooks.append(model.register_forward_hook(self._after_forward, always_call=True))
-
-    def _vcls(self) -> Iterator[tuple[str, VCLActivation]]:
-        for name, calls in zip(self._names, self._calls, strict=True):
-            for call, vcl in enumerate(calls):
-                yield (name if call == 0 else f"{name}:{call}"), vcl  # type: ignore[misc]
+        before = model.register_forward_pre_hook(self._before_forward)
+        after = model.register_forward_hook(self._after_forward, always_call=True)
+        self._undo += [before.remove, after.remove, partial(delattr, model, "vcl_handle")]
 
     def _before_forward(self, model: nn.Module, _args: tuple[Any, ...]) -> None:
         if model.training:
-            for calls in self._calls:
+            for calls in self._calls.values():
                 calls.begin()
 
     def _after_forward(self, _model: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-        for calls in self._calls:
+        for calls in self._calls.values():
             calls.end()
+
+    def _vcls(self) -> Iterator[tuple[str, VCLActivation]]:
+        for name, calls in self._calls.items():
+            for call, vcl in enumerate(calls):
+                yield (f"{name}:{call}" if call else name), vcl  # type: ignore[misc]
 
     def __repr__(self) -> str:
         """Name the layers."""
-        return f"VCLHandle({', '.join(self._names)})"
+        return f"VCLHandle({', '.join(self._calls)})"
 
     def loss(self) -> Tensor:
         """Return ``weight`` times the sum over layers of the latest training forward's losses.
@@ -164,16 +162,16 @@ class VCLHandle:
         Raises:
             RuntimeError: no training forward was run, or only without grad mode, so that the loss has no gradient.
         """
-        ran = [vcl.latest for _, vcl in self._vcls() if vcl.loss is not None]
+        ran = [(vcl.loss, vcl.latest.in_grad_mode) for _, vcl in self._vcls() if vcl.loss is not None]
         if not ran:
             raise RuntimeError("handle.loss() wants a training forward of the model first (model.train())")
-        if torch.is_grad_enabled() and not any(latest.in_grad_mode for latest in ran):
+        if torch.is_grad_enabled() and not any(in_grad_mode for _, in_grad_mode in ran):
             raise RuntimeError(
                 "handle.loss() has no gradient: the training forward ran without grad mode, under torch.no_grad() "
                 "(read handle.losses then) or reentrant checkpointing (use_reentrant=False or inject=True helps)"
             )
-        losses = [latest.loss for latest in ran if latest.loss is not None]
-        return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
+        device = ran[0][0].device
+        return torch.stack([loss.to(device) for loss, _ in ran]).sum()
 
     @property
     def losses(self) -> dict[str, Tensor]:
@@ -197,21 +195,19 @@ class VCLHandle:
 
     def remove(self) -> None:
         """Restore the model: its own activation modules, no hooks, no betas, in place again where they were."""
-        if not self._hooks:
-            return  # removed before
-        for hook in self._hooks:
-            hook.remove()
-        for parent, name, fused in self._replaced:
-            if getattr(parent, name, None) is fused:  # the user may have put another module there since
-                assert isinstance(fused, FusedActivation)
-                parent.register_module(name, fused.release())
-        for module in self._before:
-            if hasattr(module, "vcl"):
-                del module.vcl
-        for module in self._inplace:
-            module.inplace = True  # type: ignore[assignment]
-        del self.model.vcl_handle
-        self._names, self._calls, self._before, self._inplace, self._hooks, self._replaced = [], [], [], [], [], []
+        for undo in self._undo:
+            undo()
+        self._calls, self._undo = {}, []
+
+
+def _delete_vcl(module: nn.Module) -> None:
+    if hasattr(module, "vcl"):
+        del module.vcl
+
+
+def _restore_original(parent: nn.Module, name: str, fused: FusedActivation) -> None:
+    if getattr(parent, name, None) is fused:  # the user may have put another module there since
+        parent.register_module(name, fused.release())
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -221,16 +217,15 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     >>> [len(group["params"]) for group in param_groups(net, 1e-4)]
     [1, 2]
     """
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
-    visited: set[int] = set()
+    decays: dict[nn.Parameter, bool] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in visited:
-                visited.add(id(parameter))
-                is_bias = name.startswith("bias") or name.endswith("bias")  # an LSTM has bias_ih_l0
-                (free if is_bias or isinstance(module, VCLActivation) else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+            is_bias = name.startswith("bias") or name.endswith("bias")  # an LSTM has bias_ih_l0
+            decays.setdefault(parameter, not is_bias and not isinstance(module, VCLActivation))
+    return [
+        {"params": [p for p, decay in decays.items() if decay], "weight_decay": weight_decay},
+        {"params": [p for p, decay in decays.items() if not decay], "weight_decay": 0.0},
+    ]
 
 
 def _chosen(

@@ -26,9 +26,9 @@ FUSED: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
 
 
 class CallCounter:
-    """Counts the calls of one activation module in a forward."""
+    """The calls of one activation module in a forward of the model."""
 
-    next = 0
+    count = 0
     in_forward = False  # of the whole model, not of a part of it or a recomputation
 
 
@@ -45,9 +45,8 @@ class Calls(nn.ModuleList):
         return replica
 
     def begin(self) -> None:
-        """Start a forward of the model. Losses of the previous one are dropped: a layer may be skipped this time."""
-        counter = self.counter
-        counter.next, counter.in_forward = 0, True
+        """Begin a forward of the model. Drop the losses of the previous one: a layer may be skipped this time."""
+        self.counter.count, self.counter.in_forward = 0, True
         for vcl in self:
             vcl.latest.loss = None  # type: ignore[union-attr]
 
@@ -58,7 +57,7 @@ class Calls(nn.ModuleList):
     def take(self, module: nn.Module) -> VCLActivation:
         """Return the VCL of the present call of ``module``."""
         counter, vcls = self.counter, children(self)
-        call = counter.next
+        call = counter.count
         if not counter.in_forward:
             if len(vcls) > 1 and torch.is_grad_enabled():
                 raise RuntimeError(
@@ -72,14 +71,14 @@ class Calls(nn.ModuleList):
                 f"{_type_name(module)} is called {call + 1} times in one forward, and has VCL for {len(vcls)}; "
                 "give attach an example_input whose forward makes every call, so that each gets a beta of its own"
             )
-        counter.next = call + 1
+        counter.count = call + 1
         return vcls[str(call)]
 
 
 class FusedActivation(nn.Module):
     """Replaces an activation module: VCLActivation in training, the original module in evaluation.
 
-    The original is not a child, so the state dict gains only betas. Its hooks run here. Its attributes are found here.
+    The original is no child, so that the state dict gains only betas. This module has its hooks, and its attributes.
     """
 
     original: nn.Module
@@ -98,7 +97,7 @@ class FusedActivation(nn.Module):
         return children(self)["vcl"].take(self)(input)
 
     def release(self) -> nn.Module:
-        """Return the original module with the mode and the hooks that it has by now."""
+        """Return the original module, with the mode and the hooks of this one."""
         self.original.__dict__.update(hooks_of(self))
         return self.original.train(self.training)
 
@@ -130,7 +129,7 @@ class FusedActivation(nn.Module):
 def before_activation(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Pass the first input of ``module`` through its VCL: a hook. A plain function, so that models can be copied."""
+    """Pass the first input of ``module`` through its VCL. A hook that is a plain function: models can be copied."""
     calls: Calls = module.vcl  # type: ignore[assignment]
     if not calls.training:
         return None

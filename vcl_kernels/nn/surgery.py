@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 from torch import nn
+
+Replacement = TypeVar("Replacement", bound=nn.Module)
 
 
 def slots(model: nn.Module) -> dict[tuple[nn.Module, str], nn.Module]:
-    """Every (parent, name) in ``model`` with the module that it holds; a shared module has several."""
+    """Return what each attribute (parent, name) of ``model`` holds; a shared module is in several."""
     modules = dict(model.named_modules(remove_duplicate=False))
     paths = [(path, *path.rpartition(".")[::2]) for path in modules if path]
     return {(modules[parent], name): modules[path] for path, parent, name in paths}
 
 
-def replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
+def replace(
+    model: nn.Module, replacements: Mapping[nn.Module, Replacement]
+) -> list[tuple[nn.Module, str, Replacement]]:
     """Put each replacement wherever its module is in ``model``; return each (parent, name, replacement)."""
     done = [(*slot, replacements[module]) for slot, module in slots(model).items() if module in replacements]
     for parent, name, replacement in done:
