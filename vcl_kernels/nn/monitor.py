@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 from ..checks import channels_first, check_channel_dim, check_choice, check_count
 from ..functional import sub_batch_moments
@@ -25,25 +26,25 @@ from .modules import VCLActivation
 __all__ = ["VCLMonitor"]
 
 STATISTICS = ("loss", "beta", "beta_least", "variance", "constancy", "kurtosis")
+COLUMNS = ("step", "layer", *STATISTICS)
 
 
 class VCLMonitor:
-    r"""Statistics of every layer's pre-activations through training, with VCL or without.
+    r"""Statistics of the input of every layer through training, with VCL or without.
 
-    Layers are the activation modules of the model and its :class:`vcl_kernels.VCL` modules; each is seen where VCL sees
-    it, at the activation's input. Of a unit (a channel, or an activation) with sub-batch variances v_1 … v_K, all
-    K = N // n sub-batches of n samples:
+    Layers are the activation modules of the model and its :class:`vcl_kernels.VCL` modules. Of a unit (a channel, or
+    an activation), v_1 … v_K are the variances of all K = N // n sub-batches of n samples:
 
     - ``loss``: the layer's part of :meth:`VCLHandle.loss` (weighted); NaN where the layer has no VCL.
     - ``beta``, ``beta_least``: mean and least beta over units, as they act (at least ``beta_min``); NaN without one.
     - ``variance``: ``v̄ = Σ v_k / K``, mean over units.
-    - ``constancy``: ``Σ (v_k - v̄)² / ((K - 1) v̄²)``, mean over units with v̄ > 0: the variance of the sample
-      variances, relative to their squared mean. 0 is perfect constancy; i.i.d. values of kurtosis κ have
-      ``κ/M - (M - 3) / (M (M - 1))`` for M values in a sub-batch, a Gaussian 2 / (M - 1). NaN below 2n samples.
+    - ``constancy``: ``Σ (v_k - v̄)² / ((K - 1) v̄²)``, mean over units with v̄ > 0: 0 is perfect constancy; i.i.d.
+      values of kurtosis κ have ``κ/M - (M - 3) / (M (M - 1))`` for M values in a sub-batch, a Gaussian 2 / (M - 1).
+      NaN below 2n samples.
     - ``kurtosis``: ``E[(x - mean)⁴] / E[(x - mean)²]²`` over the batch, mean over units that vary: 3 for a Gaussian,
       1 for two points of equal weight.
 
-    Nothing is fetched from the device before :meth:`flush`, which fetches all there is in one transfer. Between the
+    Nothing is fetched from the device before :meth:`flush`, which fetches everything in one transfer. Between the
     steps that are looked at, one hook counts; after :meth:`remove` there is none. Hooks make torch.compile compile
     anew: monitor the model before compiling it, or not at all.
 
@@ -82,14 +83,14 @@ class VCLMonitor:
         tensorboard: Any = None,
     ) -> None:
         check_count("every", every, 1)
+        check_choice("unit", unit, UNITS)
         if sub_batch_size is not None:
             check_count("sub_batch_size", sub_batch_size, 1)
-        check_choice("unit", unit, UNITS)
         if channel_dim is not None:
             check_channel_dim(channel_dim)
         self.model = model.model if isinstance(model, VCLHandle) else model
         self.every, self.sub_batch_size, self.unit, self.channel_dim = every, sub_batch_size, unit, channel_dim
-        self.rows: list[dict[str, Any]] = []  # flushed: step, layer and STATISTICS
+        self.rows: list[dict[str, Any]] = []  # flushed: of COLUMNS
         self.step = 0  # training forwards so far
         self._active = True
         self._layers = _layers(self.model)
@@ -99,11 +100,11 @@ class VCLMonitor:
         self._owns_writer = isinstance(tensorboard, str | Path)
         self._writer = _summary_writer(tensorboard) if self._owns_writer else tensorboard
         self._calls: list[tuple[str, int, VCLActivation | None, list[Tensor]]] = []  # of the present forward
-        self._waiting: list[tuple[int, list[str], Tensor]] = []  # step, layers, and their statistics on the device
-        self._layer_hooks: list[Any] = []
+        self._waiting: list[tuple[int, str, Tensor]] = []  # step, layer, and its statistics on the device
+        self._layer_hooks: list[RemovableHandle] = []
         self._model_hooks = [
-            self.model.register_forward_pre_hook(self._begin),
-            self.model.register_forward_hook(self._end, always_call=True),
+            self.model.register_forward_pre_hook(self._before_forward),
+            self.model.register_forward_hook(self._after_forward, always_call=True),
         ]
 
     def __enter__(self) -> VCLMonitor:
@@ -117,24 +118,24 @@ class VCLMonitor:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy or pickle an inactive monitor with the rows: it goes with a copy of the model."""
-        state = {**self.__dict__, "_active": False, "_csv": None, "_writer": None}
-        return state | {"_calls": [], "_waiting": [], "_layer_hooks": []}
+        outside = {"_active": False, "_csv": None, "_writer": None}
+        return self.__dict__ | outside | {"_calls": [], "_waiting": [], "_layer_hooks": []}
 
     def flush(self) -> list[dict[str, Any]]:
         """Fetch what waits on the device; write it to the CSV file and TensorBoard; return and keep its rows."""
         if not self._waiting:
             return []
         waiting, self._waiting = self._waiting, []
-        values = torch.cat([table.to(waiting[0][2].device) for _, _, table in waiting]).tolist()
-        labels = [(step, layer) for step, layers, _ in waiting for layer in layers]
-        rows = [
-            {"step": step, "layer": layer, **dict(zip(STATISTICS, of_layer, strict=True))}
-            for (step, layer), of_layer in zip(labels, values, strict=True)
+        device = waiting[0][2].device
+        fetched = torch.stack([values.to(device) for _, _, values in waiting]).tolist()
+        rows: list[dict[str, Any]] = [
+            dict(zip(COLUMNS, (step, layer, *values), strict=True))
+            for (step, layer, _), values in zip(waiting, fetched, strict=True)
         ]
         self.rows += rows
         if self._csv is not None:
             with self._csv.open("a", newline="") as file:
-                table = csv.DictWriter(file, ["step", "layer", *STATISTICS])
+                table = csv.DictWriter(file, COLUMNS)
                 if file.tell() == 0:
                     table.writeheader()
                 table.writerows(rows)
@@ -172,9 +173,8 @@ class VCLMonitor:
         except ImportError as error:
             raise ImportError("VCLMonitor.plot needs matplotlib: pip install matplotlib") from error
         figure = Figure(figsize=(3.6 * len(statistics), 3.2), layout="constrained")
-        layers = list(dict.fromkeys(row["layer"] for row in self.rows))
         for axes, name in zip(figure.subplots(1, len(statistics), squeeze=False)[0], statistics, strict=True):
-            for layer in layers:
+            for layer in dict.fromkeys(row["layer"] for row in self.rows):
                 line = [(row["step"], row[name]) for row in self.rows if row["layer"] == layer]
                 axes.plot(*zip(*line, strict=True), label=layer)
             axes.set(title=name, xlabel="step")
@@ -183,7 +183,7 @@ class VCLMonitor:
             figure.savefig(path)
         return figure
 
-    def _begin(self, model: nn.Module, _args: tuple[Any, ...]) -> None:
+    def _before_forward(self, model: nn.Module, _args: tuple[Any, ...]) -> None:
         if model.training and self._active:
             if self.step % self.every == 0:
                 for name, module in self._layers:
@@ -193,21 +193,19 @@ class VCLMonitor:
 
     def _record(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = sum(name == layer for layer, *_ in self._calls)
-        vcls = [module] if isinstance(module, VCLActivation) else _vcls_of(module)
+        vcls = [module] if isinstance(module, VCLActivation) else _attached_to(module)
         vcl = vcls[min(call, len(vcls) - 1)] if vcls else None
         n = self.sub_batch_size or (vcl.sub_batch_size if vcl else 5)
         x = channels_first(first_input(args, kwargs), self.channel_dim or (vcl.channel_dim if vcl else 1))
         self._calls.append((name, call, vcl, _statistics(x, n, self.unit)))
 
-    def _end(self, _model: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+    def _after_forward(self, _model: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         for hook in self._layer_hooks:
             hook.remove()
         calls, self._calls, self._layer_hooks = self._calls, [], []
-        if calls:
-            device = calls[0][3][0].device
-            table = [torch.stack([*_of_vcl(vcl, of_x[0]), *of_x]).to(device) for *_, vcl, of_x in calls]
-            layers = [f"{name}:{call}" if call else name for name, call, *_ in calls]
-            self._waiting.append((self.step - 1, layers, torch.stack(table)))
+        for name, call, vcl, of_x in calls:
+            layer = f"{name}:{call}" if call else name
+            self._waiting.append((self.step - 1, layer, torch.stack([*_of_vcl(vcl, of_x[0]), *of_x])))
 
 
 @torch.no_grad()
@@ -238,29 +236,29 @@ def _of_vcl(vcl: VCLActivation | None, like: Tensor) -> list[Tensor]:
     nan = torch.full_like(like, torch.nan)
     if vcl is None or vcl.loss is None:
         return [nan, nan, nan]
-    if vcl.form == "variance" or (vcl.beta is not None and is_lazy(vcl.beta)):
-        beta = nan
+    if vcl.beta is None:
+        beta = nan if vcl.form == "variance" else like.new_full((), vcl.beta_init)
     else:
-        beta = like.new_full((), vcl.beta_init) if vcl.beta is None else vcl.beta.to(like)
+        beta = nan if is_lazy(vcl.beta) else vcl.beta.to(like)
     beta = torch.as_tensor(bounded_beta(beta, vcl.beta_min))
     return [vcl.loss.detach().to(like), beta.mean(), beta.min()]
 
 
 def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules that are watched, by name: not the VCLs inside of others."""
-    inside = {vcl for module in model.modules() for vcl in _vcls_of(module)}
+    """Return the modules to watch, by name. A VCL that attach gave to another module is watched there."""
+    attached = {vcl for module in model.modules() for vcl in _attached_to(module)}
     layers = [
         (name or type(model).__name__, module)
         for name, module in model.named_modules()
-        if module not in inside and (isinstance(module, (*ACTIVATIONS, VCLActivation)) or _vcls_of(module))
+        if module not in attached and (isinstance(module, (*ACTIVATIONS, VCLActivation)) or _attached_to(module))
     ]
     if not layers:
         raise ValueError(f"model ({type(model).__name__}) has no activation or VCL module to monitor")
     return layers
 
 
-def _vcls_of(module: nn.Module) -> list[VCLActivation]:
-    """The VCLs that attach gave to this module."""
+def _attached_to(module: nn.Module) -> list[VCLActivation]:
+    """Return the VCLs that attach gave to ``module``."""
     calls = getattr(module, "vcl", None)
     return list(calls) if isinstance(calls, Calls) else []  # type: ignore[arg-type]
 
