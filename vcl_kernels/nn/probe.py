@@ -1,8 +1,7 @@
-"""The probe: an evaluation forward on an example, which finds the calls of each module, with shapes and channels."""
+"""The probe: an evaluation forward on an example. It shows each call of a module, and where its input has channels."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..torch_private import base_of, map_tensors, tensors_in
 from .fused import first_input
@@ -19,7 +19,6 @@ __all__ = ["Call", "probe"]
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
-
 _copy = partial(map_tensors, torch.clone)
 
 
@@ -27,7 +26,7 @@ class Call(NamedTuple):
     """One call of a module."""
 
     x: Tensor  # its first input
-    channel_dim: int  # -1 where x has three or more dimensions and its features in the last; else 1
+    channel_dim: int  # -1 where x has three or more dimensions, of which the last is features; else 1
 
 
 def probe(model: nn.Module, modules: list[nn.Module], example: Any) -> dict[nn.Module, list[Call]]:
@@ -48,7 +47,7 @@ def probe(model: nn.Module, modules: list[nn.Module], example: Any) -> dict[nn.M
         output = _evaluate(model, example, modules, record)
     in_place = [module for module in modules if getattr(module, "inplace", False)]
     differs = bool(in_place) and not _equal(output, _evaluate(model, example, in_place, _copy_inputs))
-    if differs and _equal(output, _evaluate(model, example)):  # else the model is random, and nothing follows
+    if differs and _equal(output, _evaluate(model, example)):  # a random model differs from itself
         raise ValueError(
             f"model ({type(model).__name__}) does not compute the same with its activations out of place, as VCL runs "
             "them in training: something else reads what they overwrite. Let it read what they return"
@@ -57,7 +56,7 @@ def probe(model: nn.Module, modules: list[nn.Module], example: Any) -> dict[nn.M
 
 
 def _evaluate(model: nn.Module, example: Any, hooked: list[nn.Module] | None = None, hook: Any = None) -> Any:
-    """Return the evaluation output of ``model`` for a copy of ``example``, with ``hook`` before some modules.
+    """Return the evaluation output of ``model`` for a copy of ``example``, with ``hook`` before each of ``hooked``.
 
     Modes are set by attribute: a model may define ``eval()`` itself (an adapter merges its weights there).
     """
@@ -90,27 +89,26 @@ def _equal(output: Any, other: Any) -> bool:
 
 
 class FeaturesLast(TorchFunctionMode):
-    """Learns, while it is entered, which tensors have their features in the last dimension.
+    """While entered, notes which tensors have their features in the last dimension:
 
     - outputs of linear functions, and of norms over the last dimension;
     - what is computed from such a tensor without a change of shape (a sum, a dropout; not a convolution);
-    - views of both that leave the features last, all of them or a part (a gate). Views that cut features into several
-      dimensions (an image, heads) are not.
+    - views of both that leave the features last, all of them or a part (a gate), but not those that cut the features
+      into several dimensions (an image, heads).
     """
 
     def __init__(self) -> None:
         super().__init__()
-        # by id of a tensor that is no view: the tensor, and stride and number of its features
-        self._known: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
+        self._features = WeakTensorKeyDictionary()  # their stride and number, of tensors that are no views
 
     def knows(self, x: Tensor) -> bool:
         """Whether ``x`` has its features last."""
         whole = base_of(x)
-        ref, stride, features = self._known.get(id(whole), (None, 0, 0))
-        if ref is None or ref() is not whole or x.stride(-1) != stride:
+        stride, number = self._features.get(whole, (None, 0))
+        if x.stride(-1) != stride:
             return False
         others = [step for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-        return x is whole or all(not stride <= step < stride * features for step in others)
+        return x is whole or not any(stride <= step < stride * number for step in others)  # a step among features
 
     def __torch_function__(
         self, func: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -118,13 +116,9 @@ class FeaturesLast(TorchFunctionMode):
         """Run ``func`` and note whether its output has features last."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if (
-            isinstance(out, Tensor)
-            and out.dim() > 1
-            and (_is_linear(func, args, kwargs) or self._keeps(func, out, args))
-        ):
-            whole = base_of(out)
-            self._known[id(whole)] = weakref.ref(whole), out.stride(-1), out.shape[-1]
+        is_matrix = isinstance(out, Tensor) and out.dim() > 1
+        if is_matrix and (_is_linear(func, args, kwargs) or self._keeps(func, out, args)):
+            self._features[base_of(out)] = out.stride(-1), out.shape[-1]
         return out
 
     def _keeps(self, func: Callable[..., Any], out: Tensor, args: tuple[Any, ...]) -> bool:
