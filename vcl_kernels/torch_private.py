@@ -18,35 +18,34 @@ def _always(*_: Any) -> bool:
     return True
 
 
-# Of transforms and tracing. Found once, at import: Dynamo traces a call of these functions, not a search for them.
+# Transforms and tracing. Looked up once, at import: Dynamo traces a call of these functions, but not the look-up.
 
-# Whether grad, vmap or another transform of torch.func runs. Dynamo can answer no public question of it. Without it:
-# no; autograd functions then refuse by themselves.
+# Whether a transform of torch.func (grad, vmap, …) runs. Dynamo traces no public function that tells. Fallback: no;
+# autograd functions then raise by themselves.
 in_functorch: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", _never)
 
-# Whether the graph stays for another backward, so that saved tensors must not change. Without it: yes.
+# Whether the graph stays for another backward, so that saved tensors must not change. Fallback: yes.
 keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", _always)
 
-# Whether g stands for other values too: for make_fx, is_grads_batched or vmap. Without one of them: yes.
+# Whether a tensor is traced or batched: by make_fx, is_grads_batched or vmap. Fallback for each: yes.
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _always)
 _is_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", _always)
 _is_wrapped: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", _always)
 
-# Its attribute _current_level is -1 outside of any dual level, and Dynamo guards on it. Asking it saves a small call
-# the time of asking tensors for their tangents, which is what is done without it.
+# forward_ad._current_level is -1 outside of any dual level, and Dynamo guards on it. Reading it takes less time than
+# asking each tensor for its tangent, which is the fallback.
 _levels: Any = forward_ad if hasattr(forward_ad, "_current_level") else None
 
 
 def is_traced(g: Tensor) -> bool:
-    """Whether ``g`` stands for other values too: for a compiler, ``make_fx``, ``vmap`` or ``is_grads_batched``."""
+    """Whether ``g`` stands for other values too: under a compiler, ``make_fx``, ``vmap`` or ``is_grads_batched``."""
     return torch.compiler.is_compiling() or _dispatch_modes() > 0 or _is_batched(g) or _is_wrapped(g)
 
 
 def has_transform(x: Tensor, beta: object) -> bool:
-    """Whether a derivative is taken that kernels do not have: a transform of ``torch.func``, or in forward mode.
+    """Whether a transform of ``torch.func`` runs, or x or beta has a tangent (forward mode): kernels have neither.
 
-    Compiled code does not see the tangents of its inputs. In a dual level the answer then is that they may have one;
-    where torch does not tell the level, it is that they have none.
+    A compiler does not see tangents. It gets True in a dual level, and False where torch does not tell the level.
     """
     if in_functorch():
         return True
@@ -61,11 +60,11 @@ def _has_tangent(t: Tensor) -> bool:
     return forward_ad.unpack_dual(t).tangent is not None
 
 
-# Of modules
+# Modules
 
 
 def children(module: nn.Module) -> Mapping[str, Any]:
-    """The children of ``module`` by name. An attribute would be looked for among parameters and buffers first."""
+    """The children of ``module`` by name, sooner than by ``getattr``, which tries parameters and buffers first."""
     try:
         return module.__dict__["_modules"]
     except KeyError:
@@ -73,7 +72,7 @@ def children(module: nn.Module) -> Mapping[str, Any]:
 
 
 def hooks_of(module: nn.Module) -> dict[str, Any]:
-    """The attributes in which ``module`` has its hooks, whichever of them there are: dictionaries, and one flag."""
+    """The attributes that hold the hooks of ``module``, as far as this version has them: dictionaries, and a flag."""
     return {name: value for name, value in vars(module).items() if "hook" in name}
 
 
@@ -96,7 +95,7 @@ def base_of(x: Tensor) -> Tensor:
     return x if base is None else base
 
 
-# Of nested containers
+# Nested containers
 
 pytree: Any = getattr(torch.utils, "_pytree", None)
 
