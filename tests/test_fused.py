@@ -38,9 +38,11 @@ def test_an_injected_loss_costs_a_fused_activation_no_node_of_its_own():
     assert "Addmm" in node.next_functions[0][0].name()
 
 
-@pytest.mark.parametrize(("example", "steps", "has"), [(None, 2, 1), ((torch.zeros(2, 4), 2), 3, 2)])
-@pytest.mark.parametrize("inject", [False, True])
-def test_a_call_that_the_example_did_not_make_is_an_error(inject, example, steps, has):
+@pytest.mark.parametrize(
+    ("example", "steps", "has", "inject"),
+    [(None, 2, 1, False), (None, 2, 1, True), ((torch.zeros(2, 4), 2), 3, 2, False)],
+)
+def test_a_call_that_the_example_did_not_make_is_an_error(example, steps, has, inject):
     net, x = Repeated(nn.Tanh()), torch.randn(20, 4)
     vk.attach(net, example, inject=inject)
     net(x, has)
@@ -71,8 +73,7 @@ def test_inplace_activations_leave_their_inputs_alone_in_training():
 
 
 def test_hooks_on_activations_still_run():
-    outputs = []
-    net = mlp()
+    net, outputs = mlp(), []
     net[1].register_forward_hook(lambda _module, _args, y: outputs.append(y))
     net[1].register_full_backward_hook(lambda *_: outputs.append("first"))
     handle = vk.attach(net)
@@ -88,9 +89,8 @@ def test_hooks_on_activations_still_run():
 
 def test_modules_with_a_beta_are_called_as_modules():
     """Sharding and pruning provide parameters in hooks of the module."""
-    net = nn.Sequential(*mlp(), nn.Linear(8, 8), nn.Mish())
+    net, called = nn.Sequential(*mlp(), nn.Linear(8, 8), nn.Mish()), []
     vk.attach(net, torch.randn(2, 4))
-    called = []
     for index in (1, 3):
         net[index].vcl[0].register_forward_hook(lambda *_, index=index: called.append(index))
     net(torch.randn(20, 4))
@@ -108,6 +108,7 @@ def test_an_activation_with_a_forward_of_its_own_is_not_replaced():
 def test_settings_of_the_original_are_set_through_its_replacement():
     net, x = mlp(nn.LeakyReLU(0.1)), torch.randn(20, 8)
     handle = vk.attach(net, torch.randn(2, 4))
+    assert repr(net[1]).startswith("FusedActivation(\n  LeakyReLU(negative_slope=0.1)")
     net[1].negative_slope = 0.7
     net[1].note = "here"
     for mode in (True, False):
