@@ -6,13 +6,13 @@ import math
 import pickle
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import vcl_kernels as vk
 from vcl_kernels import torch_private
@@ -156,36 +156,14 @@ def test_an_error_in_the_model_leaves_no_layer_hooks():
     assert [row["step"] for row in monitor.flush()] == [1, 1]
 
 
-class Fetches(TorchDispatchMode):
-    """Counts what would make a device wait: values read by Python, and data-dependent shapes."""
-
-    names = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.is_nonzero", "aten.equal")
-    count = 0
-
-    def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
-        self.count += str(function).startswith(self.names)
-        return function(*args, **(kwargs or {}))
-
-
-def test_the_training_path_fetches_nothing():
-    model, x = net(), torch.randn(32, 4)
-    handle = vk.attach(model, x)
-    monitor = vk.VCLMonitor(handle)
-    with Fetches() as fetches:
-        for _ in range(3):
-            (model(x).mean() + handle.loss()).backward()
-        assert len(monitor.flush()) == 6
-        assert fetches.count == 0
-        float(x.sum())
-        assert fetches.count == 1  # it would have been noticed
-
-
-def test_it_runs_where_no_value_can_be_read(monkeypatch):
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ELU(), nn.Conv2d(3, 3, 3), nn.ReLU())
-    monitor = vk.VCLMonitor(model)
+def test_the_training_path_fetches_nothing(monkeypatch):
+    """On the meta device nothing can be read."""
     monkeypatch.setattr(room, "sub_batch_moments", vk.reference.sub_batch_moments)
-    model(torch.empty(20, 2, 8, 8, device="meta"))
+    with torch.device("meta"):
+        model, x = net(), torch.empty(32, 4)
+        handle = vk.attach(model, x)
+    monitor = vk.VCLMonitor(handle)
+    (model(x).mean() + handle.loss()).backward()
     with pytest.raises(NotImplementedError, match="meta"):
         monitor.flush()
 
@@ -213,14 +191,6 @@ def test_a_beta_without_a_shape_has_no_value_yet():
     assert [row["beta"] == 1 for row in monitor.rows] == [False, True]
 
 
-def test_constancy_of_a_gaussian_is_that_of_the_closed_form():
-    model = nn.Sequential(nn.Identity(), nn.ReLU())
-    with vk.VCLMonitor(model, sub_batch_size=8) as monitor:
-        model(torch.randn(8 * 200, 500))
-    assert monitor.rows[0]["constancy"] == pytest.approx(2 / 7, rel=0.01)
-    assert monitor.rows[0]["kurtosis"] == pytest.approx(3, rel=0.01)
-
-
 def test_csv_is_continued_with_one_header(tmp_path):
     model, x = net(), torch.randn(32, 4)
     path = tmp_path / "seen.csv"
@@ -235,28 +205,22 @@ def test_csv_is_continued_with_one_header(tmp_path):
     assert float(rows[-1]["kurtosis"]) == monitor.rows[-1]["kurtosis"]
 
 
-def test_tensorboard_gets_what_is_not_nan():
-    model, writer = net(), mock.Mock()
-    with vk.VCLMonitor(model, tensorboard=writer) as monitor:
-        model(torch.randn(32, 4))
-    written = [call.args for call in writer.add_scalar.call_args_list]
-    names = ("variance", "constancy", "kurtosis")
-    assert written == [(f"{name}/{row['layer']}", row[name], 0) for row in monitor.rows for name in names]
-    writer.flush.assert_called_once()
-    writer.close.assert_not_called()
-
-
-def test_tensorboard_missing_is_said(tmp_path, monkeypatch):
+def test_tensorboard_gets_what_is_not_nan(monkeypatch):
+    own, made = mock.Mock(), mock.Mock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=made))
+    for given, writer in ((own, own), (Path("logs"), made.return_value)):
+        with vk.VCLMonitor(net(), tensorboard=given) as monitor:
+            monitor.model(torch.randn(32, 4))
+        written = [call.args for call in writer.add_scalar.call_args_list]
+        names = ("variance", "constancy", "kurtosis")
+        assert written == [(f"{name}/{row['layer']}", row[name], 0) for row in monitor.rows for name in names]
+        writer.flush.assert_called_once()
+    made.assert_called_once_with("logs")
+    made.return_value.close.assert_called_once()
+    own.close.assert_not_called()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match="pip install tensorboard"):
-        vk.VCLMonitor(net(), tensorboard=tmp_path)
-
-
-def test_tensorboard_folder(tmp_path):
-    pytest.importorskip("tensorboard")
-    with vk.VCLMonitor(net(), tensorboard=tmp_path) as monitor:
-        monitor.model(torch.randn(32, 4))
-    assert any(b"constancy/1" in file.read_bytes() for file in tmp_path.iterdir())
+        vk.VCLMonitor(net(), tensorboard="logs")
 
 
 def test_plot(tmp_path):
