@@ -29,7 +29,7 @@ def without(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
     return module
 
 
-# Of transforms and tracing
+# Transforms and tracing
 
 
 def test_transforms_are_refused_by_autograd_itself(monkeypatch):
@@ -74,16 +74,16 @@ def test_gradients_are_then_copied(monkeypatch, name, question):
         torch.testing.assert_close((x.grad, beta.grad), (y.grad, gamma.grad))
 
 
-# Of modules
-
-Pair = collections.namedtuple("Pair", "first second")
+# Modules
 
 
-def test_children_by_name():
-    net = nn.Sequential(nn.ReLU(), nn.Tanh())
-    assert torch_private.children(net) == {"0": net[0], "1": net[1]}
-    without = SimpleNamespace(named_children=net.named_children)
-    assert torch_private.children(without) == {"0": net[0], "1": net[1]}
+def test_children_and_bases():
+    net, x = nn.Sequential(nn.ReLU(), nn.Tanh()), torch.zeros(2, 3)
+    for module in (net, SimpleNamespace(named_children=net.named_children)):
+        assert torch_private.children(module) == {"0": net[0], "1": net[1]}
+    unknown = SimpleNamespace()
+    for tensor, base in ((x.T, x), (x, x), (unknown, unknown)):
+        assert torch_private.base_of(tensor) is base
 
 
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
@@ -95,10 +95,6 @@ def test_hooks_are_found(kind):
     assert torch_private.has_hooks(module)
     handle.remove()
     assert not torch_private.has_hooks(module)
-
-
-def test_hooks_that_a_version_lacks():
-    module = nn.ReLU()
     for name in torch_private.hooks_of(module):
         delattr(module, name)
     assert torch_private.hooks_of(module) == {}
@@ -115,24 +111,17 @@ def test_batch_norms_are_known(monkeypatch, exists):
     assert not isinstance(nn.InstanceNorm1d(2), types)
 
 
-def test_base_of_a_view():
-    x = torch.zeros(2, 3)
-    assert torch_private.base_of(x.T) is x
-    assert torch_private.base_of(x) is x
-    unknown = SimpleNamespace()
-    assert torch_private.base_of(unknown) is unknown
+# Nested containers
+
+Pair = collections.namedtuple("Pair", "first second")
 
 
 @pytest.mark.parametrize("exists", [True, False])
 def test_tensors_in_containers(monkeypatch, exists):
     if not exists:
         monkeypatch.setattr(torch_private, "pytree", None)
-    a, b, c = torch.ones(1), torch.ones(2), torch.ones(3)
-    values = Pair({"a": a, "text": "x"}, [b, (c, None)])
+    values = Pair({"a": torch.ones(1), "text": "x"}, [torch.ones(2), (torch.ones(3), None)])
     assert [len(t) for t in torch_private.tensors_in(values)] == [1, 2, 3]
-    doubled = torch_private.map_tensors(lambda t: 2 * t, values)
-    assert isinstance(doubled, Pair)
-    assert doubled.first["text"] == "x"
-    assert isinstance(doubled.second[1], tuple)
-    assert doubled.second[1][1] is None
-    assert [t.sum().item() for t in torch_private.tensors_in(doubled)] == [2, 4, 6]
+    mapped = torch_private.map_tensors(len, values)
+    assert mapped == Pair({"a": 1, "text": "x"}, [2, (3, None)])
+    assert isinstance(mapped, Pair)
