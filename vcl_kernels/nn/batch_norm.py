@@ -114,7 +114,7 @@ def remove_batch_norm(model: nn.Module) -> nn.Module:
     replacements: dict[nn.Module, nn.Module] = {}
     for norm in norms:
         layer = inputs.get(norm)
-        if layer is not None and _can_fold(layer, norm, owners):
+        if _can_fold(layer, norm, owners):
             _fold(layer, norm)
             replacements[norm] = nn.Identity().train(norm.training)
         else:
@@ -221,12 +221,12 @@ def _can_fold(layer: Any, norm: Any, owners: Counter[nn.Parameter]) -> bool:
 
 @torch.no_grad()
 def _fold(layer: Any, norm: Any) -> None:
-    """Make ``layer`` compute ``norm(layer(x))``. Computed in float32 at least, and rounded once."""
+    """Make ``layer`` compute ``norm(layer(x))``. Its new values are computed in float32 at least, and rounded once."""
     weight = _output_first(layer, layer.weight)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     w = weight.to(dtype).reshape(len(weight), -1)
     of_channels = (layer.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    wide: list[Any] = [t if t is None else t.to(dtype) for t in of_channels]
+    wide: list[Any] = [None if t is None else t.to(dtype) for t in of_channels]
     b, mean, var, gamma, beta = wide
     w, b = fuse_conv_bn_weights(w, b, mean, var, norm.eps, gamma, beta)
     layer.weight.copy_(_output_first(layer, w.reshape(weight.shape)))

@@ -99,7 +99,9 @@ class VCLMonitor:
             raise FileNotFoundError(f"csv must be in a folder that exists; got {str(csv)!r}")
         self._owns_writer = isinstance(tensorboard, str | Path)
         self._writer = _summary_writer(tensorboard) if self._owns_writer else tensorboard
-        self._calls: list[tuple[str, int, VCLActivation | None, list[Tensor]]] = []  # of the present forward
+        self._recorded: list[
+            tuple[str, int, VCLActivation | None, list[Tensor]]
+        ] = []  # calls of layers in this forward
         self._waiting: list[tuple[int, str, Tensor]] = []  # step, layer, and its statistics on the device
         self._layer_hooks: list[RemovableHandle] = []
         self._model_hooks = [
@@ -119,7 +121,7 @@ class VCLMonitor:
     def __getstate__(self) -> dict[str, Any]:
         """Copy or pickle an inactive monitor with the rows: it goes with a copy of the model."""
         outside = {"_active": False, "_csv": None, "_writer": None}
-        return self.__dict__ | outside | {"_calls": [], "_waiting": [], "_layer_hooks": []}
+        return self.__dict__ | outside | {"_recorded": [], "_waiting": [], "_layer_hooks": []}
 
     def flush(self) -> list[dict[str, Any]]:
         """Fetch what waits on the device; write it to the CSV file and TensorBoard; return and keep its rows."""
@@ -192,18 +194,18 @@ class VCLMonitor:
             self.step += 1
 
     def _record(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = sum(name == layer for layer, *_ in self._calls)
+        call = sum(name == layer for layer, *_ in self._recorded)
         vcls = [module] if isinstance(module, VCLActivation) else _attached_to(module)
         vcl = vcls[min(call, len(vcls) - 1)] if vcls else None
         n = self.sub_batch_size or (vcl.sub_batch_size if vcl else 5)
         x = channels_first(first_input(args, kwargs), self.channel_dim or (vcl.channel_dim if vcl else 1))
-        self._calls.append((name, call, vcl, _statistics(x, n, self.unit)))
+        self._recorded.append((name, call, vcl, _statistics(x, n, self.unit)))
 
     def _after_forward(self, _model: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         for hook in self._layer_hooks:
             hook.remove()
-        calls, self._calls, self._layer_hooks = self._calls, [], []
-        for name, call, vcl, of_x in calls:
+        recorded, self._recorded, self._layer_hooks = self._recorded, [], []
+        for name, call, vcl, of_x in recorded:
             layer = f"{name}:{call}" if call else name
             self._waiting.append((self.step - 1, layer, torch.stack([*_of_vcl(vcl, of_x[0]), *of_x])))
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any
 
 from torch import nn
-
-Replacement = TypeVar("Replacement", bound=nn.Module)
 
 
 def slots(model: nn.Module) -> dict[tuple[nn.Module, str], nn.Module]:
@@ -17,9 +15,7 @@ def slots(model: nn.Module) -> dict[tuple[nn.Module, str], nn.Module]:
     return {(modules[parent], name): modules[path] for path, parent, name in paths}
 
 
-def replace(
-    model: nn.Module, replacements: Mapping[nn.Module, Replacement]
-) -> list[tuple[nn.Module, str, Replacement]]:
+def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> list[tuple[nn.Module, str, Any]]:
     """Put each replacement wherever its module is in ``model``; return each (parent, name, replacement)."""
     done = [(*slot, replacements[module]) for slot, module in slots(model).items() if module in replacements]
     for parent, name, replacement in done:
