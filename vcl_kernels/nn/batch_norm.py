@@ -36,13 +36,8 @@ BATCH_NORMS = batch_norm_types()
 class ChannelAffine(nn.Module):
     """``y = weight * x + bias`` with a weight and a bias for each channel: a batch norm that was not folded.
 
-    Computed in x's dtype, as a convolution is under autocast.
-
-    Args:
-        num_features: C.
-        device, dtype: of the parameters, which start as 1 and 0.
-
-    Shape: any ``(N, C, *spatial)``, and the same for the output.
+    Takes ``(N, C, *spatial)`` with C = ``num_features``, and computes in its dtype, as a convolution does under
+    autocast. ``device`` and ``dtype`` are those of the parameters, which start as 1 and 0.
 
     >>> import torch
     >>> ChannelAffine(3)(torch.ones(2, 3, 4, 4)).shape
@@ -68,7 +63,7 @@ class ChannelAffine(nn.Module):
 
 
 def remove_batch_norm(model: nn.Module) -> nn.Module:
-    r"""Take every batch norm out of ``model``, in place, and keep the function that it computes in evaluation.
+    r"""Take every batch norm out of ``model``, in place; keep the function that it computes in evaluation.
 
     With the running statistics, batch norm is ``weight·(x - running_mean)/sqrt(running_var + eps) + bias``, an affine
     map of each channel. Where a batch norm is all that uses a convolution's or linear layer's output, the map is
@@ -89,10 +84,7 @@ def remove_batch_norm(model: nn.Module) -> nn.Module:
     give the module inside.
 
     Args:
-        model: any module that holds BatchNorm1d, 2d, 3d or SyncBatchNorm.
-
-    Returns:
-        ``model``.
+        model: any module that holds BatchNorm1d, 2d, 3d or SyncBatchNorm. It is returned.
 
     Raises:
         ValueError: the model has no batch norm, is one itself, or is wrapped for distributed training, which would go
