@@ -107,8 +107,9 @@ class FeaturesLast(TorchFunctionMode):
         stride, number = self._features.get(whole, (None, 0))
         if x.stride(-1) != stride:
             return False
-        others = [step for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-        return x is whole or not any(stride <= step < stride * number for step in others)  # a step among features
+        steps = [step for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+        # A view that cuts the features into several dimensions has another dimension whose steps lie among them.
+        return x is whole or not any(stride <= step < stride * number for step in steps)
 
     def __torch_function__(
         self, func: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
