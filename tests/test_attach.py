@@ -190,7 +190,7 @@ def test_a_short_batch_gives_every_beta_a_gradient_of_zero(inject):
 
 
 def test_copies_have_handles_and_losses_of_their_own():
-    net, x = nn.Sequential(nn.Linear(4, 8), nn.ELU(), nn.Linear(8, 4), nn.Sigmoid()), torch.randn(20, 4)
+    net, x = nn.Sequential(*mlp(), nn.Linear(8, 4), nn.Hardswish(inplace=True)), torch.randn(20, 4)
     handle = vk.attach(net, x)
     net(x)
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
@@ -201,6 +201,7 @@ def test_copies_have_handles_and_losses_of_their_own():
         assert all(p.grad is None for p in net.parameters())
         other.vcl_handle.remove()
         assert not any("vcl" in name for name in other.state_dict())
+        assert (other[3].inplace, net[3].inplace) == (True, False)
     assert handle.loss().requires_grad
 
 

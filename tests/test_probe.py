@@ -46,17 +46,9 @@ def two_sources(m, x):  # the sum has the memory order of the convolution's outp
     return m.act(tokens + m.up(tokens))
 
 
-def gate_of_images(m, x):
-    return x * m.act(m.up(x.mean((2, 3)))[:, :6, None, None])
-
-
 def encoder(m, x):
     tokens = m.stem(m.patches(x)).flatten(2).mT
     return m.gate(m.act(m.up(tokens)).mean(1))
-
-
-def transposed(m, x):
-    return m.act(m.up(x).mT)
 
 
 def linear(*layers):
@@ -76,9 +68,9 @@ CASES = {  # model, example, options of attach, units
     "image": (linear(nn.Unflatten(1, (12, 5, 1)), nn.ReLU()), TOKENS[:, 0], {}, 12),
     "heads": (linear(nn.Unflatten(2, (4, 15)), nn.Tanh()), TOKENS, {}, 9),
     "convolution": (linear(nn.Conv1d(9, 9, 1), nn.ReLU()), TOKENS, {}, 9),
-    "gate of images": (Model(gate_of_images), IMAGES, {}, 6),
+    "gate of images": (Model(lambda m, x: x * m.act(m.up(x.mean((2, 3)))[:, :6, None, None])), IMAGES, {}, 6),
     "compiled": (torch.compile(linear(nn.GELU()), backend="eager"), TOKENS, {}, 60),
-    "transposed": (Model(transposed), TOKENS, {}, 12),
+    "transposed": (Model(lambda m, x: m.act(m.up(x).mT)), TOKENS, {}, 12),
     "linear layer named": (linear(), TOKENS, {"layers": ["0"]}, 6),
     "norm named": (nn.Sequential(nn.LayerNorm(6)), TOKENS, {"layers": ["0"]}, 6),
     "2-D": (linear(nn.GELU()), TOKENS[:, 0], {}, 60),

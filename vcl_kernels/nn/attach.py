@@ -94,8 +94,8 @@ def attach(  # noqa: PLR0913  # the public signature
         raise ValueError(f"model has VCL attached already, to {where}; remove() that first (model.vcl_handle)")
     VCL(**settings)  # raises for a wrong setting before the model is changed
     modules = _chosen(model, layers)
-    calls = {} if example_input is None else probe(model, list(modules.values()), example_input)
-    missed = [name for name, module in modules.items() if module not in calls]
+    probed = {} if example_input is None else probe(model, list(modules.values()), example_input)
+    missed = [name for name, module in modules.items() if module not in probed]
     if missed and example_input is not None:
         warnings.warn(
             f"the example does not reach {', '.join(missed)}; a beta there has no shape before the first training "
@@ -104,11 +104,13 @@ def attach(  # noqa: PLR0913  # the public signature
         )
     vcls: dict[str, list[VCLActivation]] = {}
     for name, module in modules.items():
-        if module not in calls:
+        if module not in probed:
             vcls[name] = [vcl_for(module, settings)]
-        elif all(x.dim() > 1 for x, _ in calls[module]):
-            of_calls = [(x, {**settings, "channel_dim": channel_dim or probed}) for x, probed in calls[module]]
-            vcls[name] = [vcl_for(module, of_call).materialize(x) for x, of_call in of_calls]
+        elif all(call.x.dim() > 1 for call in probed[module]):
+            vcls[name] = [
+                vcl_for(module, {**settings, "channel_dim": channel_dim or call.channel_dim}).materialize(call.x)
+                for call in probed[module]
+            ]
     if not vcls:
         raise ValueError("model has no activation of two or more dimensions (N, C, …)")
     return VCLHandle(model, {name: (modules[name], Calls(of_module)) for name, of_module in vcls.items()})
@@ -231,7 +233,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def _chosen(
     model: nn.Module, layers: Iterable[str | nn.Module] | Callable[[str, nn.Module], bool] | None
 ) -> dict[str, nn.Module]:
-    """The modules that get a VCL, by name."""
+    """Return the modules that get a VCL, by name. Raise ValueError where ``layers`` names what cannot have one."""
     modules: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()

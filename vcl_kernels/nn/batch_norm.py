@@ -101,7 +101,7 @@ def remove_batch_norm(model: nn.Module) -> nn.Module:
     )
     """
     norms = _batch_norms(model)
-    owners = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
+    owners = Counter(p for module in model.modules() for p in module.parameters(recurse=False))  # how many hold it
     inputs = _input_layers(model)
     replacements: dict[nn.Module, nn.Module] = {}
     for norm in norms:

@@ -37,7 +37,7 @@ class LatestForward:
     """
 
     loss: Tensor | None = None
-    in_grad_mode = True
+    in_grad_mode = True  # else the loss has no gradient
 
 
 class VCLActivation(nn.Module):
@@ -144,7 +144,7 @@ class VCLActivation(nn.Module):
         if not x.shape or x.shape[0] < 2 * self.sub_batch_size:
             y, latest.loss = self._with_zero_loss(x, injection)
             return y
-        view = channels_first(x, self.channel_dim)
+        view = channels_first(x, self.channel_dim)  # x itself where that is 1
         K = None if self.num_sub_batches is None else min(self.num_sub_batches, x.shape[0] // self.sub_batch_size)
         beta, spec = check_loss(
             view, self._beta_for(view), self.sub_batch_size, self.form, self.unit, K, "mean", self.weight, self.beta_min
