@@ -28,10 +28,6 @@ def hooks(model):
     return sum(len(hooks) for name, hooks in attributes if name.endswith("hooks"))
 
 
-def entering(model, index, x):
-    return model[:index](x).detach().double()
-
-
 def close(value):
     return pytest.approx(float(value), rel=1e-4)
 
@@ -44,7 +40,7 @@ def test_numbers_are_those_of_the_definitions(unit, dtype):
     with vk.VCLMonitor(model, sub_batch_size=4, unit=unit) as monitor:
         model(x)
     (row,) = monitor.rows
-    seen = entering(model, 1, x)
+    seen = model[0](x).detach().double()
     units = seen.transpose(0, 1).flatten(1) if unit == "channel" else seen.flatten(1).T
     cut = seen[:12].unflatten(0, (3, 4))
     var = cut.var((1, 3, 4)) if unit == "channel" else cut.var(1).flatten(1)
@@ -87,21 +83,13 @@ def test_vcl_modules_of_the_users_own_are_seen(learn_beta):
     assert row["beta"] == 2.0
 
 
-class Twice(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear, self.act = nn.Linear(4, 4), nn.ELU()
-
-    def forward(self, x):
-        return self.act(3 * self.linear(self.act(x)))
-
-
 def test_each_call_of_a_shared_activation_has_its_row():
-    model, x = Twice(), torch.randn(20, 4)
+    act, x = nn.ELU(), torch.randn(20, 4)
+    model = nn.Sequential(act, nn.Linear(4, 4), act)
     handle = vk.attach(model, x)
     with vk.VCLMonitor(model) as monitor:
         model(x)
-    assert [row["layer"] for row in monitor.rows] == ["act", "act:1"]
+    assert [row["layer"] for row in monitor.rows] == ["0", "0:1"]
     assert [row["loss"] for row in monitor.rows] == [close(float(loss)) for loss in handle.losses.values()]
 
 
@@ -110,7 +98,7 @@ def test_channels_are_where_the_vcl_has_them():
     handle = vk.attach(model, x[:1])
     with vk.VCLMonitor(handle) as monitor, vk.VCLMonitor(handle, channel_dim=1) as other:
         model(x)
-    for watched, pre in ((monitor, entering(model, 1, x).mT), (other, entering(model, 1, x))):
+    for watched, pre in ((monitor, model[0](x).detach().mT), (other, model[0](x).detach())):
         assert watched.rows[0]["variance"] == close(vk.sub_batch_moments(pre, 5)[1].mean())
 
 
