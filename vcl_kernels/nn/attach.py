@@ -102,29 +102,29 @@ def attach(  # noqa: PLR0913  # the public signature
             "forward that does. layers= leaves places out",
             stacklevel=2,
         )
-    vcls: dict[str, list[VCLActivation]] = {}
+    vcls: dict[str, Calls] = {}
     for name, module in modules.items():
         if module not in probed:
-            vcls[name] = [vcl_for(module, settings)]
+            vcls[name] = Calls([vcl_for(module, settings)])
         elif all(call.x.dim() > 1 for call in probed[module]):
-            vcls[name] = [
+            vcls[name] = Calls(
                 vcl_for(module, {**settings, "channel_dim": channel_dim or call.channel_dim}).materialize(call.x)
                 for call in probed[module]
-            ]
+            )
     if not vcls:
         raise ValueError("model has no activation of two or more dimensions (N, C, …)")
-    return VCLHandle(model, {name: (modules[name], Calls(of_module)) for name, of_module in vcls.items()})
+    return VCLHandle(model, modules, vcls)
 
 
 class VCLHandle:
     """What :func:`attach` returns: the loss of the latest training forward, and the way back."""
 
-    def __init__(self, model: nn.Module, layers: dict[str, tuple[nn.Module, Calls]]) -> None:
-        self.model = model
-        self._calls = {name: calls for name, (_, calls) in layers.items()}
+    def __init__(self, model: nn.Module, modules: dict[str, nn.Module], vcls: dict[str, Calls]) -> None:
+        self.model, self._calls = model, vcls
         self._undo: list[Callable[[], Any]] = []  # what remove() calls; all of it can be copied and pickled
         fused: dict[nn.Module, FusedActivation] = {}
-        for module, calls in layers.values():
+        for name, calls in vcls.items():
+            module = modules[name]
             if can_fuse(module):
                 fused[module] = FusedActivation(module, calls)
                 continue
