@@ -195,7 +195,7 @@ class VCLMonitor:
 
     def _record(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = sum(name == layer for layer, *_ in self._recorded)
-        vcls = [module] if isinstance(module, VCLActivation) else _attached_to(module)
+        vcls = _vcls_of(module)
         vcl = vcls[min(call, len(vcls) - 1)] if vcls else None
         n = self.sub_batch_size or (vcl.sub_batch_size if vcl else 5)
         x = channels_first(first_input(args, kwargs), self.channel_dim or (vcl.channel_dim if vcl else 1))
@@ -248,19 +248,21 @@ def _of_vcl(vcl: VCLActivation | None, like: Tensor) -> list[Tensor]:
 
 def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the modules to watch, by name. A VCL that attach gave to another module is watched there."""
-    attached = {vcl for module in model.modules() for vcl in _attached_to(module)}
+    attached = {vcl for calls in model.modules() if isinstance(calls, Calls) for vcl in calls}
     layers = [
         (name or type(model).__name__, module)
         for name, module in model.named_modules()
-        if module not in attached and (isinstance(module, (*ACTIVATIONS, VCLActivation)) or _attached_to(module))
+        if module not in attached and (isinstance(module, ACTIVATIONS) or _vcls_of(module))
     ]
     if not layers:
         raise ValueError(f"model ({type(model).__name__}) has no activation or VCL module to monitor")
     return layers
 
 
-def _attached_to(module: nn.Module) -> list[VCLActivation]:
-    """Return the VCLs that attach gave to ``module``."""
+def _vcls_of(module: nn.Module) -> list[VCLActivation]:
+    """Return ``module`` if it is a VCL, else those that attach gave it."""
+    if isinstance(module, VCLActivation):
+        return [module]
     calls = getattr(module, "vcl", None)
     return list(calls) if isinstance(calls, Calls) else []  # type: ignore[arg-type]
 
