@@ -249,7 +249,6 @@ def with_attribute():
         (network, {"layers": []}, "layers must choose at least one"),
         (Nested, {"layers": ["deep.0"]}, "container; 'deep.0' is one"),
         (with_attribute, {}, "'1' has an attribute 'vcl' already"),
-        (with_attribute, {"layers": ["1"]}, "'1' has an attribute 'vcl' already"),
         (lambda: attached(nn.Sequential(mlp(nn.Sigmoid()), nn.Tanh()))[0], {}, "'1' has an attribute 'vcl' already"),
         (lambda: attached(mlp()), {}, "attached already, to it"),
         (lambda: nn.Sequential(attached(mlp()), nn.Tanh()), {}, "attached already, to its submodule '0'"),

@@ -237,25 +237,19 @@ def test_dtype_and_memory_format_stay(dtype):
 
 
 def test_what_was_not_learned_is_not_learned():
-    net = Residual()
-    net.bn1.requires_grad_(False)
-    net.bn2.bias.requires_grad_(False)
-    vk.remove_batch_norm(net)
-    assert [name for name, p in net.named_parameters() if p.requires_grad] == ["conv1.weight", "conv2.weight"]
-    net = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3, affine=False))
-    net[0].weight.requires_grad_(False)
-    vk.remove_batch_norm(net)
-    assert [name for name, p in net.named_parameters() if p.requires_grad] == ["0.bias"]
-
-
-def test_frozen_layer_leaves_the_norm_its_learning():
-    net = randomised(Residual()).eval().requires_grad_(False)
-    net.bn1.requires_grad_(True)
-    before = net(X)
-    vk.remove_batch_norm(net)
-    torch.testing.assert_close(net(X), before, rtol=1e-5, atol=1e-5)
-    assert [name for name, p in net.named_parameters() if p.requires_grad] == ["bn1.weight", "bn1.bias"]
-    assert isinstance(net.bn2, nn.Identity)
+    partly, layers_frozen = Residual(), Residual()
+    affine = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, affine=False))
+    partly.bn1.requires_grad_(False)
+    partly.bn2.bias.requires_grad_(False)
+    affine[0].weight.requires_grad_(False)
+    layers_frozen.requires_grad_(False).bn1.requires_grad_(True)
+    learned = ["conv1.weight", "conv2.weight"], ["0.bias"], ["bn1.weight", "bn1.bias"]
+    for net, names in zip((partly, affine, layers_frozen), learned, strict=True):
+        before = randomised(net).eval()(X)
+        vk.remove_batch_norm(net)
+        torch.testing.assert_close(net(X), before, rtol=1e-5, atol=1e-5)
+        assert [name for name, p in net.named_parameters() if p.requires_grad] == names
+    assert isinstance(layers_frozen.bn2, nn.Identity)
 
 
 def test_tracing_leaves_no_mark():
