@@ -99,9 +99,8 @@ class VCLMonitor:
             raise FileNotFoundError(f"csv must be in a folder that exists; got {str(csv)!r}")
         self._owns_writer = isinstance(tensorboard, str | Path)
         self._writer = _summary_writer(tensorboard) if self._owns_writer else tensorboard
-        self._recorded: list[
-            tuple[str, int, VCLActivation | None, list[Tensor]]
-        ] = []  # calls of layers in this forward
+        # Calls in this forward: layer, how many calls of it came before, its VCL, statistics of its input
+        self._recorded: list[tuple[str, int, VCLActivation | None, list[Tensor]]] = []
         self._waiting: list[tuple[int, str, Tensor]] = []  # step, layer, and its statistics on the device
         self._layer_hooks: list[RemovableHandle] = []
         self._model_hooks = [
