@@ -4,9 +4,12 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from cifar_files import write_packed
 from common import wait_until
 
 from benchmarks.accuracy.__main__ import main
-from benchmarks.accuracy.cifar import agenda, files, machine, queue, records, runs, training, turns
+from benchmarks.accuracy.cifar import agenda, files, machine, process, queue, records, runs, training, turns
 from benchmarks.accuracy.cifar.process import Stop, only_one, stop_signals
 from benchmarks.accuracy.options import RESULTS, parse
 from benchmarks.accuracy.page import cifar as page
@@ -154,6 +157,29 @@ def record_of(tmp_path, name):
     return json.loads(path.read_text()) if path.exists() else None
 
 
+LOWEST = """
+import os
+from benchmarks.accuracy.cifar.process import AUTOGROUP, take_lowest_priority
+take_lowest_priority()
+print(os.nice(0), AUTOGROUP.read_text().split()[-1] if AUTOGROUP.exists() else 19)
+"""
+
+
+def test_a_worker_takes_the_lowest_priority_in_a_session_of_its_own(monkeypatch):
+    autogroup = process.AUTOGROUP.read_text() if process.AUTOGROUP.exists() else ""
+    assert subprocess.check_output([sys.executable, "-c", LOWEST], cwd=RESULTS.parents[2], text=True) == "19 19\n"
+    assert not autogroup or process.AUTOGROUP.read_text() == autogroup
+    answers = iter([BlockingIOError, PermissionError])  # too early: asked again; not allowed: left as it is
+
+    def write(_):
+        raise next(answers)
+
+    monkeypatch.setattr(process, "AUTOGROUP", SimpleNamespace(exists=lambda: True, write_text=write))
+    monkeypatch.setattr(process, "os", SimpleNamespace(nice=lambda _: None, setsid=lambda: None))
+    process.take_lowest_priority()
+    assert list(answers) == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_asks_to_stop(number):
     with stop_signals() as stop:
@@ -170,8 +196,8 @@ def test_the_queue_can_be_stopped_and_started_again_and_names_a_run_that_fails(t
 
     def press_ctrl_c():
         wait_until(lambda: epochs_begun(tmp_path, name) >= 1)
-        for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
-            os.kill(process.pid, signal.SIGINT)
+        for child in (*multiprocessing.active_children(), multiprocessing.current_process()):
+            os.kill(child.pid, signal.SIGINT)
 
     thread = threading.Thread(target=press_ctrl_c)
     thread.start()
@@ -235,8 +261,8 @@ def test_no_worker_outlives_a_queue_that_ends_by_an_error(tmp_path, monkeypatch)
     monkeypatch.setattr(at_work, "_follow", broken)
     with pytest.raises(BrokenPipeError):
         at_work.work(Stop())
-    ((_, process),) = at_work.workers.values()
-    assert not process.is_alive()
+    ((_, worker),) = at_work.workers.values()
+    assert not worker.is_alive()
 
 
 @pytest.fixture

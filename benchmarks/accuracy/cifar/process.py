@@ -1,10 +1,11 @@
-"""What a long command needs: a flag that signals set, a lock on its folder, lines for a log."""
+"""What a long command needs: the lowest priority, a flag that signals set, a lock on its folder, lines for a log."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,9 @@ from pathlib import Path
 from rich.console import Console
 
 from ..errors import DataError
+
+LOWEST_PRIORITY = 19
+AUTOGROUP = Path("/proc/self/autogroup")
 
 
 class Stop:
@@ -22,6 +26,26 @@ class Stop:
 
     def ask(self, *_: object) -> None:
         self.asked = True
+
+
+def take_lowest_priority() -> None:
+    """Leave the processors to every other process.
+
+    Where Linux shares them between sessions (autogroup), ``nice`` acts within a session only. So the process moves to
+    a session of its own, whose priority is then the lowest; that of the shell stays as it is.
+    """
+    os.nice(LOWEST_PRIORITY)
+    if not AUTOGROUP.exists():
+        return
+    os.setsid()
+    for _ in range(50):
+        try:
+            AUTOGROUP.write_text(str(LOWEST_PRIORITY))
+            return
+        except BlockingIOError:  # Linux accepts one change every 0.1 s, of all processes together
+            time.sleep(0.1)
+        except OSError:
+            return
 
 
 def say(console: Console, line: str) -> None:

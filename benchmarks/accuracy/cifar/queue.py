@@ -22,13 +22,12 @@ from ..work import begin
 from . import machine
 from .agenda import Agenda
 from .files import Store
-from .process import Stop, only_one, say, stop_signals
+from .process import Stop, only_one, say, stop_signals, take_lowest_priority
 from .records import epochs_of, progress
 from .runs import Run
 from .training import CPU, Stopped, Training
 
 POLL = 0.2  # seconds between two looks at the workers
-LEAST_PRIORITY = 19
 # glibc returns large blocks to the system; faulting them in again costs more than many kernels
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
 
@@ -114,7 +113,7 @@ class Queue:
 
 def train(run: Run, store: Store, data_dir: Path) -> None:
     """Work of one process: a run from its last checkpoint to its end, with a checkpoint after each epoch."""
-    os.nice(LEAST_PRIORITY)
+    take_lowest_priority()
     begin()
     with stop_signals() as stop:
         data = datasets.load(run.dataset, data_dir, held_out=run.held_out, standardise="pixel", device=CPU)
