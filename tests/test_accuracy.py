@@ -31,7 +31,6 @@ from benchmarks.accuracy import (
     tabular,
 )
 from benchmarks.accuracy.__main__ import main
-from benchmarks.accuracy.learner import initialise
 from benchmarks.accuracy.options import PAGE, RESULTS
 from benchmarks.accuracy.page import images as page_images
 from benchmarks.accuracy.page import settings
@@ -181,7 +180,7 @@ def test_each_method_puts_its_modules_into_the_network(method, kind):
 @pytest.mark.parametrize(("he", "variance"), [(True, 2 / 300), (False, 1 / 900)])
 def test_initialisations_differ_by_their_variance(he, variance):
     model = nn.Sequential(nn.Linear(300, 400))
-    initialise(model, he=he)
+    methods.initialise(model, he=he)
     assert float(model[0].weight.detach().var()) == pytest.approx(variance, rel=0.05)
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from benchmarks.cases import Case, cases
-from benchmarks.memory import saved_bytes
 from benchmarks.speed import report
 from benchmarks.speed.candidates import Inputs, activations, floor_bytes, losses
 from benchmarks.speed.race import Candidate, Contest, WallClock, race
@@ -100,13 +99,6 @@ def test_layouts_of_cases():
         found = cases(device, rehearse=False)
         assert len(set(found)) == len(found)
         assert str(found[0]) == first
-
-
-def test_saved_bytes_counts_a_storage_once():
-    x, w = torch.ones(10, requires_grad=True), torch.ones(10, requires_grad=True)
-    assert saved_bytes(lambda: x.exp()) == 40
-    assert saved_bytes(lambda: (x * w, x[:2] * w[:2])) == 80
-    assert saved_bytes(lambda: (x * w, x * w), [w]) == 40
 
 
 def test_a_report_divides_what_it_says():

@@ -12,7 +12,6 @@ import vcl_kernels as vk
 from benchmarks.accuracy.cifar import files, recipe, records, runs, training
 from benchmarks.accuracy.data import Data
 from benchmarks.accuracy.errors import DataError
-from benchmarks.accuracy.learner import parameter_groups
 
 CPU = torch.device("cpu")
 pytestmark = [
@@ -166,11 +165,10 @@ def test_weights_and_betas_decay_biases_and_scales_do_not():
     named = {id(p): name for name, p in model.named_parameters()}
     betas = {name for name in named.values() if name.endswith("beta")}
     weights = {f"{i}.weight" for i, m in enumerate(model) if isinstance(m, nn.Conv2d)}
-    for decay_beta in (True, False):
-        decayed, free = parameter_groups(model, 1e-4, decay_beta=decay_beta)
-        assert (decayed["weight_decay"], free["weight_decay"]) == (1e-4, 0)
-        assert {named[id(p)] for p in decayed["params"]} == (weights | betas if decay_beta else weights)
-        assert len(decayed["params"]) + len(free["params"]) == len(named)
+    decayed, free = recipe.parameter_groups(model)
+    assert (decayed["weight_decay"], free["weight_decay"]) == (1e-4, 0)
+    assert {named[id(p)] for p in decayed["params"]} == weights | betas
+    assert len(decayed["params"]) + len(free["params"]) == len(named)
 
 
 def test_crops_are_parts_of_the_image_in_a_border_of_zeros():

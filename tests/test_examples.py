@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.accuracy import measure as study
 from examples.demo import measure
-from examples.demo.__main__ import main, strict
-from examples.demo.learning import Learner, Settings, load
+from examples.demo.__main__ import main
+from examples.demo.learning import Settings, build, load
+from examples.demo.record import strict
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ def test_a_validation_part_leaves_the_test_images_out():
 @pytest.mark.parametrize(("method", "undecayed"), [("none", 6), ("bn", 11), ("vcl", 11)])
 def test_weights_decay_and_methods_start_from_the_same(method, undecayed):
     learners = [
-        Learner(m, torch.randn(1, 1, 8, 8), 3, Settings(10, 0.1, 1e-4, 0.01, 5, "ratio")) for m in (method, "none")
+        build(m, torch.randn(1, 1, 8, 8), 3, Settings(10, 0.1, 1e-4, 0.01, 5, "ratio")) for m in (method, "none")
     ]
     decayed, free = learners[0].optimizer.param_groups
     assert (decayed["weight_decay"], free["weight_decay"]) == (1e-4, 0)
@@ -37,24 +37,15 @@ def test_weights_decay_and_methods_start_from_the_same(method, undecayed):
         assert torch.equal(*weights)
 
 
-class TwoUses:
-    """A learner whose objective saves x, a view of it, y, and a parameter."""
-
-    def __init__(self):
-        self.model = torch.nn.Linear(8, 8, bias=False)
-
-    def objective(self, x, y):
-        return (x @ self.model.weight).sum() + (x[:2] @ self.model.weight).sum() + (y * y).sum()
+def test_saved_bytes_count_a_storage_once():
+    x, w = torch.ones(10, requires_grad=True), torch.ones(10, requires_grad=True)
+    assert measure.saved_bytes(lambda: x.exp()) == 40
+    assert measure.saved_bytes(lambda: (x * w, x[:2] * w[:2])) == 80
+    assert measure.saved_bytes(lambda: (x * w, x * w), [w]) == 40
 
 
-def test_saved_bytes_count_each_storage_once_and_no_parameter():
-    x, y = torch.randn(4, 8), torch.randn(4, 8, requires_grad=True)
-    assert measure.saved_bytes(TwoUses(), x, y) == x.nbytes + y.nbytes
-
-
-@pytest.mark.parametrize("kurtosis", [measure.kurtosis, study.kurtosis])
-def test_kurtosis_of_two_points_is_one_and_of_a_gaussian_three(kurtosis):
-    found = kurtosis(torch.stack([torch.arange(200_000.0) % 2, torch.randn(200_000)]))
+def test_kurtosis_of_two_points_is_one_and_of_a_gaussian_three():
+    found = measure.kurtosis(torch.stack([torch.arange(200_000.0) % 2, torch.randn(200_000)]))
     assert found.tolist() == pytest.approx([1, 3], abs=0.05)
 
 

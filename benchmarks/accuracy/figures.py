@@ -9,12 +9,13 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from examples.demo.picture import STYLE
+
 from . import mixture
 from .methods import METHODS
 from .statistics import profiles
 from .work import Record
 
-STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 COLOURS = {"none": "#555555", "bn": "#0072B2", "ln": "#009E73", "vcl-ratio": "#D55E00", "vcl-relative": "#E69F00"}
 COLOURS["vcl"] = COLOURS["vcl-ratio"]
 

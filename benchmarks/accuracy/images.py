@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import torch
 from rich.console import Console
 from torch.nn import functional as F
 
-from . import data, measure, methods, results
-from .learner import Learner
+from examples.demo import measure
+from examples.demo.learning import Learner
+
+from . import data, methods, results
 from .networks import build
 from .training import train
 from .work import Record, do
@@ -112,8 +114,8 @@ def cost(unit: Record) -> Record:
         "costs": [
             {
                 "method": method,
-                "step_ms": measure.summary(times[method])["median_step_ms"],
-                "saved_bytes": measure.saved_bytes(learnt, x, y),
+                "step_ms": times[method]["median_step_ms"],
+                "saved_bytes": measure.saved_bytes(partial(learnt.objective, x, y), learnt.model.parameters()),
             }
             for method, learnt in learners.items()
         ]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import vcl_kernels as vk
+from examples.demo import learning
+from examples.demo.learning import Learner
 
-from .learner import Learner, initialise
 from .models import mlp
 
 METHODS = {
@@ -54,6 +55,16 @@ def multilayer(inputs: int, classes: int, method: str, activation: str, *, depth
     """``depth`` hidden layers of ``width``, with the normalisation that is the method, if it is one."""
     norms = {"batch_norm": method == "bn", "layer_norm": method == "ln"}
     return mlp(classes, inputs=inputs, depth=depth, width=width, activation=ACTIVATIONS[activation], **norms)
+
+
+def initialise(model: nn.Module, *, he: bool = True) -> None:
+    """He's normal weights and zero biases, or PyTorch's own default, whose weights have a sixth of that variance."""
+    if he:
+        learning.initialise(model)
+        return
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.reset_parameters()
 
 
 def learner(

@@ -11,9 +11,10 @@ import torch
 from rich.console import Console
 
 import vcl_kernels as vk
+from examples.demo import measure
+from examples.demo.learning import THIRD_ELU, Settings, build
 
-from . import data, measure, mixture, results
-from .learner import demo_learner, middle
+from . import data, mixture, results
 from .training import train
 from .work import Record, do
 
@@ -71,22 +72,20 @@ def layers_work(unit: Record) -> Record:
     seen = images(unit["dataset"], unit["images"], unit["split"])
     batch = 100
     steps = len(seen.train_x) // batch
-    learner = demo_learner(
-        unit["method"],
-        seen.train_x[:1],
-        seen.classes,
-        seed=unit["seed"],
-        weight=0.01,
-        sub_batch_size=5,
-        form="ratio",
+    settings = Settings(
         steps=unit["epochs"] * steps,
         learning_rate=0.05,
         weight_decay=5e-4,
+        weight=0.01,
+        sub_batch_size=5,
+        form="ratio",
     )
+    learner = build(unit["method"], seen.train_x[:1], unit["seed"], settings)
+    third = learner.model.get_submodule(THIRD_ELU)
     histograms: list[dict[str, Any]] = []
 
     def look(_: object = None) -> None:
-        found = measure.histogram(measure.pre_activations(learner.model, middle(learner.model), seen.test_x[:SHOWN]))
+        found = measure.histogram(measure.pre_activations(learner.model, third, seen.test_x[:SHOWN]))
         histograms.append({"density": [round(d, 4) for d in found["density"]], "edges": found["edges"]})
 
     look()

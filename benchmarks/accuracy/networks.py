@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from .learner import network as demo_network
+from examples.demo.learning import Network
+
 from .methods import ACTIVATIONS, multilayer
 from .models import elu_11
 
@@ -29,7 +30,7 @@ def build(name: str, example: Tensor, classes: int, method: str, activation: str
         return resnet(inputs, classes, batch_norm, act)
     if activation != "elu":
         raise ValueError(f'the demo\'s network has ELU; got activation "{activation}"')
-    return demo_network(inputs, classes, batch_norm)
+    return Network(inputs, batch_norm, classes)
 
 
 def resnet(inputs: int, classes: int, batch_norm: bool, activation: Callable[[], nn.Module]) -> nn.Sequential:

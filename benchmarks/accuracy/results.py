@@ -11,7 +11,8 @@ import scipy
 import sklearn
 import torch
 
-from . import record
+from examples.demo import record
+
 from .work import Record
 
 FOLDERS = ("out", "data_dir")

@@ -14,10 +14,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from examples.demo.learning import Learner, batches
+
 from . import keel, results
-from .learner import Learner
 from .methods import ACTIVATIONS, METHODS, VCL, learner, multilayer
-from .training import batches, scores
+from .training import scores
 from .work import Record, do
 
 DEPTH, WIDTH, BATCH = 4, 64, 64

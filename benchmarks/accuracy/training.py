@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from examples.demo.learning import Learner
+
 from .data import Data
-from .learner import Learner
 
 EVALUATION_BATCH = 500
 
@@ -37,24 +38,12 @@ def train(
     order = torch.Generator().manual_seed(seed)
     run = Run()
     for _ in range(epochs):
-        learner.model.train()
-        losses = []
-        for chosen in batches(len(data.train_x), batch_size, order):
-            chosen = chosen.to(data.train_x.device)
-            losses.append(learner.step(data.train_x[chosen], data.train_y[chosen]))
-            learner.schedule.step()
-        run.train_loss.append(float(torch.stack(losses).mean()))
+        run.train_loss.append(learner.epoch(data.train_x, data.train_y, batch_size, order))
         accuracy, nll = scores(learner.model, data.test_x, data.test_y)
         run.test_accuracy.append(accuracy)
         run.test_nll.append(nll)
         after(run)
     return run
-
-
-def batches(count: int, batch_size: int, order: torch.Generator) -> list[Tensor]:
-    """Return the indices of each full batch of one epoch; fewer samples than a batch make one batch."""
-    size = min(batch_size, count)
-    return list(torch.randperm(count, generator=order).split(size)[: count // size])
 
 
 @torch.no_grad()

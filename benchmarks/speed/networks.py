@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vcl_kernels as vk
+from examples.demo.measure import saved_bytes
 
 from ..accuracy.models import elu_11, mlp, resnet_50
-from ..memory import saved_bytes
 from .race import Candidate, Clock, Contest, Factories
 
 METHODS: dict[str, dict[str, Any] | None] = {  # the settings of attach

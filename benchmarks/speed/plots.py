@@ -14,10 +14,11 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from examples.demo.picture import STYLE
+
 from .report import SHOWN, Case, by_case, share
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # Okabe and Ito
-STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 SHARES = {  # suite, candidate: label, colour, marker
     ("loss", "relative_variance"): ("vcl_loss, all sub-batches", BLUE, "o"),
     ("activation", "elu with ratio"): ("ELU with one pair", ORANGE, "s"),

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..memory import saved_bytes
+from examples.demo.measure import saved_bytes
 
 PHASES = ("forward", "backward", "both")
 FLUSH_BYTES = 1 << 30  # read before each candidate on a GPU: L2 is cold, and clean (what is written there must leave)

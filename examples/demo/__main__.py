@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import platform
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-import vcl_kernels as vk
-
-from .learning import Data, Learner, Settings, load
+from . import record
+from .learning import THIRD_ELU, Data, Settings, build, load
 from .measure import histogram, pre_activations, saved_bytes, step_times
 from .picture import METHODS, draw
 
 SHOWN = 1000  # test images whose pre-activations go into the histogram
-THIRD_ELU = "3.elu"  # of five: what enters it is shown
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -49,19 +43,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("out"), help="folder of demo.png and demo.json (%(default)s)")
     add("--validate", action="store_true", help="score on a fifth of the training set, to choose settings by")
     add("--quick", action="store_true", help="one seed, two epochs, 500 images: a check that everything runs")
-    given = parser.parse_args(argv)
-    if "vcl" in given.methods and given.batch_size < 2 * given.sub_batch_size:
-        parser.error(f"--batch-size {given.batch_size} has no two sub-batches of {given.sub_batch_size}")
+    options = parser.parse_args(argv)
+    if "vcl" in options.methods and options.batch_size < 2 * options.sub_batch_size:
+        parser.error(f"--batch-size {options.batch_size} has no two sub-batches of {options.sub_batch_size}")
     try:
-        torch.empty(0, device=given.device)
+        torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {given.device}: {str(error).splitlines()[0]}")
-    given.methods = [method for method in METHODS if method in given.methods]
-    given.seeds = given.seeds or (1 if given.quick else 3)
-    given.epochs = given.epochs or (2 if given.quick else 10)
-    given.limit = 500 if given.quick else None  # training images
-    given.timed_rounds = 5 if given.quick else 60
-    return given
+        parser.error(f"--device {options.device}: {str(error).splitlines()[0]}")
+    options.methods = [method for method in METHODS if method in options.methods]
+    options.seeds = options.seeds or (1 if options.quick else 3)
+    options.epochs = options.epochs or (2 if options.quick else 10)
+    options.limit = 500 if options.quick else None  # training images
+    options.timed_rounds = 5 if options.quick else 60
+    return options
 
 
 def positive_int(text: str) -> int:
@@ -80,12 +74,13 @@ def compare(options: argparse.Namespace, data: Data, console: Console) -> dict[s
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=len(runs) * options.epochs)
         for seed, method in runs:
-            learner, name = Learner(method, data.train_x[:1], seed, settings), f"{METHODS[method]}, seed {seed}"
-            curves = []
-            for epoch in learner.epochs(data, count=options.epochs, batch_size=size, seed=seed):
-                curves.append(epoch)
+            learner, name = build(method, data.train_x[:1], seed, settings), f"{METHODS[method]}, seed {seed}"
+            order = torch.Generator().manual_seed(seed)
+            losses, accuracies = [], []
+            for _ in range(options.epochs):
+                losses.append(learner.epoch(data.train_x, data.train_y, size, order))
+                accuracies.append(learner.accuracy(data.test_x, data.test_y))
                 bar.update(task, advance=1, description=name)
-            losses, accuracies = map(list, zip(*curves, strict=True))
             results[method]["train_loss"].append(losses)
             results[method]["test_accuracy"].append(accuracies)
             console.print(f"{name}: accuracy {100 * accuracies[-1]:.2f} %", highlight=False)
@@ -94,10 +89,11 @@ def compare(options: argparse.Namespace, data: Data, console: Console) -> dict[s
                 results[method]["pre_activations"] = histogram(seen)
 
     x, y = data.train_x[:size].clone(), data.train_y[:size].clone()  # clones: not kept alive by the whole set
-    fresh = {method: Learner(method, x[:1], 0, settings) for method in options.methods}
+    fresh = {method: build(method, x[:1], 0, settings) for method in options.methods}
     times = step_times(fresh, x, y, options.timed_rounds)
     for method, learner in fresh.items():
-        results[method] |= times[method] | {"saved_bytes": saved_bytes(learner, x, y)}
+        saved = saved_bytes(partial(learner.objective, x, y), learner.model.parameters())
+        results[method] |= times[method] | {"saved_bytes": saved}
     return results
 
 
@@ -112,15 +108,6 @@ def table(results: dict[str, dict[str, Any]], title: str, scored_on: str) -> Tab
         costs = f"{result['median_step_ms']:.2f}", f"{result['saved_bytes'] / 1e6:.2f}"
         found.add_row(METHODS[method], f"{statistics.mean(final):.2f}{spread}", *costs)
     return found
-
-
-def strict(value: Any) -> Any:
-    """Return ``value`` with None for what JSON has no number for: a loss that diverged."""
-    if isinstance(value, dict):
-        return {k: strict(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [strict(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -138,17 +125,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     drawing, written = options.out / "demo.png", options.out / "demo.json"
     draw(results, title, scored_on, drawing)
-    packages = {"torch": torch, "vcl_kernels": vk, "numpy": np, "matplotlib": matplotlib}
-    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    record = {
+    found = {
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
-        "versions": {"python": platform.python_version(), **{k: str(m.__version__) for k, m in packages.items()}},
-        "machine": {"system": platform.system(), "architecture": platform.machine(), "accelerator": accelerator},
+        "versions": record.versions(),
+        "machine": record.machine(device),
         "data": {"train": len(data.train_x), scored_on: len(data.test_x), "image": list(data.train_x.shape[1:])},
         "seconds": seconds,
         "methods": results,
     }
-    written.write_text(json.dumps(strict(record), indent=1, allow_nan=False) + "\n")
+    record.write(found, written)
     console.print(table(results, title, scored_on))
     print(f"{seconds:.0f} s; wrote {drawing} and {written}")
 

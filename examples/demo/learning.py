@@ -1,17 +1,17 @@
-"""The data, the network, and how it learns: where VCL comes in is :class:`Learner`."""
+"""The data, the network, and how it learns: VCL comes in at :func:`build` and :meth:`Learner.objective`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vcl_kernels as vk
 
+THIRD_ELU = "3.elu"  # of five, in Network: what enters it is shown
 CLIP = 1.0  # gradient norm; without it the plain network diverges at learning rates that suit the others
 
 
@@ -30,6 +30,7 @@ def load(dataset: str, *, validate: bool, limit: int | None, device: torch.devic
     ``validate``: the images to score on are a fifth of the training images, and the test images stay unseen.
     ``limit``: at most so many training images, and half as many to score on.
     """
+    import numpy as np
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -66,9 +67,9 @@ class Block(nn.Sequential):
 
 
 class Network(nn.Sequential):
-    """Five ELU layers for images of 8x8 or more, initialised by He's method."""
+    """Five ELU layers, for images of 8x8 or more."""
 
-    def __init__(self, channels: int, batch_norm: bool) -> None:
+    def __init__(self, channels: int, batch_norm: bool, classes: int = 10) -> None:
         super().__init__(
             Block(channels, 16, batch_norm),
             nn.MaxPool2d(2),
@@ -79,17 +80,17 @@ class Network(nn.Sequential):
             Block(64, 64, batch_norm),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
-            nn.Linear(64, 10),
+            nn.Linear(64, classes),
         )
 
-    def initialise(self, seed: int) -> None:
-        """Draw normal weights with He's variance; biases are 0. The same for all methods."""
-        torch.manual_seed(seed)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+
+def initialise(model: nn.Module) -> None:
+    """Draw normal weights with He's variance; biases are 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 class Settings(NamedTuple):
@@ -104,20 +105,23 @@ class Settings(NamedTuple):
 
 
 class Learner:
-    """A network with its optimizer, and with VCL where that is the method."""
+    """A network with its optimizer; ``handle`` is what ``vk.attach`` returned, or None without VCL."""
 
-    def __init__(self, method: str, example: Tensor, seed: int, settings: Settings) -> None:
-        self.model = Network(example.shape[1], method == "bn").to(example.device)
-        self.model.initialise(seed)
-        self.handle = None
-        if method == "vcl":  # this line and handle.loss() are all that VCL asks for
-            weight, n, form = settings.weight, settings.sub_batch_size, settings.form
-            self.handle = vk.attach(self.model, example, weight=weight, sub_batch_size=n, form=form)
-        weights = [p for p in self.model.parameters() if p.dim() > 1]
-        others = [p for p in self.model.parameters() if p.dim() <= 1]  # biases, scales and VCL's beta do not decay
-        groups = [{"params": weights, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.SGD(groups, lr=settings.learning_rate, momentum=0.9, nesterov=True)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, settings.steps)
+    def __init__(
+        self,
+        model: nn.Module,
+        handle: vk.VCLHandle | None,
+        *,
+        steps: int,
+        learning_rate: float,
+        weight_decay: float,
+    ) -> None:
+        self.model, self.handle = model, handle
+        weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        others = [p for p in model.parameters() if all(p is not weight for weight in weights)]  # biases, scales, beta
+        groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=0.9, nesterov=True)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
 
     def objective(self, x: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy, and VCL where that is the method."""
@@ -133,18 +137,15 @@ class Learner:
         self.optimizer.step()
         return objective.detach()
 
-    def epochs(self, data: Data, *, count: int, batch_size: int, seed: int) -> Iterator[tuple[float, float]]:
-        """Learn; yield the mean objective and the test accuracy of each epoch. Images that fill no batch are left."""
-        order = torch.Generator().manual_seed(seed)
-        images = len(data.train_x)
-        for _ in range(count):
-            self.model.train()
-            losses = []
-            for chosen in torch.randperm(images, generator=order).split(batch_size)[: images // batch_size]:
-                chosen = chosen.to(data.train_x.device)
-                losses.append(self.step(data.train_x[chosen], data.train_y[chosen]))
-                self.schedule.step()
-            yield float(torch.stack(losses).mean()), self.accuracy(data.test_x, data.test_y)
+    def epoch(self, x: Tensor, y: Tensor, batch_size: int, order: torch.Generator) -> float:
+        """Learn from every batch once, in random order; return the mean objective."""
+        self.model.train()
+        losses = []
+        for chosen in batches(len(x), batch_size, order):
+            chosen = chosen.to(x.device)
+            losses.append(self.step(x[chosen], y[chosen]))
+            self.schedule.step()
+        return float(torch.stack(losses).mean())
 
     @torch.no_grad()
     def accuracy(self, x: Tensor, y: Tensor) -> float:
@@ -152,3 +153,21 @@ class Learner:
         self.model.eval()
         right = [self.model(a).argmax(1) == b for a, b in zip(x.split(500), y.split(500), strict=True)]
         return int(torch.cat(right).sum()) / len(y)
+
+
+def batches(count: int, batch_size: int, order: torch.Generator) -> Sequence[Tensor]:
+    """Return the indices of each full batch of an epoch; fewer samples than a batch make one batch."""
+    size = min(batch_size, count)
+    return torch.randperm(count, generator=order).split(size)[: count // size]
+
+
+def build(method: str, example: Tensor, seed: int, settings: Settings) -> Learner:
+    """Return the network under one method. For one seed, all methods start from the same weights."""
+    steps, learning_rate, weight_decay, weight, n, form = settings
+    model = Network(example.shape[1], method == "bn").to(example.device)
+    torch.manual_seed(seed)
+    initialise(model)
+    handle = None
+    if method == "vcl":  # this line and handle.loss() are all that VCL asks for
+        handle = vk.attach(model, example, weight=weight, sub_batch_size=n, form=form)
+    return Learner(model, handle, steps=steps, learning_rate=learning_rate, weight_decay=weight_decay)

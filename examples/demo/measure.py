@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ from .learning import Learner
 
 
 def step_times(learners: dict[str, Learner], x: Tensor, y: Tensor, rounds: int) -> dict[str, dict[str, Any]]:
-    """Return milliseconds of each training step. The methods take turns, so that a busy machine slows all alike."""
+    """Return milliseconds of each training step, and their median.
+
+    The methods take turns, so that a busy machine slows all alike.
+    """
     names = list(learners)
     times: dict[str, list[float]] = {name: [] for name in names}
     for learner in learners.values():
@@ -36,21 +40,20 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def saved_bytes(learner: Learner, x: Tensor, y: Tensor) -> int:
-    """Return the bytes that one training forward keeps for backward, each storage once and without parameters."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in learner.model.parameters()}
-    storages: dict[int, torch.UntypedStorage] = {}  # holds the storages, so that no address is used twice
+def saved_bytes(forward: Callable[[], object], known: Iterable[Tensor] = ()) -> int:
+    """Return the bytes that ``forward`` saves for backward: each storage once, those of ``known`` tensors not."""
+    excluded = {tensor.untyped_storage().data_ptr() for tensor in known}
+    saved: dict[int, torch.UntypedStorage] = {}  # holds the storages, so that no address is used twice
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage
+        if storage.data_ptr() not in excluded:
+            saved[storage.data_ptr()] = storage
         return tensor
 
-    learner.model.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        learner.objective(x, y)
-    return sum(storage.nbytes() for storage in storages.values())
+        forward()
+    return sum(storage.nbytes() for storage in saved.values())
 
 
 @torch.no_grad()

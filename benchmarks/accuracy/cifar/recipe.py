@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +11,11 @@ from torch.nn import functional as F
 
 import vcl_kernels as vk
 
-from ..learner import initialise, parameter_groups
-from ..methods import ACTIVATIONS
+from ..methods import ACTIVATIONS, initialise
 from ..models import elu_11
 from .runs import METHODS
 
+NORMS = (nn.BatchNorm2d, nn.GroupNorm)
 BATCH = 250
 MOMENTUM = 0.9
 WEIGHT_DECAY = 1e-4
@@ -56,6 +57,16 @@ def drop(step: int, steps: int) -> float:
     return found
 
 
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Weights decay, and VCL's betas; biases and the scales of norms do not."""
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            (free if isinstance(module, NORMS) or name == "bias" else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": free, "weight_decay": 0.0}]
+
+
 class ReferenceLearner:
     """A network, the VCL where it is the method, and SGD with Nesterov momentum."""
 
@@ -65,7 +76,7 @@ class ReferenceLearner:
         self.model, self.handle = model, handle
         self.parameters = list(model.parameters())
         self.autocast = torch.autocast(self.parameters[0].device.type, dtype, enabled=dtype != torch.float32)
-        groups = parameter_groups(model, WEIGHT_DECAY, decay_beta=True)
+        groups = parameter_groups(model)
         self.optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=MOMENTUM, nesterov=True, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: drop(step, steps))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ..record import strict
+from examples.demo.record import strict
+
 from .runs import Run
 
 Record = dict[str, Any]

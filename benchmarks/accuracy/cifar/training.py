@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import vcl_kernels as vk
+from examples.demo import record
 
-from .. import record
 from ..data import Data
 from ..training import scores
 from . import machine

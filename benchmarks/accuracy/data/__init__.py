@@ -37,7 +37,6 @@ def load(
     *,
     held_out: float | int | None = None,
     split_seed: int = 0,
-    limit: int | None = None,
     standardise: str = "channel",
     device: torch.device,
 ) -> Data:
@@ -48,7 +47,6 @@ def load(
         folder: where the files are, for sets that no Python package ships.
         held_out: this share, or number, of the training set takes the place of the test set, which stays unseen.
         split_seed: draws what is held out, and the test images of sets that have none of their own.
-        limit: at most so many training images, and half as many test images.
         standardise: ``"channel"`` or ``"pixel"``: what has mean 0 and variance 1 over the training set.
         device: where the tensors go.
 
@@ -58,7 +56,6 @@ def load(
     train, test = _read(name, folder, split_seed)
     if held_out is not None:
         train, test = _split(*train, held_out, split_seed)
-    train, test = _first(train, limit), _first(test, limit and limit // 2)
     over = STANDARDISED[standardise]
     mean = train[0].mean(over, keepdims=True, dtype=np.float64).astype(np.float32)
     std = np.maximum(train[0].std(over, keepdims=True, dtype=np.float64), 1e-8).astype(np.float32)
@@ -128,7 +125,3 @@ def _split(x: np.ndarray, y: np.ndarray, tested: float | int, seed: int) -> tupl
 def split_of(name: str, seed: int) -> int | None:
     """Return the ``split_seed`` for a run with ``seed``; None if the set has test images of its own."""
     return seed if name in SPLIT_BY_US else None
-
-
-def _first(arrays: Arrays, limit: int | None) -> Arrays:
-    return arrays[0][:limit], arrays[1][:limit]
