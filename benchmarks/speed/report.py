@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from .. import markdown
 
 Entry = dict[str, Any]
 Record = dict[str, Any]
@@ -59,13 +62,6 @@ def share(case: Case, entry: Entry) -> float | None:
     return float(entry["floor_bytes"] / entry["median"] / (copy["floor_bytes"] / copy["median"]))
 
 
-def markdown(heading: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    heading = list(heading)
-    lines = ["| " + " | ".join(cells) + " |" for cells in (heading, *rows)]
-    lines.insert(1, "|---" * len(heading) + "|")
-    return "\n".join(lines)
-
-
 def ratios(record: Record, shown: int | None = None) -> str:
     """Return a suite's ratios of medians of forward + backward, as the README shows them."""
     columns = COLUMNS[record["suite"]]
@@ -76,64 +72,52 @@ def ratios(record: Record, shown: int | None = None) -> str:
             pair = [case.get((which, "both")) for which in (candidate, by)]
             cells.append(f"{pair[0]['median'] / pair[1]['median']:.2f}x" if pair[0] and pair[1] else "")
         rows.append([name, *cells])
-    return markdown(["case", *(heading for heading, _, _ in columns)], rows)
+    return markdown.table(["case", *(heading for heading, _, _ in columns)], rows)
 
 
-def table(corner: str, rows: dict[str, dict[str, str]]) -> str:
+def table(record: Record, corner: str, cells_of: Callable[[Case], dict[str, str]]) -> str:
     """Return a row for each case and a column for each name that a case has."""
+    rows = {name: cells_of(case) for name, case in by_case(record).items()}
     names = list(dict.fromkeys(name for cells in rows.values() for name in cells))
-    return markdown(
-        [corner, *names], ([case, *(cells.get(name, "") for name in names)] for case, cells in rows.items())
-    )
+    lines = ([case, *(cells.get(name, "") for name in names)] for case, cells in rows.items())
+    return markdown.table([corner, *names], lines)
 
 
-def times(record: Record, phase: str) -> str:
+def times(phase: str, case: Case) -> dict[str, str]:
     """Return every candidate's median time of a phase, with its share of the copy's bandwidth where that is known."""
 
-    def cell(case: Case, candidate: str) -> str:
+    def cell(candidate: str) -> str:
         reached = share(case, case[candidate, phase])
         known = "" if reached is None or candidate == "copy" else f" ({100 * reached:.0f} %)"
         return f"{1e3 * case[candidate, phase]['median']:.4g}{known}"
 
-    cases = by_case(record).items()
-    return table("ms", {name: {c: cell(case, c) for c, p in case if p == phase} for name, case in cases})
+    return {candidate: cell(candidate) for candidate, timed in case if timed == phase}
 
 
-def megabytes(case: Case, key: str) -> dict[str, str]:
+def megabytes(key: str, case: Case) -> dict[str, str]:
     """Return a number of bytes of each candidate that has it."""
     return {c: f"{e[key] / 1e6:.4g}" for (c, phase), e in case.items() if phase == "both" and key in e}
 
 
-def floors(record: Record) -> str:
-    """Return the bytes that each job must move, and what the copy reached."""
-    rows = {}
-    for name, case in by_case(record).items():
-        copy = case["copy", "both"]
-        bandwidth = copy["floor_bytes"] / copy["median"] / 1e9
-        rows[name] = {"copy, GB/s": f"{bandwidth:.1f}", **megabytes(case, "floor_bytes")}
-    return table("MB", rows)
-
-
-def held(record: Record) -> str:
-    """Return the megabytes that each candidate holds for backward."""
-    return table("MB", {name: megabytes(case, "held_bytes") for name, case in by_case(record).items()})
+def floors(case: Case) -> dict[str, str]:
+    """Return what the copy reached, and the bytes that each job must move."""
+    copy = case["copy", "both"]
+    return {"copy, GB/s": f"{copy['floor_bytes'] / copy['median'] / 1e9:.1f}", **megabytes("floor_bytes", case)}
 
 
 def render(record: Record) -> str:
     """Return the whole report of a record."""
-    machine = record["machine_info"]
+    machine, entries = record["machine_info"], record["benchmarks"]
     parts = [f"# {record['suite']}: {machine['device']}", ", ".join(f"{k}: {v}" for k, v in machine.items())]
     if record["suite"] in COLUMNS:
         parts += ["## Ratios of forward + backward", ratios(record)]
-    phases = dict.fromkeys(entry["phase"] for entry in record["benchmarks"])
-    for phase in ("both", "forward", "backward"):
-        if phase in phases:
-            title = "Forward + backward" if phase == "both" else phase.capitalize()
-            parts += [f"## {title}, ms (share of the copy's bandwidth)", times(record, phase)]
-    if any("floor_bytes" in entry for entry in record["benchmarks"]):
-        parts += ["## Bytes that must move, forward + backward", floors(record)]
-    if any("held_bytes" in entry for entry in record["benchmarks"]):
-        parts += ["## Held for backward", held(record)]
+    for phase, title in {"both": "Forward + backward", "forward": "Forward", "backward": "Backward"}.items():
+        if any(entry["phase"] == phase for entry in entries):
+            parts += [f"## {title}, ms (share of the copy's bandwidth)", table(record, "ms", partial(times, phase))]
+    if any("floor_bytes" in entry for entry in entries):
+        parts += ["## Bytes that must move, forward + backward", table(record, "MB", floors)]
+    if any("held_bytes" in entry for entry in entries):
+        parts += ["## Held for backward", table(record, "MB", partial(megabytes, "held_bytes"))]
     return "\n\n".join(parts) + "\n"
 
 

@@ -7,17 +7,9 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 
-def dumped(record: dict[str, Any]) -> str:
-    """JSON with a kernel on each line, so that a change shows in a diff."""
-    kernels = ",\n".join(json.dumps(row) for row in record["kernels"])
-    head = json.dumps({name: record[name] for name in ("versions", "targets", "first_steps") if name in record})
-    return f'{head[:-1]}, "kernels": [\n{kernels}\n]}}\n'
-
-
-def main(args: list[str] | None = None) -> int:
+def main() -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET=1 is set: nothing is compiled under the interpreter; unset it")
     from . import shapes
@@ -35,20 +27,17 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
-    given = parser.parse_args(args)
-    chosen = shapes.sample_looks if given.sample else shapes.every_dtype if given.every_dtype else shapes.every_look
-    looks = chosen()
-    record = collect(looks, given.targets, given.sass, given.jobs)
-    if given.first_steps:
-        record["first_steps"] = first_steps(given.targets[0])
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(dumped(record))
+    options = parser.parse_args()
+    looks = shapes.sample_looks if options.sample else shapes.every_dtype if options.every_dtype else shapes.every_look
+    record = collect(looks(), options.targets, options.sass, options.jobs)
+    if options.first_steps:
+        record["first_steps"] = first_steps(options.targets[0])
     text = markdown(record)
-    if given.markdown:
-        given.markdown.parent.mkdir(parents=True, exist_ok=True)
-        given.markdown.write_text(text)
-    else:
+    for path, content in ((options.json, json.dumps(record) + "\n"), (options.markdown, text)):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+    if not options.markdown:
         print(text)
     return 0
 

@@ -9,9 +9,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.structure.launches import Recorded
-
 from .code import Code, Sass, disassembled, of_amd, of_nvidia
+from .launches import Recorded
 
 POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
@@ -19,7 +18,7 @@ POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf
 class Specialised(NamedTuple):
     """A kernel with all that its machine code depends on, but for the target; equal ones are compiled once."""
 
-    kernel: str
+    kernel: Any
     tensors: Any  # a NamedTuple of what each points to, or "constexpr" for None
     scalars: int  # how many
     sizes: tuple[tuple[str, str], ...]  # names and types
@@ -29,12 +28,12 @@ class Specialised(NamedTuple):
     registers: int
 
 
-def specialise(one: Recorded) -> Specialised:
+def specialise(recorded: Recorded) -> Specialised:
     """As the JIT does for tensors of aligned addresses, and for sizes, which it must not be specialised for."""
-    launch, tensors, scalars = one
+    launch, tensors, scalars = recorded
     small = [index for index, t in enumerate(tensors) if t is not None and t.numel() * t.element_size() < 2**31]
     return Specialised(
-        launch.kernel.__name__,
+        launch.kernel,
         type(tensors)(*("constexpr" if t is None else POINTERS[t.dtype] for t in tensors)),
         len(scalars),
         tuple((name, "i32" if size < 2**31 else "i64") for name, size in launch.sizes.items()),
@@ -45,25 +44,24 @@ def specialise(one: Recorded) -> Specialised:
     )
 
 
-def build(kernel: Any, of: Specialised, target: str, sass: bool = False) -> tuple[Code, Sass | None]:
+def build(specialised: Specialised, target: str, sass: bool = False) -> tuple[Code, Sass | None]:
     """Compile and read; SASS costs half a second of disassembly."""
-    nvidia = target.startswith("sm")
-    types = {**dict(of.sizes), **dict.fromkeys(dict(of.constants), "constexpr")}
-    scalars = dict.fromkeys(kernel.arg_names[1 : 1 + of.scalars], "fp64")
-    types |= {kernel.arg_names[0]: of.tensors, **scalars}
-    signature = {name: types[name] for name in kernel.arg_names}
-    constants: dict[tuple[int, ...], Any] = {(kernel.arg_names.index(name),): value for name, value in of.constants}
+    kernel, tensors, scalars, sizes, given_constants, below_2gib, warps, registers = specialised
+    nvidia, names = target.startswith("sm"), kernel.arg_names
+    types = {**dict(sizes), **dict.fromkeys(dict(given_constants), "constexpr"), names[0]: tensors}
+    types |= dict.fromkeys(names[1 : 1 + scalars], "fp64")
+    constants: dict[tuple[int, ...], Any] = {(names.index(name),): value for name, value in given_constants}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for index, kind in enumerate(of.tensors):
-        if kind == "constexpr":
+    for index, pointer in enumerate(tensors):
+        if pointer == "constexpr":
             constants[0, index] = None
         else:
-            in_range = [["tt.pointer_range", 32]] if index in of.below_2gib and not nvidia else []
+            in_range = [["tt.pointer_range", 32]] if index in below_2gib and not nvidia else []
             attributes[0, index] = [["tt.divisibility", 16], *in_range]
-    source = ASTSource(kernel, signature, constants, attributes)
+    source = ASTSource(kernel, {name: types[name] for name in names}, constants, attributes)
     backend = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
-    limit = {"maxnreg": of.registers} if nvidia else {}
-    built = triton.compile(source, target=backend, options={"num_warps": of.warps, **limit})
+    limit = {"maxnreg": registers} if nvidia else {}
+    built = triton.compile(source, target=backend, options={"num_warps": warps, **limit})
     shared = built.metadata.shared
     if not nvidia:
         return of_amd(built.asm["amdgcn"], shared), None

@@ -6,12 +6,15 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import triton
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+FLOAT64 = ("DADD", "DMUL", "DFMA", "DSETP")
+GCN_BITS = {"ubyte": 8, "ushort": 16, "short": 16, "byte": 8, "dword": 32}
 Widths = dict[str, int]  # bits of an access: how many instructions
 
 
@@ -23,22 +26,7 @@ class Code(NamedTuple):
     spills: int  # bytes of a thread that go to local memory and come back; registers on gfx
     loads: Widths  # of global memory
     stores: Widths
-    occupancy: int | None  # warps of a partition as the compiler predicts it, where it does
-
-
-def of_nvidia(ptx: str, cubin: bytes, shared: int) -> Code:
-    """Read PTX and the binary that ptxas made of it."""
-    usage = _tool("cuobjdump", cubin, "-res-usage")
-    registers, stack = (int(re.findall(rf"\b{name}:(\d+)", usage)[0]) for name in ("REG", "STACK"))
-    return Code(registers, shared, _ptxas_spills(ptx) if stack else 0, *ptx_widths(ptx), None)
-
-
-def ptx_widths(ptx: str) -> tuple[Widths, Widths]:
-    """Count loads and stores of global memory by width."""
-    found: dict[str, Counter[str]] = {"ld": Counter(), "st": Counter()}
-    for kind, vector, bits in re.findall(r"\b(ld|st)\.global(?:\.[a-zA-Z0-9:_]+?)*?(?:\.v([248]))?\.b(\d+)", ptx):
-        found[kind][str(int(vector or 1) * int(bits))] += 1
-    return _sorted(found["ld"]), _sorted(found["st"])
+    compiler_warps_of_partition: int | None = None  # occupancy as the compiler predicts it, where it does
 
 
 class Sass(NamedTuple):
@@ -48,25 +36,28 @@ class Sass(NamedTuple):
     loads: Widths  # LDG, by width
     stores: Widths  # STG
     float64: int  # instructions of float64 arithmetic
-    local: int  # loads and stores of local memory: spills
-    barriers: int
+
+
+def of_nvidia(ptx: str, cubin: bytes, shared: int) -> Code:
+    """Read PTX and the binary that ptxas made of it."""
+    usage = _tool("cuobjdump", cubin, "-res-usage")
+    registers, stack = (int(re.findall(rf"\b{name}:(\d+)", usage)[0]) for name in ("REG", "STACK"))
+    accesses = re.findall(r"\b(ld|st)\.global(?:\.[a-zA-Z0-9:_]+?)*?(?:\.v([248]))?\.b(\d+)", ptx)
+    widths = _by_width(((access, int(vector or 1) * int(bits)) for access, vector, bits in accesses), "ld", "st")
+    return Code(registers, shared, _ptxas_spills(ptx) if stack else 0, *widths)
 
 
 def disassembled(cubin: bytes) -> Sass:
-    """Count a binary's instructions by kind."""
+    """Count a binary's instructions."""
     text = _tool("nvdisasm", cubin, "-c")
     opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE)
-    found: dict[str, Counter[str]] = {"LDG": Counter(), "STG": Counter()}
-    for kind, *parts in (opcode.split(".") for opcode in opcodes):
-        if kind in found:
-            width = next((p for p in parts if re.fullmatch(r"(U|S)?(8|16|64|128|256)", p)), "32")
-            found[kind][width.lstrip("US")] += 1
-    kinds = Counter(opcode.split(".")[0] for opcode in opcodes)
-    float64, local = (sum(kinds[k] for k in of) for of in (("DADD", "DMUL", "DFMA", "DSETP"), ("LDL", "STL")))
-    return Sass(len(opcodes), _sorted(found["LDG"]), _sorted(found["STG"]), float64, local, kinds["BAR"])
-
-
-_GCN_BITS = {"ubyte": "8", "ushort": "16", "short": "16", "byte": "8", "dword": "32"}
+    names = Counter(opcode.split(".")[0] for opcode in opcodes)
+    accesses = []
+    for name, *suffixes in (opcode.split(".") for opcode in opcodes):
+        if name in ("LDG", "STG"):
+            width = next((s for s in suffixes if re.fullmatch(r"(U|S)?(8|16|64|128|256)", s)), "32")
+            accesses.append((name, int(width.lstrip("US"))))
+    return Sass(len(opcodes), *_by_width(accesses, "LDG", "STG"), sum(names[name] for name in FLOAT64))
 
 
 def of_amd(asm: str, shared: int) -> Code:
@@ -76,37 +67,36 @@ def of_amd(asm: str, shared: int) -> Code:
         return int(re.findall(rf"{name}:\s+(\d+)", asm)[0])
 
     spills = figure(r"\.vgpr_spill_count") + figure("; ScratchSize")
-    found: dict[str, Counter[str]] = {"load": Counter(), "store": Counter()}
     pattern = r"^\s+(?:global|buffer|flat)_(load|store)_(ubyte|ushort|short|byte|dword)(?:_d16(?:_hi)?)?(?:x([234]))?\b"
-    for kind, size, vector in re.findall(pattern, asm, re.MULTILINE):
-        found[kind][str(int(_GCN_BITS[size]) * int(vector or 1))] += 1
-    widths = _sorted(found["load"]), _sorted(found["store"])
-    return Code(figure("; TotalNumVgprs"), shared, spills, *widths, figure("; Occupancy"))
+    accesses = re.findall(pattern, asm, re.MULTILINE)
+    bits = ((access, GCN_BITS[size] * int(vector or 1)) for access, size, vector in accesses)
+    return Code(figure("; TotalNumVgprs"), shared, spills, *_by_width(bits, "load", "store"), figure("; Occupancy"))
 
 
-def _sorted(widths: Counter[str]) -> Widths:
-    return dict(sorted(widths.items(), key=lambda item: -int(item[0])))
-
-
-def _tool(name: str, cubin: bytes, option: str) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        return subprocess.run([TOOLS / name, option, path], capture_output=True, text=True, check=True).stdout
+def _by_width(accesses: Iterable[tuple[str, int]], load: str, store: str) -> tuple[Widths, Widths]:
+    """Count loads and stores by their bits, wide ones first."""
+    counts = sorted(Counter(accesses).items(), key=lambda item: -item[0][1])
+    loads, stores = ({str(bits): n for (access, bits), n in counts if access == name} for name in (load, store))
+    return loads, stores
 
 
 def _ptxas_spills(ptx: str) -> int:
     """Bytes that ptxas says it spills: a stack frame alone may be a division's call."""
-    found = re.search(r"\.target (sm_\w+)", ptx)
-    assert found
-    arch = found[1]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
-        ptxas = TOOLS / ("ptxas-blackwell" if arch.startswith("sm_10") else "ptxas")
-        command = [str(ptxas), f"-arch={arch}", "-v", str(path), "-o", str(Path(folder) / "kernel.cubin")]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    target = re.search(r"\.target (sm_\w+)", ptx)
+    assert target
+    ptxas = "ptxas-blackwell" if target[1].startswith("sm_10") else "ptxas"
+    log = _tool(ptxas, ptx.encode(), f"-arch={target[1]}", "-v", "-o", "/dev/null")
     spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
     if not spilled:
         raise RuntimeError(f"ptxas -v printed no spill counts: {log}")
-    return sum(int(n) for n in spilled)
+    return sum(map(int, spilled))
+
+
+def _tool(name: str, content: bytes, *options: str) -> str:
+    """Return what a tool of CUDA prints of a file with that content."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        command = [str(TOOLS / name), *options, file.name]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    return done.stdout

@@ -10,48 +10,41 @@ from typing import Any
 from unittest import mock
 
 from benchmarks.cases import ELU_11, Case
-from benchmarks.structure.launches import activation_jobs, recorded, spec_of
 
 from .build import Specialised, build, specialise
+from .shapes import Look, launches
 
 # Channels, height = width; benchmarks.cases has one for each stage
 ACTIVATIONS_OF_RESNET_50 = (
     *((64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28)),
     *((256, 28), (256, 14), (1024, 14), (512, 14), (512, 7), (2048, 7)),
 )
+RESNET = [(64, channels, size, size) for channels, size in ACTIVATIONS_OF_RESNET_50]
+# Activation and the cases of its inputs: a convolutional network, the authors' own, and a transformer
+NETWORKS = {
+    "ResNet-50": ("relu", [Case(shape, dtype="bfloat16") for shape in RESNET]),
+    "ResNet-50, channels_last": ("relu", [Case(shape, "channels_last", "bfloat16") for shape in RESNET]),
+    "ELU-11": ("elu", [Case(shape) for shape in ELU_11]),
+    "ViT-B/16": ("gelu", [Case((64, 3072, 197), "tokens", "bfloat16")]),
+}
 
 
-def networks() -> list[tuple[str, str, list[Case]]]:
-    """Name, activation and the cases of its inputs: a convolutional network, the authors' own, and a transformer."""
-    resnet = [(64, channels, size, size) for channels, size in ACTIVATIONS_OF_RESNET_50]
-    return [
-        ("ResNet-50", "relu", [Case(shape, dtype="bfloat16") for shape in resnet]),
-        ("ResNet-50, channels_last", "relu", [Case(shape, "channels_last", "bfloat16") for shape in resnet]),
-        ("ELU-11", "elu", [Case(shape) for shape in ELU_11]),
-        ("ViT-B/16", "gelu", [Case((64, 3072, 197), "tokens", "bfloat16")]),
-    ]
-
-
-def kernels_of(activation: str, cases: list[Case], form: str) -> dict[Specialised, Any]:
-    """Return each different kernel of a step with its function."""
-    found: dict[Specialised, Any] = {}
-    for case in cases:
-        x = case.tensor("meta")
-        jobs = activation_jobs(x, spec_of(x, form), activation)
-        for name in (activation, f"dx of {activation} and loss"):
-            found |= {specialise(one): one.launch.kernel for one in recorded(jobs[name])}
-    return found
+def kernels_of(activation: str, cases: list[Case], form: str) -> dict[Specialised, None]:
+    """Return each different kernel of a step."""
+    calls = (f"{form}: {activation}", f"{form}: dx of {activation} and loss")
+    looks = (Look(case, (form,), activations=(activation,)) for case in cases)
+    return {specialise(found): None for look in looks for call, found in launches(look) if call in calls}
 
 
 def first_steps(target: str) -> list[dict[str, Any]]:
     """Count and compile, by one process with an empty cache."""
-    rows = []
-    for (network, activation, cases), form in itertools.product(networks(), ("ratio", "relative_variance")):
-        kernels = kernels_of(activation, cases, form)
+    found = []
+    for (network, step), form in itertools.product(NETWORKS.items(), ("ratio", "relative_variance")):
+        kernels = kernels_of(*step, form)
         with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache):
             start = time.perf_counter()
-            for of, kernel in kernels.items():
-                build(kernel, of, target)
+            for kernel in kernels:
+                build(kernel, target)
             seconds = time.perf_counter() - start
-        rows.append({"network": network, "form": form, "kernels": len(kernels), "seconds": round(seconds, 1)})
-    return rows
+        found.append({"network": network, "form": form, "kernels": len(kernels), "seconds": round(seconds, 1)})
+    return found

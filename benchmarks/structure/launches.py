@@ -61,13 +61,12 @@ def beta_of(x: Tensor, spec: LossSpec) -> Tensor | None:
 def loss_jobs(x: Tensor, spec: LossSpec) -> dict[str, Job]:
     """What vcl_loss calls, by what it is called for."""
     beta, g = beta_of(x, spec), x.new_full((), 0.5, dtype=accumulation_dtype(x.dtype))
-    keep = saving.for_loss(x, spec, ops) == "rows"
-    rows = x[: spec.K * spec.n] if keep else x
+    saves_rows = saving.for_loss(x, spec, ops) == "rows"
+    saved = x[: spec.K * spec.n] if saves_rows else x
     with_grad = beta is not None
-    mean, scale = (empty_units(x, spec.per_activation, spec.K).fill_(0.5) for _ in range(2))
-    of_loss = Coefficients(mean, scale)
+    coefficients = Coefficients(*(empty_units(x, spec.per_activation, spec.K).fill_(0.5) for _ in range(2)))
     jobs: dict[str, Job] = {"loss": lambda: ops.loss(x, beta, spec)}
-    if rows is x and ops.one_pass(x, spec):
+    if saved is x and ops.one_pass(x, spec):
         dx = empty_rows(x, x.shape[0])
 
         def multiplied() -> Tensor:
@@ -77,19 +76,17 @@ def loss_jobs(x: Tensor, spec: LossSpec) -> dict[str, Job]:
         jobs["loss and dx"] = lambda: ops.loss_dx(x, beta, spec, with_grad)
         jobs["dx times g"] = multiplied
     else:
-        jobs["loss, to be differentiated"] = lambda: ops.loss_coefficients(x, beta, spec, with_grad, keep)
-        jobs["dx of loss"] = lambda: ops.moments_dx(rows, of_loss, g, spec.sub_batches, x.shape[0])
+        jobs["loss, to be differentiated"] = lambda: ops.loss_coefficients(x, beta, spec, with_grad, saves_rows)
+        jobs["dx of loss"] = lambda: ops.moments_dx(saved, coefficients, g, spec.sub_batches, x.shape[0])
     return jobs
 
 
 def moments_jobs(x: Tensor, spec: LossSpec) -> dict[str, Job]:
     """What sub_batch_moments calls."""
-    mean, scale, shift = (empty_units(x, spec.per_activation, spec.K).fill_(0.5) for _ in range(3))
+    coefficients = Coefficients(*(empty_units(x, spec.per_activation, spec.K).fill_(0.5) for _ in range(3)))
     return {
         "moments": lambda: ops.moments(x, spec.sub_batches),
-        "dx of moments": lambda: ops.moments_dx(
-            x, Coefficients(mean, scale, shift), None, spec.sub_batches, x.shape[0]
-        ),
+        "dx of moments": lambda: ops.moments_dx(x, coefficients, None, spec.sub_batches, x.shape[0]),
     }
 
 
@@ -97,17 +94,17 @@ def activation_jobs(x: Tensor, spec: LossSpec, name: str) -> dict[str, Job]:
     """What vcl_activation calls: forward, and backward with the upstream gradients of both, of y, of the loss."""
     chosen = Activation(ACTIVATIONS.index(name), 1.0)
     beta, g = beta_of(x, spec), x.new_full((), 0.5, dtype=accumulation_dtype(x.dtype))
-    keep = saving.output_and_rows(x, spec, chosen)
-    rows = x[: spec.K * spec.n] if keep else None
+    saves_output = saving.output_and_rows(x, spec, chosen)
+    rows = x[: spec.K * spec.n] if saves_output else None
     dy = torch.full_like(x, 0.5)
-    mean, scale = (empty_units(x, spec.per_activation, spec.K).fill_(0.5) for _ in range(2))
+    coefficients = Coefficients(*(empty_units(x, spec.per_activation, spec.K).fill_(0.5) for _ in range(2)))
 
     def backward(dy: Tensor | None, g: Tensor | None) -> Tensor:
-        saved, of_loss = Saved(x, rows, keep), Coefficients(mean, scale)
-        return ops.activation_dx(saved, dy, of_loss, g, chosen, spec.sub_batches, x.shape[0])
+        saved = Saved(x, rows, saves_output)
+        return ops.activation_dx(saved, dy, coefficients, g, chosen, spec.sub_batches, x.shape[0])
 
     return {
-        f"{name}": lambda: ops.activation(x, beta, spec, chosen, beta is not None, keep),
+        name: lambda: ops.activation(x, beta, spec, chosen, beta is not None, saves_output),
         f"dx of {name} and loss": lambda: backward(dy, g),
         f"dx of {name}": lambda: backward(dy, None),
         f"dx of {name}'s loss": lambda: backward(None, g),

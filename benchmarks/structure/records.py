@@ -11,66 +11,62 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.structure.launches import Recorded
-
 from .build import Specialised, build, specialise
 from .code import Code, Sass
+from .launches import Recorded
 from .shapes import Look, launches
 from .targets import TARGETS, occupancy
 
 Record = dict[str, Any]
-_pending: list[tuple[Any, Specialised, str, bool]] = []  # that worker processes inherit
+_pending: list[tuple[Specialised, str, bool]] = []  # that worker processes inherit
 
 
 def collect(looks: Iterable[Look], targets: list[str], sass: list[str], jobs: int) -> Record:
     """Compile and describe; ``sass``: targets whose binaries are disassembled too."""
     found: dict[Specialised, Record] = {}
-    kernels: dict[Specialised, Any] = {}
     for look in looks:
-        for name, one in launches(look):
-            of = specialise(one)
-            row = _described(look, name, one)
-            if of not in found:
-                found[of] = {**row, "launches": 0}
-                kernels[of] = one.launch.kernel
-            elif row["programs"] < found[of]["programs"]:
-                found[of].update(row)
-            found[of]["launches"] += 1
-    _pending[:] = [(kernels[of], of, target, target in sass) for of in found for target in targets]
+        for call, recorded in launches(look):
+            described = _described(look, call, recorded)
+            kernel = found.setdefault(specialise(recorded), {**described, "launches": 0})
+            if described["programs"] < kernel["programs"]:
+                kernel.update(described)
+            kernel["launches"] += 1
+    _pending[:] = [(specialised, target, target in sass) for specialised in found for target in targets]
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        for index, built in enumerate(pool.imap(_built, range(len(_pending)), chunksize=4)):
-            _, of, target, _ = _pending[index]
-            found[of][target] = _for_target(target, found[of], *built)
+        built = pool.imap(_built, range(len(_pending)), chunksize=4)
+        for index, ((specialised, target, _), code) in enumerate(zip(_pending, built, strict=True)):
+            if index % 100 == 0:
+                print(f"{index} of {len(_pending)}", file=sys.stderr)
+            found[specialised][target] = _for_target(target, found[specialised], *code)
     versions = {"torch": torch.__version__.partition("+")[0], "triton": triton.__version__}
     return {"versions": versions, "targets": targets, "kernels": list(found.values())}
 
 
 def _built(index: int) -> tuple[Code, Sass | None]:
-    if index % 100 == 0:
-        print(f"{index} of {len(_pending)}", file=sys.stderr)
     return build(*_pending[index])
 
 
-def _described(look: Look, name: str, one: Recorded) -> Record:
-    launch, size = one.launch, sum(t.element_size() for t in _tensors_read(one))
-    elements, padded = elements_of_tile(one)
+def _described(look: Look, call: str, recorded: Recorded) -> Record:
+    launch, tensors, _ = recorded
+    elements, padded = elements_of_tile(recorded)
+    element_size = sum(t.element_size() for t in _tensors_read(recorded))
     return {
-        "kernel": one.launch.name,
+        "kernel": launch.name,
         "case": str(look),
-        "call": name,
+        "call": call,
         "tile": launch.settings.tile,
         "warps": launch.settings.warps,
         "programs": math.prod(launch.grid),
-        "bytes": elements * size,
-        "padded_bytes": padded * size,
-        "wide": allows_128_bits(one),
-        "writes": any(getattr(one.tensors, name, None) is not None for name in ("y", "dx")),
+        "bytes": elements * element_size,
+        "padded_bytes": padded * element_size,
+        "wide": allows_128_bits(recorded),
+        "writes": any(getattr(tensors, name, None) is not None for name in ("y", "dx")),
     }
 
 
-def _tensors_read(one: Recorded) -> list[Any]:
+def _tensors_read(recorded: Recorded) -> list[Any]:
     """Tensors of the tile's size that a program reads."""
-    launch, tensors = one.launch, one.tensors
+    launch, tensors, _ = recorded
     kernel = launch.kernel.__name__
     if kernel == "backward":
         of_saved = launch.constants["ACTIVATION"] != "identity" if tensors.dy is not None else tensors.mean is not None
@@ -80,9 +76,9 @@ def _tensors_read(one: Recorded) -> list[Any]:
     return [tensors.dx if kernel == "multiply" else tensors.x]
 
 
-def elements_of_tile(one: Recorded) -> tuple[int, int]:
+def elements_of_tile(recorded: Recorded) -> tuple[int, int]:
     """Elements of a tile: those that are there, and with padding."""
-    launch, tile, sizes = one.launch, one.launch.settings.tile, one.launch.sizes
+    launch, tile, sizes = recorded.launch, recorded.launch.settings.tile, recorded.launch.sizes
     if "EB" in tile:
         return min(tile["EB"], sizes["E"] * launch.constants["ALIGNED"]), tile["EB"]
     covers = {"SB": ("parts", 1), "KB": ("K", 1), "UB": ("U", 1)}
@@ -94,33 +90,24 @@ def elements_of_tile(one: Recorded) -> tuple[int, int]:
     return math.prod(there), math.prod(tile.values())
 
 
-def allows_128_bits(one: Recorded) -> bool:
+def allows_128_bits(recorded: Recorded) -> bool:
     """Whether a row of the tile, and every distance between rows, is a multiple of 16 bytes."""
-    constants, tile = one.launch.constants, one.launch.settings.tile
+    constants, tile = recorded.launch.constants, recorded.launch.settings.tile
     if "SB" in tile:
         return False
-    size = min(t.element_size() for t in _tensors_read(one))
+    size = min(t.element_size() for t in _tensors_read(recorded))
     row = next(tile[axis] for axis in ("EB", "FB", "UB") if axis in tile)
     aligned = constants["ALIGNED"] if "EB" in tile else constants["T"].aligned
     return aligned * size % 16 == 0 and row * size % 16 == 0
 
 
-def _for_target(target: str, row: Record, code: Code, sass: Sass | None) -> Record:
-    at_once = occupancy(target, row["warps"], code.registers, code.shared, code.occupancy)
-    found = {
-        "registers": code.registers,
-        "shared": code.shared,
-        "spills": code.spills,
-        "loads": code.loads,
-        "stores": code.stores,
-        "blocks": at_once.blocks,
-        "resident_warps": at_once.warps,
-        "waves": round(row["programs"] / (at_once.blocks * TARGETS[target].multiprocessors), 3),
-        "in_flight_when_full": at_once.blocks * row["bytes"],
-        "accesses_when_full": at_once.blocks * row["padded_bytes"],
+def _for_target(target: str, kernel: Record, code: Code, sass: Sass | None) -> Record:
+    resident = occupancy(target, kernel["warps"], code.registers, code.shared, code.compiler_warps_of_partition)
+    return {
+        **code._asdict(),
+        "resident_warps": resident.warps,
+        "waves": round(kernel["programs"] / (resident.blocks * TARGETS[target].multiprocessors), 3),
+        "in_flight_when_full": resident.blocks * kernel["bytes"],
+        "accesses_when_full": resident.blocks * kernel["padded_bytes"],
+        **({} if sass is None else {"sass": sass._asdict()}),
     }
-    if code.occupancy is not None:
-        found["compiler_warps_of_partition"] = code.occupancy
-    if sass is not None:
-        found["sass"] = sass._asdict()
-    return found

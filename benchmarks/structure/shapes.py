@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from benchmarks.cases import CONVNEXT, ELU_11, RESNET_50, VIT, Case
-from benchmarks.structure.launches import Recorded, activation_jobs, loss_jobs, moments_jobs, recorded, spec_of
 from vcl_kernels.options import ACTIVATIONS
+
+from .launches import Recorded, activation_jobs, loss_jobs, moments_jobs, recorded, spec_of
 
 EVERY_DTYPE = ("float32", "bfloat16", "float16")
 MLP = [(N, C) for N in (128, 1024, 4096) for C in (64, 1024, 8192)]
@@ -44,7 +45,7 @@ def every_look() -> list[Look]:
 
 
 def sample_looks() -> list[Look]:
-    """A few of them, for tests: every kernel, one pass and split, P odd and even, units wide and narrow."""
+    """A sample, for tests: every kernel, one pass and split, P odd and even, units wide and narrow."""
     both, ratio, every = ("ratio", "relative_variance"), ("ratio",), ("relative_variance",)
     return [
         Look(Case((64, 64, 56, 56), dtype="bfloat16"), ratio),
@@ -68,7 +69,7 @@ def every_dtype() -> list[Look]:
 
 
 def launches(look: Look) -> Iterator[tuple[str, Recorded]]:
-    """Yield each launch with what it is launched for."""
+    """Yield each launch after the call that makes it."""
     x = look.case.tensor("meta")
     for form in look.forms:
         spec = spec_of(x, form, look.unit)
@@ -77,6 +78,5 @@ def launches(look: Look) -> Iterator[tuple[str, Recorded]]:
             jobs |= activation_jobs(x, spec, name)
         if look.moments:
             jobs |= moments_jobs(x, spec)
-        for name, job in jobs.items():
-            for one in recorded(job):
-                yield f"{form}: {name}", one
+        for call, job in jobs.items():
+            yield from ((f"{form}: {call}", found) for found in recorded(job))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from typing import Any
+
+from benchmarks.markdown import table
 
 from .targets import LATENCY, TARGETS, bytes_to_keep_in_flight
 
@@ -26,7 +27,7 @@ Sources of the limits are in `benchmarks/structure/targets.py`.
 def markdown(record: Record) -> str:
     """Render limits, a summary and the full table."""
     kernels = record["kernels"]
-    launches = sum(row["launches"] for row in kernels)
+    launches = sum(kernel["launches"] for kernel in kernels)
     head = HEAD.format(**record["versions"], count=len(kernels), launches=launches, latency=LATENCY * 1e6)
     parts = [head, _limits(record["targets"]), "## Summary\n", _summary(record)]
     if record.get("first_steps"):
@@ -34,35 +35,37 @@ def markdown(record: Record) -> str:
     return "\n".join([*parts, _full(record)])
 
 
-def _table(columns: list[str], rows: Iterable[list[Any]]) -> str:
-    lines = [" | ".join(map(str, row)) for row in [columns, *rows]]
-    return "\n".join([f"| {lines[0]} |", "|---" * len(columns) + "|", *(f"| {line} |" for line in lines[1:])]) + "\n"
-
-
 def _limits(targets: list[str]) -> str:
     columns = ["target", "device", "multiprocessors", "GB/s", "warps", "blocks", "registers", "shared KiB"]
-    found = []
+    lines = []
     for name in targets:
         of = TARGETS[name]
         cells = [name, of.device, of.multiprocessors, of.gigabytes_per_second, of.warps, of.blocks, of.registers]
-        found.append([*cells, of.shared >> 10, f"{bytes_to_keep_in_flight(name) / 1024:.0f}"])
-    return _table([*columns, "in flight KiB"], found)
+        lines.append([*cells, of.shared >> 10, f"{bytes_to_keep_in_flight(name) / 1024:.0f}"])
+    return table([*columns, "in flight KiB"], lines) + "\n"
 
 
 def _summary(record: Record) -> str:
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    for row in record["kernels"]:
+    for kernel in record["kernels"]:
         for target in record["targets"]:
-            groups[row["kernel"], target].append(row[target])
+            groups[kernel["kernel"], target].append(kernel[target])
     columns = ["kernel", "target", "kernels", "registers", "spills", "least warps", "in flight KiB"]
-    found = []
-    for (kernel, target), at in sorted(groups.items()):
-        registers = [a["registers"] for a in at]
-        warps = f"{min(a['resident_warps'] for a in at)} of {TARGETS[target].warps}"
-        in_flight = f"{min(a['in_flight_when_full'] for a in at) / 1024:.0f}"
-        cells = [kernel, target, len(at), f"{min(registers)} to {max(registers)}", max(a["spills"] for a in at)]
-        found.append([*cells, warps, in_flight, *(_widest(at, kind) for kind in ("loads", "stores"))])
-    return _table([*columns, "loads up to", "stores up to"], found)
+    lines = []
+    for (name, target), codes in sorted(groups.items()):
+        registers = [code["registers"] for code in codes]
+        warps = f"{min(code['resident_warps'] for code in codes)} of {TARGETS[target].warps}"
+        in_flight = f"{min(code['in_flight_when_full'] for code in codes) / 1024:.0f}"
+        spills = max(code["spills"] for code in codes)
+        cells = [name, target, len(codes), f"{min(registers)} to {max(registers)}", spills, warps, in_flight]
+        lines.append([*cells, *(_widest(codes, accesses) for accesses in ("loads", "stores"))])
+    return table([*columns, "loads up to", "stores up to"], lines) + "\n"
+
+
+def _widest(codes: list[Record], accesses: str) -> str:
+    """How many of the kernels have which widest access."""
+    counts = Counter(max(map(int, code[accesses]), default=0) for code in codes)
+    return ", ".join(f"{bits} bits: {counts[bits]}" for bits in sorted(counts, reverse=True))
 
 
 def _first_steps(record: Record) -> str:
@@ -72,13 +75,7 @@ def _first_steps(record: Record) -> str:
         f" compiled them for {record['targets'][0]} with an empty cache.\n\n"
     )
     columns = ["network", "form", "kernels", "seconds"]
-    return text + _table(columns, ([row[name] for name in columns] for row in record["first_steps"]))
-
-
-def _widest(at: list[Record], kind: str) -> str:
-    """How many of the kernels have which widest access."""
-    counts = Counter(max(map(int, a[kind]), default=0) for a in at)
-    return ", ".join(f"{bits} bits: {counts[bits]}" for bits in sorted(counts, reverse=True))
+    return text + table(columns, ([step[name] for name in columns] for step in record["first_steps"])) + "\n"
 
 
 def _full(record: Record) -> str:
@@ -88,25 +85,25 @@ def _full(record: Record) -> str:
         " (gfx: of the machine code, else of PTX), shared memory in bytes, spills if there are any; `SASS`: widths of"
         " LDG / STG, and float64 instructions of all instructions.\n\n"
     )
-    columns, found = ["kernel", "case", "call", "tile", "warps", "programs"], []
-    for row in record["kernels"]:
-        tile = " ".join(f"{axis}={size}" for axis, size in row["tile"].items())
-        cells = [tile if name == "tile" else row[name] for name in columns]
-        found.append([*cells, *(_cell(row[target]) for target in record["targets"])])
-    return text + _table([*columns, *record["targets"]], found)
+    columns, lines = ["kernel", "case", "call", "tile", "warps", "programs"], []
+    for kernel in record["kernels"]:
+        tile = " ".join(f"{axis}={size}" for axis, size in kernel["tile"].items())
+        cells = [tile if name == "tile" else kernel[name] for name in columns]
+        lines.append([*cells, *(_cell(kernel[target]) for target in record["targets"])])
+    return text + table([*columns, *record["targets"]], lines) + "\n"
 
 
-def _cell(at: Record) -> str:
-    parts = [f"{at['registers']} r", f"{at['resident_warps']} w", f"{at['waves']:.3g} waves", _widths(at)]
-    if at["shared"]:
-        parts.append(f"{at['shared']} B")
-    if at["spills"]:
-        parts.append(f"**spills {at['spills']}**")
-    if "sass" in at:
-        sass = at["sass"]
+def _cell(code: Record) -> str:
+    parts = [f"{code['registers']} r", f"{code['resident_warps']} w", f"{code['waves']:.3g} waves", _widths(code)]
+    if code["shared"]:
+        parts.append(f"{code['shared']} B")
+    if code["spills"]:
+        parts.append(f"**spills {code['spills']}**")
+    if "sass" in code:
+        sass = code["sass"]
         parts.append(f"SASS {_widths(sass)}, {sass['float64']} of {sass['instructions']}")
     return "; ".join(parts)
 
 
-def _widths(of: Record) -> str:
-    return " / ".join(" ".join(of[kind]) or "none" for kind in ("loads", "stores"))
+def _widths(counted: Record) -> str:
+    return " / ".join(" ".join(counted[accesses]) or "none" for accesses in ("loads", "stores"))

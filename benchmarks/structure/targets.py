@@ -55,14 +55,13 @@ def occupancy(target: str, warps: int, registers: int, shared: int, warps_of_par
     in_partition = min(of.warps // PARTITIONS, of.registers // per_lane)
     in_partition = min(in_partition, warps_of_partition or in_partition)
     allowed = {
-        "registers": PARTITIONS * in_partition // warps,
         "warps": of.warps // warps,
         "blocks": of.blocks if warps > 1 or of.lanes == 32 else of.warps,
+        "registers": PARTITIONS * in_partition // warps,
     }
     if shared:
         allowed["shared memory"] = of.shared // (_up(shared, of.shared_granule) + of.shared_reserved)
-    blocks = min(allowed.values())
-    limit = next(name for name in ("warps", "blocks", "registers", "shared memory") if allowed.get(name) == blocks)
+    limit, blocks = min(allowed.items(), key=lambda item: item[1])  # the first of equal ones
     return Occupancy(blocks, blocks * warps, limit)
 
 
