@@ -26,12 +26,8 @@ class Case(NamedTuple):
         return " ".join(parts if self.layout == "contiguous" else [*parts, self.layout])
 
     @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
-
-    @property
     def bytes(self) -> int:
-        return self.elements * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def tensor(self, device: str) -> Tensor:
         """Return normal values in this layout."""
@@ -48,7 +44,7 @@ ELU_11 = [(250, 192, 32, 32), (250, 240, 16, 16), (250, 260, 8, 8), (250, 280, 4
 MLP = [(128, 64), (128, 8192), (1024, 1024), (4096, 1024), (4096, 8192)]
 CONVNEXT = [(64, 96, 56, 56), (64, 192, 28, 28), (64, 384, 14, 14), (64, 768, 7, 7)]
 VIT = [(64, 768, 197), (64, 3072, 197)]  # (N, C, L)
-SMALL = [(32, 64), (250, 300, 2, 2), (128, 256)]  # the cost of a call
+SMALL = [Case(shape) for shape in ((32, 64), (250, 300, 2, 2), (128, 256))]  # the cost of a call is all there is
 TINY = [
     Case((16, 4, 6, 6)),
     Case((16, 8, 4, 4), "channels_last", "bfloat16"),
@@ -93,10 +89,4 @@ def on_gpu() -> list[Case]:
 
 def cases(device: str, rehearse: bool) -> list[Case]:
     """Return each case once, in order of priority."""
-    found = TINY if rehearse else on_gpu() if device == "cuda" else on_cpu()
-    return list(dict.fromkeys(found))
-
-
-def small(rehearse: bool) -> list[Case]:
-    """Cases where a call's fixed cost is all there is."""
-    return [Case(shape) for shape in (SMALL[:1] if rehearse else SMALL)]
+    return list(dict.fromkeys(TINY if rehearse else on_gpu() if device == "cuda" else on_cpu()))

@@ -39,7 +39,9 @@ class Inputs:
     """Tensors of one case, made when first wanted, and candidates that read them."""
 
     def __init__(self, case: Case, device: str, backend: str | None) -> None:
-        self.case, self.device, self.backend = case, device, backend
+        self.case, self.device = case, device
+        self.vcl_loss = partial(vk.vcl_loss, backend=backend)
+        self.vcl_activation = partial(vk.vcl_activation, backend=backend)
 
     @cached_property
     def x(self) -> Tensor:
@@ -72,12 +74,6 @@ class Inputs:
 
     def layer_norm(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.transpose(1, -1), (x.shape[1],), *self.affine_of_dtype).transpose(1, -1)
-
-    def vcl_loss(self, x: Tensor, **options: Any) -> Tensor:
-        return vk.vcl_loss(x, backend=self.backend, **options)
-
-    def vcl_activation(self, x: Tensor, activation: str, **options: Any) -> tuple[Tensor, Tensor]:
-        return vk.vcl_activation(x, activation, backend=self.backend, **options)
 
     def loss(self, function: Callable[..., Tensor], **options: Any) -> Candidate:
         return Candidate(lambda: [function(self.x, **options)], [None], [self.x])

@@ -29,29 +29,21 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function) and "measure" in item.fixturenames:
-            item.add_marker(pytest.mark.benchmark(timer=clock, disable_gc=False))
+            item.add_marker(pytest.mark.benchmark(timer=lambda: still_clock[0], disable_gc=False))
 
 
-class StillClock:
-    """A clock that shows the sum of the times handed to it."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
+still_clock = [0.0]  # the sum of the times handed to it
 
 
-clock = StillClock()
+def advance(seconds: float) -> None:
+    still_clock[0] += seconds
 
 
 @pytest.fixture(scope="session")
 def outcome(request: pytest.FixtureRequest) -> Callable[[Contest], Outcome]:
     """Race each contest once, as long as time is left; only the latest outcome is kept."""
     budget = request.config.getoption("budget")
-    end = time.monotonic() + budget if budget else float("inf")
+    end = time.monotonic() + (budget or float("inf"))
     latest: list[tuple[Contest, Outcome]] = []
 
     def of(contest: Contest) -> Outcome:
@@ -86,9 +78,9 @@ def measure(
             | ({"floor_bytes": floor} if (floor := contest.floor(candidate, phase)) else {})
             | ({"held_bytes": found.memory[candidate]} if phase == "both" and candidate in found.memory else {})
         )
-        times = itertools.cycle(found.samples[candidate][phase])
-        rounds = len(found.samples[candidate][phase])
-        benchmark.pedantic(clock.advance, setup=lambda: ((next(times),), {}), rounds=rounds)
+        samples = found.samples[candidate][phase]
+        times = itertools.cycle(samples)
+        benchmark.pedantic(advance, setup=lambda: ((next(times),), {}), rounds=len(samples))
 
     return play
 

@@ -75,11 +75,13 @@ class Step:
 
 def contests(device: str, rehearse: bool, clock: Callable[[], Clock]) -> list[Contest]:
     """Eager before compiled, which on a CPU is in float32 alone."""
-    kinds = [(s, half, False) for s in settings(device, rehearse) for half in ((False, True) if s.half else (False,))]
+    variants = [
+        (s, half, False) for s in settings(device, rehearse) for half in ((False, True) if s.half else (False,))
+    ]
     if not rehearse:
-        kinds += [(s, half, True) for s, half, _ in kinds if s.compiled and not (half and device == "cpu")]
+        variants += [(s, half, True) for s, half, _ in variants if s.compiled and not (half and device == "cpu")]
     found = []
-    for setting, half, compiled in kinds:
+    for setting, half, compiled in variants:
         dtype, shape = "bfloat16 autocast" if half else "float32", "x".join(map(str, setting.shape))
         factories: Factories = {m: partial(_candidate, setting, m, device, half, compiled) for m in METHODS}
         contest = Contest(
@@ -88,9 +90,11 @@ def contests(device: str, rehearse: bool, clock: Callable[[], Clock]) -> list[Co
             clock,
             whole=frozenset(METHODS),
             memory=lambda candidate: candidate.forward.memory(),  # type: ignore[attr-defined]
+            seconds=0.1 if rehearse else 12.0,
+            least=2 if rehearse else 15,
+            most=200,
             info={"network": setting.name, "dtype": dtype, "compiled": compiled, "shape": setting.shape},
         )
-        contest.seconds, contest.least, contest.most = (0.1, 2, 200) if rehearse else (12.0, 15, 200)
         found.append(contest)
     return found
 

@@ -30,20 +30,18 @@ def ops(candidates: Callable[[Inputs, bool], Factories], device: str, rehearse: 
     found = []
     for index, case in enumerate(cases.cases(device, rehearse)):
         factories = candidates(_inputs(case, device, rehearse), not rehearse and index < COMPILED[device])
-        contest = _contest(case, factories, partial(_device_clock, device), rehearse)
-        contest.floor = partial(floor_bytes, case)
-        found.append(contest)
+        clock, floor = partial(_device_clock, device), partial(floor_bytes, case)
+        found.append(_contest(case, factories, clock, rehearse, floor=floor))
     return found
 
 
 def launches(device: str, rehearse: bool) -> list[Contest]:
     """Return contests of what a call costs on the host."""
     found = []
-    for case in cases.small(rehearse):
-        i = _inputs(case, device, rehearse)
-        factories = {**losses(i), **activations(i)}
-        found.append(_contest(case, factories, partial(WallClock, device), rehearse))
-        found[-1].most = 501
+    for case in cases.SMALL[: 1 if rehearse else None]:
+        inputs = _inputs(case, device, rehearse)
+        factories = losses(inputs) | activations(inputs)
+        found.append(_contest(case, factories, partial(WallClock, device), rehearse, most=501))
     return found
 
 
@@ -63,12 +61,13 @@ def _device_clock(device: str) -> Clock:
     return EventClock() if device == "cuda" else WallClock(device)
 
 
-def _contest(case: Case, factories: Factories, clock: Callable[[], Clock], rehearse: bool) -> Contest:
-    limits: dict[str, Any] = {"seconds": 0.1, "least": 2} if rehearse else {}
-    if torch.cuda.is_available() and not rehearse:
-        limits = {"seconds": 0.7}
+def _contest(case: Case, factories: Factories, clock: Callable[[], Clock], rehearse: bool, **settings: Any) -> Contest:
+    if rehearse:
+        settings |= {"seconds": 0.1, "least": 2}
+    elif torch.cuda.is_available():
+        settings["seconds"] = 0.7
     info = {**case._asdict(), "bytes": case.bytes}
-    return Contest(str(case), factories, clock, frozenset({"copy"}), info=info, **limits)
+    return Contest(str(case), factories, clock, frozenset({"copy"}), info=info, **settings)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
