@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import platform
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
 import torch
 
 import vcl_kernels as vk
@@ -21,8 +20,7 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # its own class is none that torch.load(weights_only=True) takes
         "vcl_kernels": vk.__version__,
-        "numpy": np.__version__,
-        "matplotlib": matplotlib.__version__,
+        **{name: importlib.metadata.version(name) for name in ("numpy", "matplotlib")},
     }
 
 
