@@ -1,9 +1,9 @@
 """The speed benchmark: how candidates are raced, what must move, what a report says; a rehearsal of the suites."""
 
 import json
-import os
-import subprocess
+import signal
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,10 +11,12 @@ import torch
 
 from benchmarks.cases import Case, cases
 from benchmarks.speed import report
+from benchmarks.speed.__main__ import main
 from benchmarks.speed.candidates import Inputs, activations, floor_bytes, losses
 from benchmarks.speed.race import Candidate, Contest, WallClock, race
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Counted:
@@ -114,16 +116,24 @@ def test_a_report_divides_what_it_says():
     assert "| c | 4 |" in text
 
 
-def run(*command):
-    env = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}  # it times nothing
-    command = [sys.executable, "-m", *map(str, command), "--rehearse"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout[-2000:]
-    return done.stdout
+@pytest.fixture
+def rehearse(monkeypatch, capsys):
+    """Rehearse a suite by its command, or by pytest alone, in this process; return exit code and what is printed."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # under which nothing is timed
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+
+    def run(function, *options):
+        monkeypatch.setattr(sys, "argv", ["speed", *map(str, options), "--rehearse"])
+        return function(), capsys.readouterr().out
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the inner pytest
+        yield run
+    signal.signal(signal.SIGTERM, on_sigterm)
 
 
-def test_networks_are_rehearsed_and_every_sample_is_written(tmp_path):
-    run("benchmarks.speed", "networks", "--out", tmp_path)
+def test_networks_are_rehearsed_and_every_sample_is_written(tmp_path, rehearse):
+    assert rehearse(main, "networks", "--out", tmp_path)[0] == 0
     record = json.loads((tmp_path / "networks.json").read_text())
     methods = {"no normalisation", "batch norm", "VCL, ratio", "VCL, relative_variance"}
     assert {e["candidate"] for e in record["benchmarks"]} == methods
@@ -138,14 +148,17 @@ def test_networks_are_rehearsed_and_every_sample_is_written(tmp_path):
     assert (tmp_path / "networks.md").read_text() == report.render(record)
 
 
-def test_pytest_races_what_is_selected_in_groups_of_one_phase():
+def test_pytest_races_what_is_selected_in_groups_of_one_phase(rehearse):
     selected = "test_loss and 20x8 and forward and (norm or ratio) and not activation"
-    printed = run("pytest", "benchmarks/speed", "--benchmark-only", "-k", selected)
+    code, printed = rehearse(pytest.main, ROOT / "benchmarks/speed", "--benchmark-only", "-k", selected)
+    assert code == 0
     assert "benchmark '20x8 float32, forward': 3 tests" in printed
     for name in ("ratio", "batch_norm", "layer_norm"):
         assert f"test_loss[20x8_float32-{name}-forward]" in printed
 
 
-def test_no_contest_begins_after_the_budget(tmp_path):
-    assert "no time left" in run("benchmarks.speed", "launch", "--out", tmp_path, "--budget", "1e-9")
+def test_no_contest_begins_after_the_budget(tmp_path, rehearse):
+    code, printed = rehearse(main, "launch", "--out", tmp_path, "--budget", "1e-9")
+    assert code == 0
+    assert "no time left" in printed
     assert not (tmp_path / "launch.json").exists()
