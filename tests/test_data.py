@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from cifar_files import packed_arrays, write_cifar, write_packed, write_python2
+from cifar_files import PLANES, packed_arrays, write_cifar, write_packed, write_python2
 
 from benchmarks.accuracy import data
 from benchmarks.accuracy.__main__ import main
@@ -65,43 +65,30 @@ def test_a_malformed_idx_file_is_named(tmp_path, content, message):
         idx.read_idx(path, 3)
 
 
-@pytest.mark.parametrize("classes", [10, 100])
-@pytest.mark.parametrize("inner", [True, False])
+@pytest.mark.parametrize(("classes", "inner"), [(10, True), (10, False), (100, True)])
 def test_cifar_batches_give_their_pixels_and_labels(tmp_path, classes, inner):
     write_cifar(tmp_path / cifar.SUBFOLDER[classes] if inner else tmp_path, classes)
     images, labels = cifar.read_split(tmp_path, "train", classes)
     files = len(cifar.FILES[classes]["train"])
-    assert images.shape == (3 * files, 3, 32, 32)
     assert labels.tolist() == [0, 1, 2] * files
-    assert (images[:, 2, 31, 31] == labels).all()
+    planes = (PLANES + np.arange(3)[:, None]) % 256  # channels, then rows, then columns
+    assert (images == np.tile(planes.reshape(3, 3, 32, 32), (files, 1, 1, 1))).all()
     found = load(f"cifar{classes}", tmp_path)
     assert found.classes == classes
     assert found.test_y.tolist() == [0, 1, 2]
 
 
-def test_cifar_channels_are_planes(tmp_path):
-    pixels = np.arange(3072, dtype=np.uint16).astype(np.uint8)[None]
-    pixels[0, 1024:2048] = 77
-    write_python2(tmp_path / "train", {b"data": pixels, b"fine_labels": [99]})
-    images, labels = cifar.read_batch(tmp_path / "train", 100)
-    assert (images[0, 1] == 77).all()
-    assert [images[0, 0, 0, :3].tolist(), images[0, 0, 1, 0], labels.tolist()] == [[0, 1, 2], 32, [99]]
-
-
 class Malicious:
-    def __init__(self, path):
-        self.path = path
-
     def __reduce__(self):
-        return open, (str(self.path), "w")
+        return open, ("trace", "w")
 
 
-def test_a_pickle_that_would_run_code_is_refused(tmp_path):
-    trace = tmp_path / "trace"
-    write_python2(tmp_path / "test_batch", {b"data": Malicious(trace), b"labels": []})
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_python2(tmp_path / "test_batch", {b"data": Malicious(), b"labels": []})
     with pytest.raises(DataError, match=r"test_batch.*refers to \w+\.open"):
         cifar.read_batch(tmp_path / "test_batch", 10)
-    assert not trace.exists()
+    assert not (tmp_path / "trace").exists()
 
 
 @pytest.mark.parametrize(
@@ -132,10 +119,9 @@ def test_packed_parts_give_every_picture_with_its_label_and_split(tmp_path, clas
     found = packed.read(tmp_path, classes)
     for name, flag in (("train", 0), ("test", 1)):
         images, of = found[name]
-        assert images.shape == (np.sum(split == flag), 3, 32, 32)
         assert np.any(np.diff(of) < 0)  # not sorted by class
-        expected = {(p.tobytes(), y) for p, y in zip(pixels[split == flag], labels[split == flag], strict=True)}
-        assert {(p.tobytes(), y) for p, y in zip(np.ascontiguousarray(images), of, strict=True)} == expected
+        expected = sorted((p.tobytes(), y) for p, y in zip(pixels[split == flag], labels[split == flag], strict=True))
+        assert sorted((p.tobytes(), y) for p, y in zip(images, of, strict=True)) == expected
 
 
 @pytest.mark.parametrize(
@@ -185,18 +171,17 @@ def test_a_number_of_training_images_is_held_out_by_class(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "missing", "source"),
+    ("name", "folder", "missing", "source"),
     [
-        ("fashion-mnist", "train-images-idx3-ubyte.gz", "dataset-fashion-mnist"),
-        ("cifar10", "data_batch_1", "https://www.cs.toronto.edu/~kriz/cifar.html"),
-        ("cifar100", "train", "https://www.cs.toronto.edu/~kriz/cifar.html"),
+        ("fashion-mnist", ["--data-dir", "data"], "data/train-images-idx3-ubyte.gz", "dataset-fashion-mnist"),
+        ("cifar10", ["--data-dir", "data"], "data/data_batch_1", "https://www.cs.toronto.edu/~kriz/cifar.html"),
+        ("cifar100", ["--data-dir", "data"], "data/train", "https://www.cs.toronto.edu/~kriz/cifar.html"),
+        ("cifar10", [], "--data-dir", "https://www.cs.toronto.edu/~kriz/cifar.html"),
     ],
 )
-def test_missing_data_ends_a_study_with_a_message_that_names_file_and_source(tmp_path, capsys, name, missing, source):
-    assert main(["images", "--dataset", name, "--data-dir", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+def test_missing_data_ends_a_study_with_a_message(tmp_path, monkeypatch, capsys, name, folder, missing, source):
+    monkeypatch.chdir(tmp_path)
+    assert main(["images", "--dataset", name, *folder]) == 2
     message = capsys.readouterr().err
-    assert str(tmp_path / missing) in message
+    assert missing in message
     assert source in message
-    if name != "fashion-mnist":
-        assert main(["images", "--dataset", name, "--out", str(tmp_path / "out")]) == 2
-        assert "--data-dir" in capsys.readouterr().err
