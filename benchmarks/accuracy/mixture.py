@@ -64,18 +64,16 @@ def threshold(priors: list[float], cosines: list[list[float]]) -> tuple[float, f
     It is where the share of units that separate, made monotonic in the prior, passes 1/2.
     """
     import numpy as np
-    from scipy.optimize import brentq
+    from scipy.optimize import brentq, isotonic_regression
     from scipy.stats import bootstrap
-    from sklearn.isotonic import IsotonicRegression
 
     fate = (np.array(cosines) > SEPARATED).astype(float)  # (priors, units)
 
     def turning(units: np.ndarray) -> float:
-        share = IsotonicRegression().fit(priors, fate[:, units.astype(int)].mean(1))
-        low, high = share.predict([priors[0], priors[-1]])
-        if not low < 0.5 < high:
+        share = isotonic_regression(fate[:, units.astype(int)].mean(1)).x
+        if not share[0] < 0.5 < share[-1]:
             return float("nan")
-        return float(brentq(lambda prior: share.predict([prior])[0] - 0.5, priors[0], priors[-1]))
+        return float(brentq(lambda prior: np.interp(prior, priors, share) - 0.5, priors[0], priors[-1]))
 
     units = np.arange(fate.shape[1])
     place = turning(units)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def section(folder: Path) -> list[str]:
     if not rows:
         return none_yet(TITLE, "python -m benchmarks.accuracy tabular")
     settings = json.loads((folder / "tabular.json").read_text())["settings"]
-    counts = {row["set"]: len({r["split"] for r in rows if r["set"] == row["set"]}) for row in rows}
+    counts = Counter(name for name, _ in {(row["set"], row["split"]) for row in rows})
     few, many = min(counts.values()), max(counts.values())
     found = [
         f"## {TITLE}",
