@@ -14,7 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -87,6 +86,8 @@ def finished(
 
 def begin() -> None:
     """Leave the other cores to the other processes, and end when the process that gives out the work does."""
+    import torch
+
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     assert parent is not None
