@@ -4,7 +4,7 @@ BIN := .venv/bin
 # torch 2.11.0 is a CUDA build, which runs on a CPU too; the interpreter of its triton wants numpy below 2.4
 NEWEST := torch==2.13.0 triton==3.7.1
 OLDEST := torch==2.11.0 triton==3.6.0 "numpy<2.4"
-KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184  # glibc keeps freed memory
+KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184  # glibc keeps freed memory
 
 .PHONY: demo test check oldest oldest-headers bench gpu-check build clean
 
@@ -18,7 +18,7 @@ KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184  # 
 build: .venv/ready
 
 demo: build
-	$(KEEP) $(BIN)/python -m examples.demo $(ARGS)
+	$(KEEP_MEMORY) $(BIN)/python -m examples.demo $(ARGS)
 
 test: build check
 	$(BIN)/python -m vcl_kernels
@@ -62,7 +62,7 @@ RESULTS ?= out
 
 bench: build
 	for suite in loss activation launch networks; do \
-	  $(KEEP) $(BIN)/python -m benchmarks.speed $$suite --out $(RESULTS) $(ARGS) || exit 1; \
+	  $(KEEP_MEMORY) $(BIN)/python -m benchmarks.speed $$suite --out $(RESULTS) $(ARGS) || exit 1; \
 	done
 	for suite in loss activation; do \
 	  $(BIN)/python -m benchmarks.speed $$suite --out $(RESULTS)/default-allocator $(ARGS) || exit 1; \

@@ -174,13 +174,13 @@ def test_features_are_made_from_the_training_rows():
 
 
 @pytest.mark.parametrize(
-    ("method", "kind"),
+    ("method", "layer"),
     [("bn", nn.BatchNorm1d), ("ln", nn.LayerNorm), ("vcl-ratio", VCLActivation), ("none", type(None))],
 )
-def test_each_method_puts_its_modules_into_the_network(method, kind):
+def test_each_method_puts_its_modules_into_the_network(method, layer):
     model = methods.multilayer(5, 3, method, "elu", depth=3, width=8)
     handle = methods.attach(model, method, torch.randn(1, 5), num_sub_batches=4)
-    found = [module for module in model.modules() if isinstance(module, kind)]
+    found = [module for module in model.modules() if isinstance(module, layer)]
     assert len(found) == (0 if method == "none" else 3)
     assert (handle is not None) == (method == "vcl-ratio")
     if handle is not None:

@@ -25,21 +25,21 @@ KERNELS = (5, 1, 3, 1, 2, 1, 2, 1, 2, 1)
 SIZES = (32, 16, 16, 8, 8, 4, 4, 2, 2, 1)  # of what enters each ELU but the first, whose pooling comes after it
 
 
-def of_kind(model, *kinds):
-    return [module for module in model.modules() if isinstance(module, kinds)]
+def of_type(model, *types):
+    return [module for module in model.modules() if isinstance(module, types)]
 
 
 def test_the_network_is_the_authors():
     model = recipe.network("none", 10, 1)
-    convolutions = of_kind(model, nn.Conv2d)
+    convolutions = of_type(model, nn.Conv2d)
     found = [(c.in_channels, c.out_channels, c.kernel_size) for c in convolutions]
     assert found == [(i, o, (k, k)) for i, o, k in zip((3, *WIDTHS), (*WIDTHS, 10), (*KERNELS, 1), strict=True)]
     assert [c.padding for c in convolutions] == ["same"] * 10 + [(0, 0)]
     assert "".join(type(module).__name__[0] for module in model) == "CEM" + "CE" + "CEMDCE" * 4 + "DCAF"
-    assert [module.p for module in of_kind(model, nn.Dropout)] == [0.1, 0.2, 0.3, 0.4, 0.5]
-    assert {(module.kernel_size, module.stride) for module in of_kind(model, nn.MaxPool2d)} == {(2, 2)}
+    assert [module.p for module in of_type(model, nn.Dropout)] == [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert {(module.kernel_size, module.stride) for module in of_type(model, nn.MaxPool2d)} == {(2, 2)}
     entered = []
-    for module in of_kind(model, nn.ELU):
+    for module in of_type(model, nn.ELU):
         module.register_forward_pre_hook(lambda _, args: entered.append(tuple(args[0].shape[1:])))
     assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     assert entered == [(c, size, size) for c, size in zip(WIDTHS, SIZES, strict=True)]
@@ -61,10 +61,10 @@ def test_the_network_is_the_authors():
 )
 def test_a_method_chooses_activation_and_norm(method, activation, norm):
     model = recipe.network(method, 10, 0.25)
-    assert [type(m) for m in of_kind(model, nn.ReLU, nn.ELU)] == [activation] * 10
-    norms = of_kind(model, nn.BatchNorm2d, nn.GroupNorm)
+    assert [type(m) for m in of_type(model, nn.ReLU, nn.ELU)] == [activation] * 10
+    norms = of_type(model, nn.BatchNorm2d, nn.GroupNorm)
     assert [type(m) for m in norms] == [norm] * (10 if norm else 0)
-    assert all(conv.bias is not None for conv in of_kind(model, nn.Conv2d))
+    assert all(conv.bias is not None for conv in of_type(model, nn.Conv2d))
     if norm is nn.BatchNorm2d:
         assert {m.eps for m in norms} == {0.001}
     if norm is nn.GroupNorm:
@@ -74,7 +74,7 @@ def test_a_method_chooses_activation_and_norm(method, activation, norm):
 
 @pytest.mark.parametrize(("method", "variance"), [("none", 1 / 3), ("none-he", 2)])
 def test_initialisation_is_pytorchs_with_biases_0_or_hes(method, variance):
-    for conv in of_kind(recipe.network(method, 10, 0.5), nn.Conv2d):
+    for conv in of_type(recipe.network(method, 10, 0.5), nn.Conv2d):
         assert float(conv.weight.detach().var()) * conv.weight[0].numel() == pytest.approx(variance, rel=0.15)
         assert not conv.bias.any()
 
@@ -86,13 +86,13 @@ VCL_CHANGED = {"vcl-channel": ("channel", 0.01), "vcl-weight-0.1": ("activation"
 def test_vcl_has_the_settings_of_its_method(method):
     model = recipe.network(method, 10, 0.02)
     recipe.attach(model, method, torch.randn(1, 3, 32, 32))
-    found = [(m.form, m.sub_batch_size, m.num_sub_batches, m.unit, m.weight) for m in of_kind(model, vk.VCLActivation)]
+    found = [(m.form, m.sub_batch_size, m.num_sub_batches, m.unit, m.weight) for m in of_type(model, vk.VCLActivation)]
     assert found == 10 * [("ratio", 5, None, *VCL_CHANGED.get(method, ("activation", 0.01)))]
 
 
 def test_methods_of_a_seed_start_from_the_same_weights():
     networks = [new(method).learner.model for method in runs.BASE]
-    for none, *others in zip(*(of_kind(network, nn.Conv2d) for network in networks), strict=True):
+    for none, *others in zip(*(of_type(network, nn.Conv2d) for network in networks), strict=True):
         assert all(torch.equal(none.weight, other.weight) for other in others)
 
 
@@ -221,12 +221,12 @@ def test_a_look_at_the_layers_is_recorded_and_leaves_the_training_as_it_is(monke
 
 def test_the_gradient_share_is_of_the_weight_before_the_activation():
     one = new("vcl", dtype=torch.float32)
-    for module in of_kind(one.learner.model, nn.Dropout):
+    for module in of_type(one.learner.model, nn.Dropout):
         module.p = 0.0
     one.look()
     x, y = one.data.train_x[:20], one.data.train_y[:20]
     task, penalty = one.learner.losses(x, y)
-    weight = of_kind(one.learner.model, nn.Conv2d)[0].weight
+    weight = of_type(one.learner.model, nn.Conv2d)[0].weight
     norms = [torch.autograd.grad(loss, weight, retain_graph=True)[0].norm() for loss in (task, penalty)]
     assert one.record["layers"][0]["gradient_share"][0] == pytest.approx(float(norms[1] / norms[0]), rel=1e-4)
 

@@ -64,17 +64,17 @@ def test_the_readmes_code_runs():
     use, equal = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
     images, labels = torch.randn(20, 3, 8, 8), torch.randint(10, (20,))
-    given = {"model": model, "images": images, "labels": labels, "example_input": images[:1]}
-    given |= {"criterion": nn.CrossEntropyLoss(), "beta": 1.0}
+    names = {"model": model, "images": images, "labels": labels, "example_input": images[:1]}
+    names |= {"criterion": nn.CrossEntropyLoss(), "beta": 1.0}
     ours, inject = use.rsplit("\nvk.attach", 1)
-    exec(ours, given)
-    given["objective"].backward()
-    assert given["loss"].shape == ()
-    given["handle"].remove()  # the last line is the other way
-    exec("handle = vk.attach" + inject, given)
+    exec(ours, names)
+    names["objective"].backward()
+    assert names["loss"].shape == ()
+    names["handle"].remove()  # the last line is the other way
+    exec("handle = vk.attach" + inject, names)
     assert [m.inject for m in model.modules() if isinstance(m, vk.VCLActivation)] == [True]
-    exec(equal, given)
-    torch.testing.assert_close(given["loss"], vk.vcl_loss(given["x"]))
+    exec(equal, names)
+    torch.testing.assert_close(names["loss"], vk.vcl_loss(names["x"]))
 
 
 MODULES = [module.name for module in pkgutil.walk_packages(vk.__path__, "vcl_kernels.")]

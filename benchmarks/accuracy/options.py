@@ -88,13 +88,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = studies.add_parser("report", help="the page of findings from the committed results").add_argument
     add("--results", type=Path, default=RESULTS, help="(%(default)s)")
     add("--page", type=Path, default=PAGE, help="(%(default)s)")
-    given = parser.parse_args(argv)
-    if given.study == "cifar-gpu":
-        rehearsal = not given.device.startswith("cuda")  # what it finds is not for the results
-        given.state = given.state or STATE.with_name("cifar-gpu-rehearsal" if rehearsal else "cifar-gpu")
-        given.results = given.results or (given.state / "results" if rehearsal else RESULTS / "cifar-gpu")
-    if given.study == "cifar":
-        home = STATE.with_name("cifar-quick") if given.quick else STATE
-        given.state = given.state or home
-        given.results = given.results or (home / "results" if given.quick else RESULTS / "cifar")
-    return given
+    options = parser.parse_args(argv)
+    if options.study == "cifar-gpu":
+        rehearsal = not options.device.startswith("cuda")  # what it finds is not for the results
+        options.state = options.state or STATE.with_name("cifar-gpu-rehearsal" if rehearsal else "cifar-gpu")
+        options.results = options.results or (options.state / "results" if rehearsal else RESULTS / "cifar-gpu")
+    if options.study == "cifar":
+        home = STATE.with_name("cifar-quick") if options.quick else STATE
+        options.state = options.state or home
+        options.results = options.results or (home / "results" if options.quick else RESULTS / "cifar")
+    return options

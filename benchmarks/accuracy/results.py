@@ -60,9 +60,9 @@ def read(name: str, folder: Path) -> list[Record]:
 
 def number(text: str) -> Any:
     """Return the int or float that ``text`` is, else ``text``."""
-    for kind in (int, float):
+    for parse in (int, float):
         try:
-            return kind(text)
+            return parse(text)
         except ValueError:
             pass
     return text

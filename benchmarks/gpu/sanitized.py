@@ -14,7 +14,7 @@ import vcl_kernels as vk
 from vcl_kernels.backends.triton.launch import Launch
 from vcl_kernels.backends.triton.ops import multiply_
 
-KERNELS = {f"{kind}_{layout}" for kind in ("one_pass", "moments", "backward") for layout in ("spatial", "unit")}
+KERNELS = {f"{step}_{layout}" for step in ("one_pass", "moments", "backward") for layout in ("spatial", "unit")}
 KERNELS |= {"finalise", "multiply"}
 SHAPES = ((21, 5, 7, 7), (11, 3, 41, 41), (23, 37))  # fits on chip, does not, has no positions
 UPSTREAM = 2.5

@@ -44,8 +44,8 @@ def condense(full: dict[str, Any], suite: str) -> dict[str, Any]:
     """Keep what the report reads, and every sample, rounded to five digits."""
 
     def entry(of: dict[str, Any]) -> dict[str, Any]:
-        kept = {key: _five_digits(of["stats"][key]) for key in ("median", "q1", "q3")}
-        return {**of["extra_info"], **kept, "seconds": [_five_digits(seconds) for seconds in of["stats"]["data"]]}
+        quartiles = {key: _five_digits(of["stats"][key]) for key in ("median", "q1", "q3")}
+        return {**of["extra_info"], **quartiles, "seconds": [_five_digits(seconds) for seconds in of["stats"]["data"]]}
 
     return {
         "machine_info": full["machine_info"]["vcl"],

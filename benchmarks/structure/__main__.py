@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--sass", nargs="*", choices=[t for t in TARGETS if t.startswith("sm")], default=[])
     parser.add_argument("--every-dtype", action="store_true", help="every kernel in every dtype, as the tests take")
     parser.add_argument("--first-steps", action="store_true", help="what networks compile in their first step, timed")
-    parser.add_argument("--sample", action="store_true", help="a few cases, as the tests take")
+    parser.add_argument("--sample", action="store_true", help="eight cases, of all kernels, as the tests take")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)

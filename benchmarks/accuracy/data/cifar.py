@@ -46,17 +46,17 @@ def read_batch(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
     label_key = LABELS[classes]
     if not isinstance(batch, dict) or not {b"data", label_key} <= batch.keys():
         raise DataError(f"{path} is no CIFAR-{classes} batch: it wants the entries 'data' and '{label_key.decode()}'")
-    data, given = batch[b"data"], batch[label_key]
+    data, labels = batch[b"data"], batch[label_key]
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * 32 * 32:
         raise DataError(f"{path}: 'data' must be unsigned bytes of shape (N, 3072)")
     expected = range(classes)
     if (
-        not isinstance(given, list)
-        or len(given) != len(data)
-        or any(type(y) is not int or y not in expected for y in given)
+        not isinstance(labels, list)
+        or len(labels) != len(data)
+        or any(type(y) is not int or y not in expected for y in labels)
     ):
         raise DataError(f"{path}: '{label_key.decode()}' must be {len(data)} integers from 0 to {classes - 1}")
-    return data.reshape(-1, 3, 32, 32), np.array(given, np.int64)
+    return data.reshape(-1, 3, 32, 32), np.array(labels, np.int64)
 
 
 def paths(folder: Path, split: str, classes: int) -> list[Path]:

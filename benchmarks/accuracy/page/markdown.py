@@ -32,7 +32,9 @@ def made(command: str, name: str) -> str:
 def asked_for(settings: dict[str, Any]) -> str:
     """Return the options of an image study that are not the default."""
     default = vars(parse(["images"]))
-    given = {k: v for k, v in settings.items() if k in default and v not in (None, default[k]) and k not in UNSAID}
-    given |= {"data_dir": "FOLDER"} if str(settings["dataset"]).startswith("cifar") else {}
-    words = {k: " ".join(map(str, v)) if isinstance(v, list) else "" if v is True else str(v) for k, v in given.items()}
+    changed = {k: v for k, v in settings.items() if k in default and v not in (None, default[k]) and k not in UNSAID}
+    changed |= {"data_dir": "FOLDER"} if str(settings["dataset"]).startswith("cifar") else {}
+    words = {
+        k: " ".join(map(str, v)) if isinstance(v, list) else "" if v is True else str(v) for k, v in changed.items()
+    }
     return " ".join(f"--{k.replace('_', '-')} {v}".strip() for k, v in words.items())

@@ -44,8 +44,8 @@ def section(folder: Path) -> list[str]:
             of = [r for r in rows if r["method"] == method and r["layer"] == layer]
             first, last = ([r for r in of if r["step"] == step] for step in (steps[0], steps[-1]))
             beta = "" if method != "vcl" else f"{_mean(first, 'beta')} → {_mean(last, 'beta')}"
-            kinds = [f"{_mean(first, name)} → {_mean(last, name)}" for name in ("kurtosis", "constancy", "variance")]
-            lines.append([method, str(depth + 1), *kinds, beta])
+            changes = [f"{_mean(first, name)} → {_mean(last, name)}" for name in ("kurtosis", "constancy", "variance")]
+            lines.append([method, str(depth + 1), *changes, beta])
     seeds = len({row["seed"] for row in rows})
     return [
         *found,

@@ -56,15 +56,16 @@ def section(folder: Path) -> list[str]:
         return none_yet(TITLE, "python -m benchmarks.accuracy tabular")
     settings = json.loads((folder / "tabular.json").read_text())["settings"]
     counts = Counter(name for name, _ in {(row["set"], row["split"]) for row in rows})
-    few, many = min(counts.values()), max(counts.values())
+    least, most = min(counts.values()), max(counts.values())
+    splits = f"{most}" if least == most else f"{least} to {most}"
     found = [
         f"## {TITLE}",
         "",
-        f"{len(counts)} sets, {few if few == many else f'{few} to {many}'} stratified split(s) of each; four hidden "
+        f"{len(counts)} sets, {splits} stratified split(s) of each; four hidden "
         f"layers of 64; {settings['trials']} trials of a random search (learning rate, weight decay; for VCL its "
         "weight too), scored on a quarter of the training rows, then "
         f"{settings['steps']} steps on all of them: the same for every method. "
-        + made(f"tabular --splits {many}", "tabular"),
+        + made(f"tabular --splits {most}", "tabular"),
         "",
     ]
     for activation in ACTIVATIONS:
