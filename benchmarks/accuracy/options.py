@@ -61,7 +61,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--runs", nargs="+", default=["0-*", "1-*", "1b-*", "2-*"], help="patterns of names, the first ones first (all)"
     )
-    add("--workers", type=count, default=2, help="runs at a time, one thread each, at least priority (%(default)s)")
+    add(
+        "--workers", type=count, default=2, help="runs at a time, one thread each, at the lowest priority (%(default)s)"
+    )
     add("--state", type=Path, help=f"folder of checkpoints ({STATE})")
     add("--results", type=Path, help=f"folder of finished runs ({RESULTS / 'cifar'})")
     add("--quick", action="store_true", help="tiny networks and few epochs: a check that everything runs")

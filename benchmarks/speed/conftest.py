@@ -88,21 +88,14 @@ def measure(
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    cuda = torch.cuda.is_available()
+    cuda, triton = torch.cuda.is_available(), importlib.metadata.distributions(name="triton")
     machine_info["vcl"] = {
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.backends.cpu.get_cpu_capability()}",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "triton": _version("triton"),
+        "triton": next((found.version for found in triton), None),
         "vcl_kernels": importlib.import_module("vcl_kernels").__version__,
         "threads": torch.get_num_threads(),
         "keeping_allocator": "MALLOC_TRIM_THRESHOLD_" in os.environ,
         "cpu": (machine_info.get("cpu") or {}).get("brand_raw", "unknown"),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
