@@ -28,9 +28,9 @@ class Specialised(NamedTuple):
     registers: int
 
 
-def specialise(recorded: Recorded) -> Specialised:
+def specialise(launched: Recorded) -> Specialised:
     """As the JIT does for tensors of aligned addresses, and for sizes, which it must not be specialised for."""
-    launch, tensors, scalars = recorded
+    launch, tensors, scalars = launched
     small = [index for index, t in enumerate(tensors) if t is not None and t.numel() * t.element_size() < 2**31]
     return Specialised(
         launch.kernel,
@@ -46,11 +46,11 @@ def specialise(recorded: Recorded) -> Specialised:
 
 def build(specialised: Specialised, target: str, sass: bool = False) -> tuple[Code, Sass | None]:
     """Compile and read; SASS costs half a second of disassembly."""
-    kernel, tensors, scalars, sizes, given_constants, below_2gib, warps, registers = specialised
+    kernel, tensors, scalars, sizes, named_constants, below_2gib, warps, registers = specialised
     nvidia, names = target.startswith("sm"), kernel.arg_names
-    types = {**dict(sizes), **dict.fromkeys(dict(given_constants), "constexpr"), names[0]: tensors}
+    types = {**dict(sizes), **dict.fromkeys(dict(named_constants), "constexpr"), names[0]: tensors}
     types |= dict.fromkeys(names[1 : 1 + scalars], "fp64")
-    constants: dict[tuple[int, ...], Any] = {(names.index(name),): value for name, value in given_constants}
+    constants: dict[tuple[int, ...], Any] = {(names.index(name),): value for name, value in named_constants}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, pointer in enumerate(tensors):
         if pointer == "constexpr":

@@ -25,9 +25,9 @@ def collect(looks: Iterable[Look], targets: list[str], sass: list[str], jobs: in
     """Compile and describe; ``sass``: targets whose binaries are disassembled too."""
     found: dict[Specialised, Record] = {}
     for look in looks:
-        for call, recorded in launches(look):
-            described = _described(look, call, recorded)
-            kernel = found.setdefault(specialise(recorded), {**described, "launches": 0})
+        for call, launched in launches(look):
+            described = _described(look, call, launched)
+            kernel = found.setdefault(specialise(launched), {**described, "launches": 0})
             if described["programs"] < kernel["programs"]:
                 kernel.update(described)
             kernel["launches"] += 1
@@ -46,10 +46,10 @@ def _built(index: int) -> tuple[Code, Sass | None]:
     return build(*_pending[index])
 
 
-def _described(look: Look, call: str, recorded: Recorded) -> Record:
-    launch, tensors, _ = recorded
-    elements, padded = elements_of_tile(recorded)
-    element_size = sum(t.element_size() for t in _tensors_read(recorded))
+def _described(look: Look, call: str, launched: Recorded) -> Record:
+    launch, tensors, _ = launched
+    elements, padded = elements_of_tile(launched)
+    element_size = sum(t.element_size() for t in _tensors_read(launched))
     return {
         "kernel": launch.name,
         "case": str(look),
@@ -59,14 +59,14 @@ def _described(look: Look, call: str, recorded: Recorded) -> Record:
         "programs": math.prod(launch.grid),
         "bytes": elements * element_size,
         "padded_bytes": padded * element_size,
-        "wide": allows_128_bits(recorded),
+        "wide": allows_128_bits(launched),
         "writes": any(getattr(tensors, name, None) is not None for name in ("y", "dx")),
     }
 
 
-def _tensors_read(recorded: Recorded) -> list[Any]:
+def _tensors_read(launched: Recorded) -> list[Any]:
     """Tensors of the tile's size that a program reads."""
-    launch, tensors, _ = recorded
+    launch, tensors, _ = launched
     kernel = launch.kernel.__name__
     if kernel == "backward":
         of_saved = launch.constants["ACTIVATION"] != "identity" if tensors.dy is not None else tensors.mean is not None
@@ -76,9 +76,9 @@ def _tensors_read(recorded: Recorded) -> list[Any]:
     return [tensors.dx if kernel == "multiply" else tensors.x]
 
 
-def elements_of_tile(recorded: Recorded) -> tuple[int, int]:
+def elements_of_tile(launched: Recorded) -> tuple[int, int]:
     """Elements of a tile: those that are there, and with padding."""
-    launch, tile, sizes = recorded.launch, recorded.launch.settings.tile, recorded.launch.sizes
+    launch, tile, sizes = launched.launch, launched.launch.settings.tile, launched.launch.sizes
     if "EB" in tile:
         return min(tile["EB"], sizes["E"] * launch.constants["ALIGNED"]), tile["EB"]
     covers = {"SB": ("parts", 1), "KB": ("K", 1), "UB": ("U", 1)}
@@ -90,12 +90,12 @@ def elements_of_tile(recorded: Recorded) -> tuple[int, int]:
     return math.prod(there), math.prod(tile.values())
 
 
-def allows_128_bits(recorded: Recorded) -> bool:
+def allows_128_bits(launched: Recorded) -> bool:
     """Whether a row of the tile, and every distance between rows, is a multiple of 16 bytes."""
-    constants, tile = recorded.launch.constants, recorded.launch.settings.tile
+    constants, tile = launched.launch.constants, launched.launch.settings.tile
     if "SB" in tile:
         return False
-    size = min(t.element_size() for t in _tensors_read(recorded))
+    size = min(t.element_size() for t in _tensors_read(launched))
     row = next(tile[axis] for axis in ("EB", "FB", "UB") if axis in tile)
     aligned = constants["ALIGNED"] if "EB" in tile else constants["T"].aligned
     return aligned * size % 16 == 0 and row * size % 16 == 0
