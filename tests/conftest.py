@@ -61,8 +61,6 @@ def pytest_runtest_logfinish() -> None:
 
 
 BACKENDS = ("reference", "cpu", "triton")
-FORMS = ("ratio", "variance", "relative_variance")
-UNITS = ("channel", "activation")
 
 
 @pytest.fixture(autouse=True)

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 from common import as_tuple, assert_all_close, results
-from conftest import FORMS, UNITS
 from torch import _efficientzerotensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import UninitializedParameter
 
 import vcl_kernels as vk
 from vcl_kernels.backends import cpu
+from vcl_kernels.options import FORMS, UNITS
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(Sparse|sparse|nested|quantize|torch.ao)",  # in a state of beta, or deprecated

@@ -5,12 +5,12 @@ import re
 import pytest
 import torch
 from common import LAYOUTS, as_tuple, assert_all_close
-from conftest import UNITS
 from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 from torch.export import Dim, export
 
 import vcl_kernels as vk
+from vcl_kernels.options import UNITS
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_compiler"),

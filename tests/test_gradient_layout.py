@@ -5,9 +5,10 @@ from itertools import product
 import pytest
 import torch
 from common import LAYOUTS
-from conftest import UNITS, device_of
+from conftest import device_of
 
 import vcl_kernels as vk
+from vcl_kernels.options import UNITS
 
 
 def moments(x, sub_batch_size=5, **options):

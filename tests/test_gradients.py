@@ -3,11 +3,12 @@
 import pytest
 import torch
 from common import LAYOUTS, assert_all_close
-from conftest import FORMS, UNITS, device_of
+from conftest import device_of
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import vcl_kernels as vk
+from vcl_kernels.options import FORMS, UNITS
 
 CASES = {  # shape of x, and how it is cut
     "contiguous": ((7, 2, 2), {"sub_batch_size": 3}),

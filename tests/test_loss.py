@@ -3,9 +3,10 @@
 import pytest
 import torch
 from common import DTYPES, LAYOUTS, check, results
-from conftest import FORMS, UNITS, device_of
+from conftest import device_of
 
 import vcl_kernels as vk
+from vcl_kernels.options import FORMS, UNITS
 
 SHAPES = {  # each takes another path: one pass, gradient in backward, one pair of many rows, masked tails
     "2d": (33, 37),

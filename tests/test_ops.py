@@ -8,7 +8,9 @@ import sys
 import pytest
 import torch
 from common import LAYOUTS, as_tuple, assert_all_close, ops_of
-from conftest import UNITS, device_of
+from conftest import device_of
+
+from vcl_kernels.options import UNITS
 
 ELU, GELU_TANH = (3, 1.0), (5, 0.0)
 

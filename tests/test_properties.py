@@ -3,9 +3,10 @@
 import pytest
 import torch
 from common import assert_all_close, results
-from conftest import FORMS, UNITS, device_of
+from conftest import device_of
 
 import vcl_kernels as vk
+from vcl_kernels.options import FORMS, UNITS
 
 hypothesis = pytest.importorskip("hypothesis")
 st = pytest.importorskip("hypothesis.strategies")

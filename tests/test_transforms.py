@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 from common import results
-from conftest import FORMS, UNITS, device_of
+from conftest import device_of
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
 import vcl_kernels as vk
+from vcl_kernels.options import FORMS, UNITS
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_compiler"),
