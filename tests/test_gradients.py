@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from common import LAYOUTS, assert_all_close
+from common import LAYOUTS, assert_all_close, named
 from conftest import device_of
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import vcl_kernels as vk
-from vcl_kernels.options import FORMS, UNITS
+from vcl_kernels.options import ACTIVATIONS, FORMS, UNITS
 
 CASES = {  # shape of x, and how it is cut
     "contiguous": ((7, 2, 2), {"sub_batch_size": 3}),
@@ -63,13 +63,13 @@ def test_beta_alone(kernel_backend):
 
 
 @pytest.mark.parametrize("options", [{"sub_batch_size": 2}, {"form": "relative_variance", "sub_batch_size": 3}])
-@pytest.mark.parametrize("name", ["relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "identity"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activation(backend, name, options):
     """With y and the rows of a pair saved, and with x; values of first derivatives are in test_activation too."""
     x, beta = inputs_of(backend, "ratio", "channel", "rows_of_a_pair")
 
     def both(x, beta):
-        return vk.vcl_activation(x, name, beta, alpha=0.7, backend=backend, **options)
+        return vk.vcl_activation(x, beta=beta, alpha=0.7, backend=backend, **named(name), **options)
 
     check_derivatives(backend, both, (x, beta), fast_mode=backend == "triton")
 

@@ -100,6 +100,14 @@ def test_ops_read_nothing_past_their_tensors(kernel_backend):
             getattr(ops, name)(*arguments)
 
 
+def test_an_upstream_gradient_multiplies_the_shift_too(kernel_backend):
+    x = torch.randn(16, 5, 3).to(device_of(kernel_backend))
+    mean, scale, shift = torch.randn(3, 4, 5).to(x)
+    g = x.new_tensor(2.0)
+    with_g, without = (ops_of(kernel_backend).moments_dx(x, mean, scale, shift, u, 4, 4, False, 16) for u in (g, None))
+    assert torch.equal(with_g, 2 * without)
+
+
 def laid_out(order):
     """A function that gives a tensor's dimensions another order in memory, and gaps."""
 
