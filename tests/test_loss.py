@@ -6,6 +6,7 @@ from common import DTYPES, LAYOUTS, check, results
 from conftest import device_of
 
 import vcl_kernels as vk
+from vcl_kernels.backends.triton import finalise
 from vcl_kernels.options import FORMS, UNITS
 
 SHAPES = {  # each takes another path: one pass, gradient in backward, one pair of many rows, masked tails
@@ -14,7 +15,7 @@ SHAPES = {  # each takes another path: one pass, gradient in backward, one pair 
     "ncl": (12, 5, 18),
     "nchw": (17, 6, 7, 7),
     "ncdhw": (10, 3, 2, 3, 5),
-    "long": (10, 8, 48, 40),
+    "long": (10, 3, 48, 40),
 }
 
 
@@ -89,7 +90,8 @@ UNLIKE_THEIR_FIRST_VALUES = {  # what sums around a pivot taken from the first v
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("change", UNLIKE_THEIR_FIRST_VALUES)
 def test_first_values_unlike_the_others(kernel_backend, change, layout, P):
-    x = torch.randn(20, 24, P, P).to(device_of(kernel_backend))  # channels enough that eager is not just lucky
+    rows = 20 if kernel_backend == "cpu" else 10  # the interpreter is slow
+    x = torch.randn(rows, 24, P, P).to(device_of(kernel_backend))  # channels enough that eager is not just lucky
     x = LAYOUTS[layout](UNLIKE_THEIR_FIRST_VALUES[change](x))
     for form in ("ratio", "relative_variance"):
         check(vk.vcl_loss, x, kernel_backend, form=form)
@@ -145,7 +147,7 @@ def test_backward_twice(kernel_backend, options, weight):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_mean_far_from_zero(kernel_backend, layout):
-    for shape, units in (((16, 6, 8, 8), UNITS), ((40, 3, 33, 20), UNITS[:1])):
+    for shape, units in (((16, 6, 8, 8), UNITS), ((10, 3, 33, 20), UNITS[:1])):
         x = LAYOUTS[layout](torch.randn(shape).to(device_of(kernel_backend)) + 1e4)
         for form in FORMS:
             for unit in units:
@@ -181,10 +183,10 @@ def test_no_channels(backend):
 
 
 def test_half_gradient_does_not_vanish_under_a_loss_scale(kernel_backend):
-    """With a weight of 1e-3 it is below float16's least value; times 65536 it is not, if scaled before rounding."""
-    x = torch.randn(32, 64, 8, 8).to(device_of(kernel_backend)).half()
+    """With a weight of 1e-4 it is below float16's least value; times 65536 it is not, if scaled before rounding."""
+    x = torch.randn(32, 7, 8, 8).to(device_of(kernel_backend)).half()
     options = {"form": "relative_variance", "sub_batch_size": 8}
-    scale = [torch.tensor(65.536)]
+    scale = [torch.tensor(6.5536)]
     _, dx = results(vk.vcl_loss, x, scale, backend=kernel_backend, **options)
     _, exact = results(vk.reference.vcl_loss, x.double(), scale, **options)
     assert exact.abs().max() / 65536 < 6e-8
@@ -200,12 +202,12 @@ def test_a_nan_in_beta_is_not_hidden(backend, units):
 
 
 @pytest.mark.parametrize("per_unit", [False, True])
-@pytest.mark.parametrize("units", [40, 1500])  # few enough for one program to sum them, and not
-@pytest.mark.parametrize("form", ["ratio", "relative_variance"])
-@pytest.mark.parametrize("rows", [10, 24])
-def test_beta_below_its_minimum_may_only_rise(backend, rows, form, units, per_unit):
+@pytest.mark.parametrize("units", [40, 1500])
+@pytest.mark.parametrize(("rows", "form"), [(10, "ratio"), (24, "ratio"), (10, "relative_variance")])
+def test_beta_below_its_minimum_may_only_rise(monkeypatch, backend, rows, form, units, per_unit):
     """The minimum acts in its place, and a gradient that would lower it further is 0; of one beta, as a whole."""
-    x = torch.randn(rows, units, 2).to(device_of(backend))
+    monkeypatch.setattr(finalise, "READ_BY_ONE", 1024)  # one program sums over 40 units, but not over 1500
+    x = torch.randn(rows, units).to(device_of(backend))
 
     def loss_and_dbeta(beta):
         options = {"form": form, "beta_init": beta, "beta_min": 1e-3, "weight": 0.5, "backend": backend}
