@@ -77,7 +77,7 @@ PARTS = {  # of what is differentiated: its upstream gradients are expanded, or 
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["relu", "elu", "gelu"])
+@pytest.mark.parametrize("name", ["elu", "gelu"])
 def test_one_upstream_alone_or_expanded(backend, name, mode, part):
     x = torch.randn(20, 4, 6).to(device_of(backend))
     _, found = results(lambda x: PARTS[part](*vk.vcl_activation(x, name, **MODES[mode], backend=backend)), x)

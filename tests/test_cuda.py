@@ -2,25 +2,102 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
 from common import DTYPES, LAYOUTS, assert_all_close, check, results
 from conftest import GPU
-from on_cuda import DEVICE, memory_of_nan, needs_device, needs_gpu, no_sync, replayed, sized, skip_unless_free
 from test_ops import calls
 from torch import nn
 
 import vcl_kernels as vk
 from benchmarks.gpu.sanitized import launched
 
-pytestmark = needs_device
+REHEARSING = os.environ.get("VCL_KERNELS_REHEARSE") == "1" and not GPU
+DEVICE = "cuda" if GPU else "cpu"
+
+pytestmark = pytest.mark.skipif(
+    not GPU and not REHEARSING, reason="no CUDA device; `make gpu-check ARGS=--rehearse` runs it in the interpreter"
+)
+needs_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device; this has no rehearsal")
 triton = {"backend": "triton"}
 EVERY = {"form": "relative_variance"}
 PER_ACTIVATION = {**EVERY, "unit": "activation"}
 SPLIT_SPATIAL = {"moments_spatial", "finalise", "backward_spatial"}
 SPLIT_UNIT = {"moments_unit", "finalise", "backward_unit"}
+
+
+def sized(on_gpu, rehearsed):
+    """What a test works on: as large as a kernel meets it, or small enough for the interpreter."""
+    return on_gpu if GPU else rehearsed
+
+
+def replayed(step: Callable[[], list[torch.Tensor]]) -> Callable[[], list[torch.Tensor]]:
+    """A CUDA graph of ``step`` as a function; in a rehearsal ``step`` itself."""
+    if not GPU:
+        return step
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compilation, and what PyTorch makes once
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+
+    def replay() -> list[torch.Tensor]:
+        graph.replay()
+        return captured
+
+    return replay
+
+
+@contextmanager
+def no_sync() -> Iterator[None]:
+    """On a GPU, an error wherever the host would wait for it."""
+    if not GPU:
+        yield
+        return
+    torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@contextmanager
+def memory_of_nan() -> Iterator[None]:
+    """Memory that is not written holds NaN: PyTorch's own filling, and on a GPU freed blocks of many sizes."""
+    if GPU:
+        torch.cuda.empty_cache()
+        sizes = [2**power for power in range(7, 27)] * 4
+        blocks = [torch.full((size,), torch.nan, device="cuda") for size in sizes]
+        del blocks
+    torch.use_deterministic_algorithms(True)  # torch.utils.deterministic.fill_uninitialized_memory is on by default
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def skip_unless_free(gigabytes: float) -> None:
+    """Skip where the device has less free memory, and say how much it has."""
+    if not GPU:
+        return
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gigabytes:
+        pytest.skip(f"needs {gigabytes:.0f} GiB of free device memory; {free:.0f} GiB are")
+
 
 # What runs, with float16's upstream gradient before rounding it or not: shape on a GPU, shape in a rehearsal, layout,
 # options, kernels.
