@@ -32,7 +32,7 @@ PAIR_OR_ALL = ("ratio", "relative_variance")
 
 
 class Traffic:
-    """Addresses of every element that was read or written, once for each access of a program's."""
+    """The addresses of all elements that programs read or write, one entry an access."""
 
     def __init__(self) -> None:
         self._seen: list[tuple[str, np.ndarray]] = []
@@ -41,19 +41,19 @@ class Traffic:
         self._seen.append((kind, np.unique(addresses) if kind == "read" else addresses))  # lanes share what is fetched
 
     def of(self, kind: str, tensor: Tensor) -> int:
-        """Elements of ``tensor``, dense in memory, that were "read" or "write"n; each as often as it was."""
+        """Count accesses to elements of ``tensor``, which is dense in memory; ``kind`` is "read" or "write"."""
         start = tensor.data_ptr()
         stop = start + tensor.numel() * tensor.element_size()
         return sum(int(((at >= start) & (at < stop)).sum()) for k, at in self._seen if k == kind)
 
     def total(self, *kinds: str) -> int:
-        """All elements, or those of a kind."""
+        """Count all accesses, or those of some kinds."""
         return sum(at.size for kind, at in self._seen if not kinds or kind in kinds)
 
 
 @contextlib.contextmanager
 def counted() -> Iterator[Traffic]:
-    """Count every access within."""
+    """Count the accesses of every kernel that runs inside."""
     traffic = Traffic()
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
