@@ -68,7 +68,7 @@ def check(function: Callable, x: Tensor, backend: str, *, beta: Any = "units", g
     for a, e, *others in zip(actual, exact, *eager, strict=True):
         assert_within_budget(a, others, e)
     dense = torch.empty_like(x).stride() == x.stride() and x.stride(0) == x[0].numel()
-    if dense and 1 not in x.shape:  # where the stride says nothing
+    if dense and 1 not in x.shape:  # the stride of a dimension of size 1 means nothing
         assert {t.stride() for t in (*actual, *eager[0]) if t.shape == x.shape} <= {x.stride()}
     return actual
 

@@ -38,7 +38,7 @@ IN_MEMORY = [
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize(("layout", "dtype"), IN_MEMORY, ids=str)
 def test_layouts_and_dtypes(kernel_backend, layout, dtype, unit):
-    """Of 14 rows some are in no sub-batch: their gradient is 0, also where samples do not lie one after another."""
+    """Rows past the last sub-batch have a gradient of 0, also where samples do not lie one after another."""
     C = 18 if kernel_backend == "cpu" else 5  # a vector and more; the interpreter is slow
     x = LAYOUTS[layout](torch.randn(14, C, 6, 5).to(device_of(kernel_backend), dtype))
     pair = {"unit": unit, "sub_batch_size": 3}
@@ -52,7 +52,7 @@ def test_layouts_and_dtypes(kernel_backend, layout, dtype, unit):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(11, 1, 5, 7), (11, 5, 1, 1), (11, 6, 9), (11, 3, 2, 3, 4)], ids=str)
 def test_layouts_of_other_shapes(backend, shape, layout):
-    """Where a dimension has size 1 its stride says nothing."""
+    """The stride of a dimension of size 1 means nothing."""
     x = LAYOUTS[layout](torch.randn(shape, dtype=torch.float64).to(device_of(backend)))
     for activation, unit, form in (("elu", "channel", "ratio"), ("silu", "activation", "variance")):
         check(vk.vcl_activation, x, backend, activation=activation, unit=unit, form=form, sub_batch_size=3)
@@ -78,7 +78,7 @@ def test_cpu_takes_many_rows_in_memory_order(shape, n, dtype):
         check(vk.vcl_loss, x, "cpu", form=form, sub_batch_size=n, num_sub_batches=shape[0] // n // 2 * 2)
 
 
-UNLIKE_THEIR_FIRST_VALUES = {  # what sums around a pivot taken from the first values would lose digits of
+UNLIKE_THEIR_FIRST_VALUES = {  # kernels take a first value as the pivot of sums: an outlier would cost digits
     "alike": lambda x: x,
     "border": lambda x: x.index_fill(2, torch.tensor(0, device=x.device), 10),
     "first vector": lambda x: x.flatten(2).index_fill(2, torch.arange(16, device=x.device), 100).view_as(x),

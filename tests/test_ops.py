@@ -126,7 +126,7 @@ CHOSEN = [*map(laid_out, [(0, 2, 1, 3), (3, 1, 2, 0), (0, 3, 2, 1)]), LAYOUTS["r
 @pytest.mark.parametrize("first", range(len(CHOSEN)))
 @pytest.mark.parametrize("unit", UNITS)
 def test_whatever_layout_a_compiler_chooses(kernel_backend, unit, first):
-    """Of each argument another, not only as x lies."""
+    """Each argument may have another layout than x."""
     ops = ops_of(kernel_backend)
     x = torch.randn(16, 5, 3, 4).to(device_of(kernel_backend))
     for name, arguments in calls(ops, x, unit == "activation"):

@@ -45,9 +45,9 @@ def test_a_unit_that_fits_nowhere_is_read_again(kernel_backend):
 @pytest.mark.parametrize(
     ("name", "options", "wanted"),
     [
-        *((name, {}, [("y", 20), ("", 10)]) for name in ("relu", "leaky_relu", "elu", "tanh")),  # from y follows dy/dx
+        *((name, {}, [("y", 20), ("", 10)]) for name in ("relu", "leaky_relu", "elu", "tanh")),  # derived from y
         *((name, {}, [("x", 20)]) for name in ("gelu", "gelu_tanh", "silu")),
-        ("elu", {"alpha": -1.0}, [("x", 20)]),  # not from that of a function that is not monotone
+        ("elu", {"alpha": -1.0}, [("x", 20)]),  # not monotone: y does not say which x it came from
         ("relu", {"sub_batch_size": 9}, [("y", 20), ("", 18)]),  # a pair, and not all rows
         ("relu", {"sub_batch_size": 10}, [("x", 20)]),
         ("relu", {"num_sub_batches": 4}, [("x", 20)]),
