@@ -10,7 +10,8 @@ import torch
 from common import LAYOUTS, as_tuple, assert_all_close, ops_of
 from conftest import device_of
 
-from vcl_kernels.options import UNITS
+from vcl_kernels.options import IDENTITY, UNITS
+from vcl_kernels.reference import activate
 
 ELU, GELU_TANH = (3, 1.0), (5, 0.0)
 
@@ -106,6 +107,13 @@ def test_an_upstream_gradient_multiplies_the_shift_too(kernel_backend):
     g = x.new_tensor(2.0)
     with_g, without = (ops_of(kernel_backend).moments_dx(x, mean, scale, shift, u, 4, 4, False, 16) for u in (g, None))
     assert torch.equal(with_g, 2 * without)
+
+
+def test_the_identity_is_an_activation_too(kernel_backend):
+    """The public functions take it for the loss alone; the ops do not."""
+    x = torch.randn(16, 5, 3).to(device_of(kernel_backend))
+    y, *_ = ops_of(kernel_backend).activation(x, None, *spec(0, 2, False, True), *IDENTITY, False, False)
+    assert torch.equal(y, activate(x, IDENTITY))
 
 
 def laid_out(order):
