@@ -80,19 +80,19 @@ def moments(  # noqa: PLR0913
             # in the unit layout a column has few elements, whose roundings would not average out
             squares = tl.zeros([FB], tl.float64 if T.kind == "units" else SUMS)
             less = pivot.to(SUMS) * shrink
-            row, at = first, position
+            row, at, tile_at = first, position, start_at
             for t in range(begin, end):
                 mask = (row < n - i) & (at < length)[None, :]
                 unread = mask & ((i > 0) | (t > begin) | (not first_pass))
                 # the order of these sums is the one that takes the fewest registers
-                here = row_at(row + i, Q, x_sample, x_row, T) + at[None, :]
+                here = x_at + (row_at(row + i, Q, x_sample, x_row, T) + at[None, :])
                 to = to_at + (row + i).to(tl.int64) * to_row * T.aligned + at[None, :]
                 if T.kind == "units":
                     to = (to_at + row.to(tl.int64) * to_row * T.aligned + at)[None, :]
                     to += i.to(tl.int64) * to_row * T.aligned
                     if T.even:
-                        here = (row_at(row, Q, x_sample, x_row, T) + at)[None, :] + row_at(i, Q, x_sample, x_row, T)
-                x = tl.load(x_at + here, mask=unread, other=pivot[None, :])
+                        here = tile_at[None, :] + row_at(i, Q, x_sample, x_row, T)
+                x = tl.load(here, mask=unread, other=pivot[None, :])
                 if ACTIVATION is not None:
                     y = activate(x.to(ACC), parameter, ACTIVATION, HALF)
                     tl.store(tensors.y + to, y.to(tensors.y.dtype.element_ty), mask=mask)
@@ -102,6 +102,7 @@ def moments(  # noqa: PLR0913
                 total += tl.sum(d, 0)
                 squares += tl.sum(d * d, 0).to(squares.dtype)
                 row += STEP
+                tile_at += x_row.to(tl.int64) * (STEP * T.aligned)
                 if ALONE:
                     at += tl.where(row < n, 0, FB)
                     row = tl.where(row < n, row, 0)
