@@ -18,7 +18,6 @@ from .tiles import as_runs, row_at, run_length, run_tile, unit_in_run
 TILES = 4  # most tiles of a program, which reads its coefficients once
 ROWS = 4  # of a tile in one thread
 ELEMENTS = 8  # neighbouring elements of a row in one thread; half as many in float64
-REGISTERS = 168  # most of a thread: a multiprocessor then holds 12 warps
 UNIT_WARPS = 4  # most of a program in the unit layout
 
 
@@ -108,7 +107,8 @@ def rule(saved: Geometry, dx: Geometry, itemsize: int) -> Settings:
     lanes = 32 * ELEMENTS // (2 if itemsize == 8 else 1)
     if dx.spatial:
         UB, FB = run_tile(saved, 256, 512, (512, 512))
-        NB = min(power_of_2(dx.n), ROWS if itemsize == 2 else ROWS // 2)  # 64 bytes of a thread
+        # few rows of a long run: with more, the compiler would compute them side by side and take twice the registers
+        NB = min(power_of_2(dx.n), ROWS if itemsize == 2 and UB > 1 else ROWS // 2)
         tile, warps = {"NB": NB, "UB": UB, "FB": FB}, max(1, FB // lanes)
     else:
         NB = ROWS // 2 if dx.M in (5, 6) else ROWS  # 5 or 6 rows are padded to 6, not to 8
@@ -140,4 +140,4 @@ def plan(saved: Geometry, dx: Geometry, itemsize: int) -> Launch:
     parts = cdiv(sizes["n"], rows)
     sizes |= {"rows": rows, "parts": parts, "blocks": cdiv(dx.U, T.UB), "run_units": T.UB}
     T = T._replace(UB=0) if dx.spatial else T  # planes of any size share kernels
-    return Launch(backward, (programs_of(dx, tile) * parts,), sizes, {"T": T}, settings, REGISTERS)
+    return Launch(backward, (programs_of(dx, tile) * parts,), sizes, {"T": T}, settings)
