@@ -60,7 +60,11 @@ def test_sizes_past_32_bits_reach_kernels_whole():
     assert len(sizes) > 5
     assert {of.get("n", of.get("M")) for of in sizes} == {2**31}
     for launch in (one.launch for one in huge if one.launch.name == "backward_unit"):
-        programs = -(-launch.sizes["n"] // launch.sizes["rows"]) * 2 * -(-launch.sizes["U"] // launch.constants["T"].UB)
+        programs = (
+            -(-launch.sizes["n"] // launch.sizes["rows_of_part"])
+            * 2
+            * -(-launch.sizes["U"] // launch.constants["T"].UB)
+        )
         assert launch.grid == (programs,)
 
 
@@ -77,7 +81,7 @@ def test_sizes_past_32_bits_reach_kernels_whole():
 def test_a_first_value_may_be_an_outlier(shape, memory_format, outlier, monkeypatch):
     """It is taken off all others of an element, of which there are many: no GPU is to be filled with programs."""
     monkeypatch.setattr(moments, "WARPS", 1)
-    monkeypatch.setattr(moments, "rule", moments.rule.__wrapped__)
+    monkeypatch.setattr(moments, "choose_settings", moments.choose_settings.__wrapped__)
     x = torch.randn(shape)
     if outlier:
         x[0, :].view(shape[1], -1)[:, 0] = outlier
@@ -134,7 +138,7 @@ def test_sizes_whose_last_tile_would_pass_32_bits_are_refused(shape, n):
 def test_a_unit_of_many_positions_has_a_run_of_its_own():
     """Distances within a run are 32 bits wide."""
     for launch, *_ in launches_of((3, 5, 1 << 15, 1 << 15), torch.bfloat16, n=1):
-        assert "T" not in launch.constants or launch.constants["T"].kind == "alone"
+        assert "T" not in launch.constants or launch.constants["T"].run_kind == "alone"
 
 
 def test_more_programs_than_a_grid_holds_are_refused():

@@ -81,7 +81,7 @@ def elements_of_tile(launched: Recorded) -> tuple[int, int]:
     launch, tile, sizes = launched.launch, launched.launch.settings.tile, launched.launch.sizes
     if "EB" in tile:
         return min(tile["EB"], sizes["E"] * launch.constants["ALIGNED"]), tile["EB"]
-    covers = {"SB": ("parts", 1), "KB": ("K", 1), "UB": ("U", 1)}
+    covers = {"PARTB": ("parts", 1), "KB": ("K", 1), "UB": ("U", 1)}
     if "NB" in tile:
         T = launch.constants["T"]
         tile = {"KB": tile.get("KB", 1), "NB": T.NB * T.MB, "FB": T.FB // T.MB}
@@ -93,7 +93,7 @@ def elements_of_tile(launched: Recorded) -> tuple[int, int]:
 def allows_128_bits(launched: Recorded) -> bool:
     """Whether a row of the tile, and every distance between rows, is a multiple of 16 bytes."""
     constants, tile = launched.launch.constants, launched.launch.settings.tile
-    if "SB" in tile:
+    if "PARTB" in tile:
         return False
     size = min(t.element_size() for t in _tensors_read(launched))
     row = next(tile[axis] for axis in ("EB", "FB", "UB") if axis in tile)

@@ -42,7 +42,7 @@ def activate(x, parameter, ACTIVATION: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def activation_gradient(dy, saved, parameter, ACTIVATION: tl.constexpr, FROM_OUTPUT: tl.constexpr):
+def activation_gradient(saved, dy, parameter, ACTIVATION: tl.constexpr, FROM_OUTPUT: tl.constexpr):
     """dy · activation', from saved y (FROM_OUTPUT, where the derivative follows from y) or saved x."""
     parameter = tl.full(dy.shape, parameter, dy.dtype)
     if ACTIVATION == "identity":

@@ -37,42 +37,42 @@ class Tensors(NamedTuple):
 @triton.jit(do_not_specialize=RUN_TIME)
 def backward(  # noqa: PLR0913
     tensors, parameter: tl.float64,
-    N, K, n, U, P, Q, x_sub_batch, x_sample, x_row, x_run, to_row, to_run, rows, parts, blocks, run_units,
+    N, K, n, U, P, Q, x_sub_batch, x_sample, x_row, x_run, to_row, to_run, rows_of_part, parts, blocks, run_units,
     ACTIVATION: tl.constexpr, FROM_OUTPUT: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Program: ``rows`` rows of a sub-batch, or of the rows past the last, for a run or FB of its positions."""
-    U = to_row.to(tl.int64) * T.aligned if T.kind == "units" else U  # so the compiler knows a divisor of U
-    UB = T.UB if T.kind == "units" else run_units
-    by_pos = tl.cdiv(P, T.FB) if T.kind == "alone" else 1
+    """Program: a part of a sub-batch, or as many rows past the last, for a run or FB of its positions."""
+    U = to_row.to(tl.int64) * T.aligned if T.run_kind == "units" else U  # so the compiler knows a divisor of U
+    UB = T.UB if T.run_kind == "units" else run_units
+    by_pos = tl.cdiv(P, T.FB) if T.run_kind == "alone" else 1
     pid = tl.program_id(0)
-    rest = pid // by_pos
-    part = rest // blocks
-    block = (rest - part * blocks).to(tl.int64)
-    k = part // parts
-    begin = (part - k * parts).to(n.dtype) * rows
+    of_pos = pid // by_pos
+    of_block = of_pos // blocks
+    block = (of_pos - of_block * blocks).to(tl.int64)
+    k = of_block // parts
+    begin = (of_block - k * parts).to(n.dtype) * rows_of_part
     k = k.to(tl.int64)
-    end = tl.minimum(tl.minimum(begin + rows, n), N - k * n)
-    if T.kind != "units":  # there 64 bits take fewer registers
+    end = tl.minimum(tl.minimum(begin + rows_of_part, n), N - k * n)
+    if T.run_kind != "units":  # there 64 bits take fewer registers
         end = end.to(n.dtype)
-    if T.kind == "units":  # a thread's columns are few units, whose coefficients it reads once
+    if T.run_kind == "units":  # a thread's columns are few units, whose coefficients it reads once
         i = tl.arange(0, T.NB)[:, None, None] * T.MB + tl.arange(0, T.MB)[None, :, None]
         column = tl.arange(0, T.UB)[None, None, :]
         unit = column
     else:
         i = tl.arange(0, T.NB)[:, None]
-        column = ((pid - rest * by_pos).to(P.dtype) * T.FB + tl.arange(0, T.FB))[None, :]
+        column = ((pid - of_pos * by_pos).to(P.dtype) * T.FB + tl.arange(0, T.FB))[None, :]
         unit = unit_in_run(tl.arange(0, T.FB), P, T)
     valid = column < run_length(block, U, P, UB, T)
     saved_at = (k * x_sub_batch + block * x_run) * T.aligned + column
     dx_at = (k * n * to_row + block * to_run) * T.aligned + column
     if tensors.mean is not None:
         units = block * UB + unit
-        at, taken = k * U + units, (units < U) & (k < K)
-        mean = tl.load(tensors.mean + at, mask=taken, other=0.0)
-        scale = tl.load(tensors.scale + at, mask=taken, other=0.0)
+        at, of_loss = k * U + units, (units < U) & (k < K)
+        mean = tl.load(tensors.mean + at, mask=of_loss, other=0.0)
+        scale = tl.load(tensors.scale + at, mask=of_loss, other=0.0)
         shift = tl.zeros_like(scale)
         if tensors.shift is not None:
-            shift = tl.load(tensors.shift + at, mask=taken, other=0.0)
+            shift = tl.load(tensors.shift + at, mask=of_loss, other=0.0)
         if tensors.g is not None:
             g = tl.load(tensors.g)
             scale *= g
@@ -87,7 +87,7 @@ def backward(  # noqa: PLR0913
             dx = tl.load(tensors.dy + to_at, mask=mask, other=0.0).to(ACC)
         if tensors.dy is not None and ACTIVATION != "identity":
             saved = tl.load(tensors.saved + from_at, mask=mask, other=0.0).to(ACC)
-            dx = activation_gradient(dx, saved, parameter, ACTIVATION, FROM_OUTPUT)
+            dx = activation_gradient(saved, dx, parameter, ACTIVATION, FROM_OUTPUT)
         if tensors.mean is not None and k < K:
             if tensors.rows is not None:
                 x = tl.load(tensors.rows + to_at, mask=mask, other=0.0).to(ACC)
@@ -102,8 +102,8 @@ def backward(  # noqa: PLR0913
 
 
 @functools.lru_cache(maxsize=1024)
-def rule(saved: Geometry, dx: Geometry, itemsize: int) -> Settings:
-    """Choose settings."""
+def choose_settings(saved: Geometry, dx: Geometry, itemsize: int) -> Settings:
+    """Choose tile, warps and parts."""
     lanes = 32 * ELEMENTS // (2 if itemsize == 8 else 1)
     if dx.spatial:
         UB, FB = run_tile(saved, 256, 512, (512, 512))
@@ -120,12 +120,12 @@ def rule(saved: Geometry, dx: Geometry, itemsize: int) -> Settings:
 
 
 def tiles_of(x: Geometry, tile: dict[str, int]) -> int:
-    """Return how many tiles cover a sub-batch of the units and positions that a program has."""
+    """Return how many tiles cover the rows of a sub-batch."""
     return cdiv(x.n, tile["NB"]) if x.spatial else cdiv(x.M, tile["NB"] * tile["MB"])
 
 
 def programs_of(x: Geometry, tile: dict[str, int]) -> int:
-    """Return how many programs there are if each has a sub-batch, or as many rows past the last."""
+    """Return how many programs there are if none has but a part of a sub-batch."""
     by_pos = cdiv(x.P, tile["FB"]) if x.spatial and tile["UB"] == 1 else 1
     return by_pos * cdiv(x.U, tile["UB"]) * cdiv(x.N, x.n)
 
@@ -133,11 +133,11 @@ def programs_of(x: Geometry, tile: dict[str, int]) -> int:
 def plan(saved: Geometry, dx: Geometry, itemsize: int) -> Launch:
     """Decide the launch, of ``dx.N`` rows."""
     dx = dx._replace(spatial=saved.spatial)  # one unit of contiguous values fits both layouts: take that of ``saved``
-    settings = rule(saved, dx, itemsize)
-    tile, _, parts = settings
+    settings = choose_settings(saved, dx, itemsize)
+    tile, _, wanted_parts = settings
     T, sizes = as_runs(saved._replace(N=dx.N), tile)
-    rows = min(sizes["n"], cdiv(tiles_of(dx, tile), parts) * T.NB * T.MB)
-    parts = cdiv(sizes["n"], rows)
-    sizes |= {"rows": rows, "parts": parts, "blocks": cdiv(dx.U, T.UB), "run_units": T.UB}
-    T = T._replace(UB=0) if dx.spatial else T  # planes of any size share kernels
+    rows_of_part = min(sizes["n"], cdiv(tiles_of(dx, tile), wanted_parts) * T.NB * T.MB)
+    parts = cdiv(sizes["n"], rows_of_part)
+    sizes |= {"rows_of_part": rows_of_part, "parts": parts, "blocks": cdiv(dx.U, T.UB), "run_units": T.UB}
+    T = T._replace(UB=0) if dx.spatial else T  # units with any number of positions share kernels
     return Launch(backward, (programs_of(dx, tile) * parts,), sizes, {"T": T}, settings)

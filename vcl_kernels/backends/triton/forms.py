@@ -1,4 +1,4 @@
-"""From the variances of a unit to its loss and to the coefficients of dx, in float64: values are few."""
+"""From the variances of a unit to its loss, scale and dbeta. In float64, since these are few values."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 
 
 class Beta(NamedTuple):
-    """Beta as kernels get it; max(beta, least) acts. ``factor`` multiplies the loss and its gradients."""
+    """Beta as kernels get it, and the factor of the loss and its gradients. max(beta, minimum) acts."""
 
     tensor: Tensor | None  # of one value or of one for each unit
-    value: float  # where there is no tensor
-    least: float
+    value: float  # used without a tensor
+    minimum: float
     factor: float
 
 
 @triton.jit
 def beta_of(beta, units, U, BETA: tl.constexpr):
-    """Beta of some units in float64: 0, the value; 1, one tensor element for all; 2, one for each unit."""
-    if BETA == 0:
+    """Beta of some units in float64: a "number", "one" tensor element for all units, or one of "each" unit."""
+    if BETA == "number":
         return tl.full(units.shape, beta.value, tl.float64)
-    elif BETA == 1:
+    elif BETA == "one":
         return tl.load(beta.tensor).to(tl.float64) + tl.zeros(units.shape, tl.float64)
     else:
         return tl.load(beta.tensor + units, mask=units < U, other=1.0).to(tl.float64)
@@ -31,9 +31,9 @@ def beta_of(beta, units, U, BETA: tl.constexpr):
 
 @triton.jit
 def loss_of_variances(var, K, beta, FORM: tl.constexpr):
-    """Loss of each unit, its derivatives by var [KB, UB] and by beta: the table of the README.
+    """Loss of each unit, and its derivatives by var [KB, UB] and by beta: the table of the README.
 
-    Divisions in float64 are calls, which take registers: one for each pair or unit, and for each count.
+    A division in float64 is a call, which takes registers: there is one for each pair, unit and count.
     """
     KB: tl.constexpr = var.shape[0]
     UB: tl.constexpr = var.shape[1]
@@ -42,56 +42,53 @@ def loss_of_variances(var, K, beta, FORM: tl.constexpr):
         is_b = tl.arange(0, 2)[None, :, None] == 1
         va = tl.sum(tl.where(is_b, 0.0, pairs), 1)
         vb = tl.sum(tl.where(is_b, pairs, 0.0), 1)
-        real = tl.arange(0, KB // 2)[:, None] * 2 < K
+        valid = tl.arange(0, KB // 2)[:, None] * 2 < K
         guarded = vb + beta[None, :]
         inverse = 1.0 / guarded
         ratio = va * inverse
-        rest = (guarded - va) * inverse
-        share = 1.0 / tl.full([], K // 2, tl.float64)
-        loss = tl.sum(tl.where(real, rest * rest, 0.0), 0) * share
-        slope = tl.where(real, 2.0 * rest * inverse * share, 0.0)
-        slope_b = tl.where(real, slope * ratio, 0.0)
-        dvar = tl.reshape(tl.where(is_b, slope_b[:, None, :], -slope[:, None, :]), [KB, UB])
-        return loss, dvar, tl.sum(slope_b, 0)
-    else:  # V = Σ (v_k - v̄)² / (K - 1), and relative_variance: V / (v̄ + beta)²
-        k = tl.arange(0, KB)[:, None]
-        share = 1.0 / tl.full([], K, tl.float64)
+        one_minus_ratio = (guarded - va) * inverse
+        per_pair = 1.0 / tl.full([], K // 2, tl.float64)
+        loss = tl.sum(tl.where(valid, one_minus_ratio * one_minus_ratio, 0.0), 0) * per_pair
+        minus_dva = tl.where(valid, 2.0 * one_minus_ratio * inverse * per_pair, 0.0)
+        dvb = tl.where(valid, minus_dva * ratio, 0.0)
+        dvar = tl.reshape(tl.where(is_b, dvb[:, None, :], -minus_dva[:, None, :]), [KB, UB])
+        return loss, dvar, tl.sum(dvb, 0)
+    else:  # V = Σ (v_k - v̄)² / (K - 1)
+        valid = tl.arange(0, KB)[:, None] < K
+        per_k = 1.0 / tl.full([], K, tl.float64)
         unbiased = 1.0 / tl.full([], K - 1, tl.float64)
-        vbar = tl.sum(tl.where(k < K, var, 0.0), 0) * share
-        d = tl.where(k < K, var - vbar[None, :], 0.0)
-        d -= (tl.sum(d, 0) * share)[None, :]  # the rounding of the mean, where variances are nearly equal
-        d = tl.where(k < K, d, 0.0)
-        variation = tl.sum(d * d, 0) * unbiased
-        dvar = 2.0 * unbiased * d
+        vbar = tl.sum(tl.where(valid, var, 0.0), 0) * per_k
+        d = tl.where(valid, var - vbar[None, :], 0.0)
+        d -= (tl.sum(d, 0) * per_k)[None, :]  # the rounding of the mean, where variances are nearly equal
+        d = tl.where(valid, d, 0.0)
+        V = tl.sum(d * d, 0) * unbiased
+        dV = 2.0 * unbiased * d
         if FORM == "variance":
-            return variation, dvar, tl.zeros_like(vbar)
-        else:
+            return V, dV, tl.zeros_like(vbar)
+        else:  # V / (v̄ + beta)²
             inverse = 1.0 / (vbar + beta)
-            loss = variation * inverse * inverse
-            by_vbar = -2.0 * loss * inverse
-            return loss, dvar * (inverse * inverse)[None, :] + (by_vbar * share)[None, :], by_vbar
+            loss = V * inverse * inverse
+            dvbar = -2.0 * loss * inverse
+            return loss, dV * (inverse * inverse)[None, :] + (dvbar * per_k)[None, :], dvbar
 
 
 @triton.jit
-def coefficients(m2, K, M, units, U, beta, FORM: tl.constexpr, BETA: tl.constexpr, ACC: tl.constexpr):
-    """Loss, scale [KB, UB] and dbeta, all times the factor, from m2 [KB, UB].
-
-    Only scale, which meets every x, is rounded to ACC here.
-    """
-    given = beta_of(beta, units, U, BETA)
-    least = tl.full(units.shape, beta.least, tl.float64)
+def loss_and_scale(m2, K, M, units, U, beta, FORM: tl.constexpr, BETA: tl.constexpr, ACC: tl.constexpr):
+    """Loss, scale [KB, UB] and dbeta, all times the factor, from m2 [KB, UB]. Only scale is rounded to ACC here."""
+    free_beta = beta_of(beta, units, U, BETA)
+    minimum = tl.full(units.shape, beta.minimum, tl.float64)
+    bounded_beta = tl.where(free_beta < minimum, minimum, free_beta)
     unbiased = 1.0 / tl.full([], M - 1, tl.float64)
     var = m2.to(tl.float64) * unbiased
-    bounded_beta = tl.where(given < least, least, given)
     loss, dvar, dbeta = loss_of_variances(var, K, bounded_beta, FORM)
-    weight = tl.full(units.shape, beta.factor, tl.float64)
-    dbeta *= weight
-    if BETA == 2:
-        dbeta = projected_gradient(dbeta, given, least)
-    return loss * weight, (dvar * (weight * 2.0 * unbiased)[None, :]).to(ACC), dbeta
+    factor = tl.full(units.shape, beta.factor, tl.float64)
+    dbeta *= factor
+    if BETA == "each":
+        dbeta = projected_gradient(dbeta, free_beta < minimum)
+    return loss * factor, (dvar * (factor * 2.0 * unbiased)[None, :]).to(ACC), dbeta
 
 
 @triton.jit
-def projected_gradient(dbeta, beta, least):
-    """The gradient of a beta that acts as max(beta, least): below that, nothing that would lower it."""
-    return tl.where((beta < least) & (dbeta >= 0), 0.0, dbeta)
+def projected_gradient(dbeta, below):
+    """dbeta without what would push a beta below its bound further down."""
+    return tl.where(below & (dbeta >= 0), 0.0, dbeta)

@@ -1,4 +1,4 @@
-"""A launch as a plain value, decided without a device: tests compile any of them ahead of time."""
+"""A launch as a plain value. It is decided without a device, so tests can compile any launch ahead of time."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Sizes and distances. No kernel is specialised for them: how far distances are aligned is a constant. Kernels take
-# them one by one, as more than ten parameters: Triton 3.6 and 3.7 specialise every integer of a tuple, for 1 and for
-# multiples of 16, whatever do_not_specialize says.
+# Sizes and distances: no kernel is specialised for them. Kernels take them one by one, as more than ten parameters:
+# Triton 3.6 and 3.7 specialise each integer of a tuple, for 1 and for multiples of 16, whatever do_not_specialize says.
 RUN_TIME = (
     *("N", "K", "n", "U", "P", "Q", "M", "E", "x_sub_batch", "x_sample", "x_row", "x_run", "to_row", "to_run"),
-    *("plane", "parts", "tiles_of_part", "rows", "blocks", "run_units"),
+    *("m2_offset", "parts", "tiles_of_part", "rows_of_part", "blocks", "run_units"),
 )
 
 WARPS = 2048  # least warps of a launch: an H100 holds as many at 128 registers a thread
@@ -23,17 +22,17 @@ ROOM = 2**16
 
 
 class Settings(NamedTuple):
-    """What a launch is free to choose: its tile (axes to powers of two), its warps, and parts of a sub-batch."""
+    """What a launch is free to choose: its tile (powers of two by axis), its warps, and parts of a sub-batch."""
 
     tile: dict[str, int]
     warps: int
-    parts: int = 1
+    wanted_parts: int = 1
 
 
 class Launch(NamedTuple):
     """A kernel, its grid, its sizes, what it is specialised for, the settings behind these, and registers of a thread.
 
-    Told how many registers it may take, NVIDIA's assembler does not move values to memory for the sake of more warps.
+    NVIDIA's assembler is told how many registers a thread may take: else it spills some to have more warps resident.
     """
 
     kernel: Any
@@ -47,7 +46,7 @@ class Launch(NamedTuple):
     def name(self) -> str:
         """Name of the kernel, and of the layout where it serves both."""
         tile = self.constants.get("T")
-        return self.kernel.__name__ + ("" if tile is None else "_unit" if tile.kind == "units" else "_spatial")
+        return self.kernel.__name__ + ("" if tile is None else "_unit" if tile.run_kind == "units" else "_spatial")
 
     def of(self, **constants: Any) -> Launch:
         """Specialise the kernel further."""
@@ -67,7 +66,7 @@ class Launch(NamedTuple):
 
     @property
     def most_registers(self) -> int:
-        """Registers of a thread at most, with which a multiprocessor can still hold a program."""
+        """Most registers of a thread with which a multiprocessor can hold a program."""
         return min(self.registers, 2048 // self.settings.warps)
 
 

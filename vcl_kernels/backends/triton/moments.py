@@ -1,6 +1,6 @@
-"""Moments of sub-batches, or of parts of those that take too long for one program, for finalise to merge.
+"""Moments of sub-batches or, where these take too long for one program, of parts, which finalise merges.
 
-With an activation, the same pass over x also writes y, for all rows, and copies the rows that take part.
+The same pass over x can write y = activation(x), for all rows, and copy the rows that take part.
 """
 
 import functools
@@ -17,7 +17,7 @@ from .tiles import SHRUNK, as_runs, by_unit, chan_merge, row_at, run_length, run
 
 ROWS = 8  # of a tile in one thread: as many loads are in flight
 TILES = 32  # most tiles of a program: each adds a rounding to its sums
-FEW = 256  # values of a unit in a sub-batch. Up to this many, rounding errors do not average out: sum in float64
+FLOAT64 = 256  # values of a unit in a sub-batch. Up to this many, rounding errors do not average out: sum in float64
 CANCELLED = tl.constexpr(8.0)  # largest Σ (x - pivot)² / m2 without a second pass; about 2 is expected
 LARGE = tl.constexpr(2.0**100)  # least m2 that a pass over shrunk x is trusted with: no square underflowed
 
@@ -28,39 +28,39 @@ class Tensors(NamedTuple):
     x: Tensor
     y: Tensor | None
     rows: Tensor | None  # a copy of the rows that take part
-    partial: Tensor  # m2 of each sub-batch; of parts mean, m2 and how many values each has
+    partial: Tensor  # without parts, m2; else the means of parts, their m2, and how many values each part has
     mean: Tensor | None  # of each sub-batch, unless there are parts
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def moments(  # noqa: PLR0913
     tensors, parameter: tl.float64,
-    N, K, n, U, P, Q, x_sub_batch, x_sample, x_row, x_run, to_row, to_run, plane, parts, tiles_of_part,
+    N, K, n, U, P, Q, x_sub_batch, x_sample, x_row, x_run, to_row, to_run, m2_offset, parts, tiles_of_part,
     ACTIVATION: tl.constexpr, ACC: tl.constexpr, SUMS: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Program: a run's units of a part. Each column of its tiles has sums of its own, which are merged at the end.
+    """Program: a block of units in a part. Each column of its tiles has its own sums, which are merged at the end.
 
-    With an activation, programs after those do a tile each of the rows past the last sub-batch.
+    With an activation, further programs do a tile each of the rows past the last sub-batch.
     """
     HALF: tl.constexpr = tensors.x.dtype.element_ty.primitive_bitwidth == 16
-    ALONE: tl.constexpr = T.kind == "alone"
+    ALONE: tl.constexpr = T.run_kind == "alone"
     STEP: tl.constexpr = T.NB * T.MB
     FB: tl.constexpr = T.FB
-    U = to_row.to(tl.int64) * T.aligned if T.kind == "units" else U  # so the compiler knows a divisor of U
+    U = to_row.to(tl.int64) * T.aligned if T.run_kind == "units" else U  # so the compiler knows a divisor of U
     i = tl.arange(0, T.NB)[:, None] * T.MB
     f = tl.arange(0, FB)
-    column = unit_in_run(f, P, T) if T.kind == "units" else f
-    beside = f // T.UB if T.kind == "units" else 0
+    column = unit_in_run(f, P, T) if T.run_kind == "units" else f
+    beside = f // T.UB if T.run_kind == "units" else 0
     blocks = tl.cdiv(U, T.UB).to(tl.int32)
     by_pos = tl.cdiv(P, FB) if ALONE else 1
     pid = tl.program_id(0)
     if pid < blocks * K * parts:
-        rest, part = pid, 0 * pid
+        of_part, part = pid, 0 * pid
         if parts > 1:  # divisions are slow, and small sub-batches have no parts
-            rest = pid // parts
-            part = pid - rest * parts
-        block = rest // K
-        k = rest - block * K
+            of_part = pid // parts
+            part = pid - of_part * parts
+        block = of_part // K
+        k = of_part - block * K
         by_row = tl.cdiv(n, STEP)
         begin = (part * tiles_of_part).to(n.dtype)
         end = tl.minimum(begin + tiles_of_part, by_row * by_pos)
@@ -78,7 +78,7 @@ def moments(  # noqa: PLR0913
         while again:
             total = tl.zeros([FB], SUMS)
             # in the unit layout a column has few elements, whose roundings would not average out
-            squares = tl.zeros([FB], tl.float64 if T.kind == "units" else SUMS)
+            squares = tl.zeros([FB], tl.float64 if T.run_kind == "units" else SUMS)
             less = pivot.to(SUMS) * shrink
             row, at, tile_at = first, position, start_at
             for t in range(begin, end):
@@ -87,7 +87,7 @@ def moments(  # noqa: PLR0913
                 # the order of these sums is the one that takes the fewest registers
                 here = x_at + (row_at(row + i, Q, x_sample, x_row, T) + at[None, :])
                 to = to_at + (row + i).to(tl.int64) * to_row * T.aligned + at[None, :]
-                if T.kind == "units":
+                if T.run_kind == "units":
                     to = (to_at + row.to(tl.int64) * to_row * T.aligned + at)[None, :]
                     to += i.to(tl.int64) * to_row * T.aligned
                     if T.even:
@@ -106,30 +106,30 @@ def moments(  # noqa: PLR0913
                 if ALONE:
                     at += tl.where(row < n, 0, FB)
                     row = tl.where(row < n, row, 0)
-            own, own_m2, squares = own_moments(pivot, total, squares, inverse, shrink)
+            of_column, m2, squares = moments_of_columns(pivot, total, squares, inverse, shrink)
             # a second pass takes the means, in x's dtype, as pivots, where sums were finite
-            pivot = tl.where(tl.abs(own) < float("inf"), own.to(ACC).to(pivot.dtype), pivot)
-            own, own_m2, squares = columns(own, P, T), columns(own_m2, P, T), columns(squares, P, T)
-            if T.kind == "shared":
-                own_m2, squares = tl.where(count > 0, own_m2, 0.0), tl.where(count > 0, squares, 0.0)
-            mean, m2 = chan_merge(own, own_m2, count, values, 0, ACC)
+            pivot = tl.where(tl.abs(of_column) < float("inf"), of_column.to(ACC).to(pivot.dtype), pivot)
+            of_column, m2, squares = columns(of_column, P, T), columns(m2, P, T), columns(squares, P, T)
+            if T.run_kind == "shared":
+                m2, squares = tl.where(count > 0, m2, 0.0), tl.where(count > 0, squares, 0.0)
+            mean, m2 = chan_merge(of_column, m2, count, values, 0, ACC)
             units = block.to(tl.int64) * T.UB + tl.arange(0, T.UB)
             # a pass over shrunk x stores m2 only where it is so large that no square underflowed, or NaN
             least = tl.where(shrink < 1.0, tl.full([], LARGE, tl.float64), float("-inf"))
-            found = (units < U) & ((m2 > least) | (m2 != m2))
+            valid = (units < U) & ((m2 > least) | (m2 != m2))
             at = (part.to(tl.int64) * K + k) * U + units
-            store_moments(tensors, at, found, plane, mean, m2, values, pid, parts)
+            store_moments(tensors, at, valid, m2_offset, mean, m2, values, pid, parts)
             shrink, again = next_pass(m2, tl.sum(squares, 0), first_pass, SUMS, tensors.x.dtype.element_ty)
             first_pass = False
     elif ACTIVATION is not None:
         t = pid - blocks * K * parts
-        of_rows = t // by_pos
-        block = of_rows % blocks
-        past = (of_rows // blocks).to(tl.int64) * STEP + i
-        if T.kind == "units":
+        of_pos = t // by_pos
+        block = of_pos % blocks
+        past = (of_pos // blocks).to(tl.int64) * STEP + i
+        if T.run_kind == "units":
             past += beside[None, :]  # type: ignore[index]
         if ALONE:
-            column = (t - of_rows * by_pos).to(P.dtype) * FB + f
+            column = (t - of_pos * by_pos).to(P.dtype) * FB + f
         mask = (past < N - K.to(tl.int64) * n) & (column < run_length(block, U, P, T.UB, T))[None, :]
         here = (K.to(tl.int64) * x_sub_batch + block.to(tl.int64) * x_run) * T.aligned + column[None, :]
         to = ((K.to(tl.int64) * n + past) * to_row + block.to(tl.int64) * to_run) * T.aligned + column[None, :]
@@ -142,7 +142,7 @@ def counts(begin, end, parts, n, P, length, T: tl.constexpr):
     """Of tiles [begin, end): values in each column [FB // UB, UB or 1], 1 / that [FB or 1], and values of a unit."""
     STEP: tl.constexpr = T.NB * T.MB
     COLUMNS: tl.constexpr = T.FB // T.UB
-    if T.kind == "units":
+    if T.run_kind == "units":
         below = tl.minimum(tl.cdiv(n - tl.arange(0, T.MB)[:, None], T.MB), end * T.NB) - begin * T.NB
         count = tl.maximum(below, 0)
         inverse = tl.broadcast_to(1.0 / tl.maximum(count, 1).to(tl.float64), [T.MB, T.UB])
@@ -151,15 +151,15 @@ def counts(begin, end, parts, n, P, length, T: tl.constexpr):
         # tiles run down all rows at one block of positions, then at the next: every element has ``before`` rows, and
         # those inside the last block have ``in_last`` more
         by_row = tl.cdiv(n, STEP)
-        by_pos = tl.cdiv(P, T.FB) if T.kind == "alone" else 1
+        by_pos = tl.cdiv(P, T.FB) if T.run_kind == "alone" else 1
         in_last, before = n, n * (by_pos - 1)
         if parts > 1:
             last = tl.maximum(begin, (by_pos - 1) * by_row)
             in_last = tl.maximum(rows_before(end, by_row, n, STEP) - rows_before(last, by_row, n, STEP), 0)
             before = rows_before(end, by_row, n, STEP) - rows_before(begin, by_row, n, STEP) - in_last
-        inside = length - (by_pos - 1) * T.FB if T.kind == "alone" else P
+        inside = length - (by_pos - 1) * T.FB if T.run_kind == "alone" else P
         inverse = 1.0 / tl.maximum(before + in_last, 1).to(tl.float64)
-        if T.kind == "alone":
+        if T.run_kind == "alone":
             inverse_before = 1.0 / tl.maximum(before, 1).to(tl.float64)
             inverse = tl.where(tl.arange(0, T.FB) < inside, inverse, inverse_before)
         count = before + tl.where(tl.arange(0, COLUMNS)[:, None] < inside, in_last, 0)
@@ -179,11 +179,11 @@ def columns(a, P, T: tl.constexpr):
 
 
 @triton.jit
-def own_moments(pivot, total, squares, inverse, shrink):
-    """Mean and m2 of a column, from its sums of d = shrink · (x - pivot) and of d²; and Σ (x - pivot)².
+def moments_of_columns(pivot, total, squares, inverse, shrink):
+    """Mean and m2 of columns, from their sums of d = shrink · (x - pivot) and of d²; and Σ (x - pivot)².
 
-    Few digits cancel where the pivot is one of its 1 / ``inverse`` values and no outlier. d² past float32's range give
-    an infinite m2.
+    ``inverse`` is 1 / the number of values. Few digits cancel where the pivot is one of the values and no outlier.
+    Where d² passes float32's range, m2 is infinite.
     """
     grow = 1.0 / shrink.to(tl.float64)
     total, squares = total.to(tl.float64), squares.to(tl.float64)
@@ -196,7 +196,7 @@ def own_moments(pivot, total, squares, inverse, shrink):
 def next_pass(m2, squares, first_pass, SUMS: tl.constexpr, OF_X: tl.constexpr):
     """The factor of x in a second pass, and whether one is needed.
 
-    It is where a square overflowed float32, or the pivot was an outlier, so that nearly all of Σ (x - pivot)² cancels.
+    One is where a square overflowed float32, or where the pivot was an outlier: nearly all of Σ (x - pivot)² cancelled.
     """
     shrink = tl.full([], 1.0, SUMS)
     if tl.float32 == SUMS:
@@ -209,20 +209,20 @@ def next_pass(m2, squares, first_pass, SUMS: tl.constexpr, OF_X: tl.constexpr):
 
 
 @triton.jit
-def store_moments(tensors, at, valid, plane, mean, m2, values, pid, parts):
+def store_moments(tensors, at, valid, m2_offset, mean, m2, values, pid, parts):
     """Store mean and m2: of a whole sub-batch where they are wanted; of a part in two planes, then its values."""
-    tl.store(tensors.partial + plane + at, m2, mask=valid)
+    tl.store(tensors.partial + m2_offset + at, m2, mask=valid)
     if parts > 1:
         tl.store(tensors.partial + at, mean, mask=valid)
         if pid < parts:  # the first unit and sub-batch: every one has the same parts
-            tl.store(tensors.partial + plane + plane + pid + tl.arange(0, 1), values)
+            tl.store(tensors.partial + m2_offset + m2_offset + pid + tl.arange(0, 1), values)
     elif tensors.mean is not None:
         tl.store(tensors.mean + at, mean.to(tensors.mean.dtype.element_ty), mask=valid)
 
 
 @functools.lru_cache(maxsize=1024)
-def rule(x: Geometry, writes: bool, itemsize: int) -> Settings:
-    """Choose settings. What is written takes registers: a thread has fewer rows."""
+def choose_settings(x: Geometry, writes: bool, itemsize: int) -> Settings:
+    """Choose tile, warps and parts. What is written takes registers: a thread then has fewer rows."""
     rows = ROWS // 2 if writes else ROWS
     lanes = 32 * elements_of_thread(itemsize)
     if x.spatial:
@@ -231,9 +231,9 @@ def rule(x: Geometry, writes: bool, itemsize: int) -> Settings:
         tile = {"NB": NB, "UB": UB, "FB": FB}
         warps = 1 if UB == 1 else max(2, FB // lanes)  # what warps exchange goes by shared memory
     else:
-        NB, few = min(power_of_2(x.M), rows), x.M <= ROWS
-        UB = min(power_of_2(x.U), lanes if few else 128 // itemsize)
-        MB = 1 if few else min(power_of_2(cdiv(x.M, NB)), (1 if x.M <= FEW else 4) * lanes // UB)
+        NB, one_thread = min(power_of_2(x.M), rows), x.M <= ROWS
+        UB = min(power_of_2(x.U), lanes if one_thread else 128 // itemsize)
+        MB = 1 if one_thread else min(power_of_2(cdiv(x.M, NB)), (1 if x.M <= FLOAT64 else 4) * lanes // UB)
         tile, warps = {"NB": NB, "MB": MB, "UB": UB}, max(1, MB * UB // lanes)
     return Settings(tile, warps, max(1, WARPS // (cdiv(x.U, tile["UB"]) * x.K * warps)))
 
@@ -243,34 +243,34 @@ def elements_of_thread(itemsize: int) -> int:
     return 2 if itemsize == 8 else 4
 
 
-def plane(x: Geometry, parts: int) -> int:
-    """Return the distance in ``partial`` from means to m2, and from m2 to counts; 0 without parts."""
+def m2_offset(x: Geometry, parts: int) -> int:
+    """Return where m2 begins in ``partial``, after the means; counts begin at twice that. 0 without parts."""
     return 0 if parts == 1 else parts * x.K * x.U
 
 
 def partial_size(x: Geometry, parts: int) -> int:
     """Return the size of ``partial``: m2 of each sub-batch, or means and m2 of parts, and a count for each part."""
-    return x.K * x.U if parts == 1 else 2 * plane(x, parts) + parts
+    return x.K * x.U if parts == 1 else 2 * m2_offset(x, parts) + parts
 
 
-def plan(x: Geometry, itemsize: int, activates: bool, keeps: bool = False) -> Launch:
+def plan(x: Geometry, itemsize: int, activates: bool, keep_rows: bool = False) -> Launch:
     """Decide the launch. Its sizes say how many ``parts`` a sub-batch has.
 
-    ``activates``: it writes y, of all rows. ``keeps``: it writes the rows of x that take part.
+    ``activates``: it writes y, of all rows. ``keep_rows``: it copies the rows of x that take part.
     """
-    settings = rule(x, activates or keeps, itemsize)
-    tile, warps, parts = settings
+    settings = choose_settings(x, activates or keep_rows, itemsize)
+    tile, warps, wanted_parts = settings
     # in the unit layout sums of more columns take too many registers
     T, sizes = as_runs(x, tile, 16 if x.spatial else elements_of_thread(itemsize))
-    by_pos = cdiv(x.P, T.FB) if T.kind == "alone" else 1
-    rest = sizes["N"] - x.K * sizes["n"] if activates else 0
-    tiles, rest_tiles = (cdiv(rows, T.NB * T.MB) * by_pos for rows in (sizes["n"], rest))
+    by_pos = cdiv(x.P, T.FB) if T.run_kind == "alone" else 1
+    past = sizes["N"] - x.K * sizes["n"] if activates else 0
+    tiles, tiles_past = (cdiv(rows, T.NB * T.MB) * by_pos for rows in (sizes["n"], past))
     # merging a part costs a tile: at least two tiles a part, unless a GPU would be idle
-    idle = T.kind == "units" and x.M > FEW and cdiv(x.U, T.UB) * x.K * tiles * warps <= WARPS // 4
-    parts = min(tiles if idle else max(1, tiles // 2), parts)
-    tiles_of_part = cdiv(tiles, max(parts, cdiv(tiles, TILES)))
+    idle = T.run_kind == "units" and x.M > FLOAT64 and cdiv(x.U, T.UB) * x.K * tiles * warps <= WARPS // 4
+    wanted_parts = min(tiles if idle else max(1, tiles // 2), wanted_parts)
+    tiles_of_part = cdiv(tiles, max(wanted_parts, cdiv(tiles, TILES)))
     parts = cdiv(tiles, tiles_of_part)
-    sizes |= {"plane": plane(x, parts), "parts": parts, "tiles_of_part": tiles_of_part}
-    sums = tl.float64 if itemsize == 8 or x.M <= FEW else tl.float32
-    grid = (cdiv(x.U, T.UB) * (x.K * parts + rest_tiles),)
+    sizes |= {"m2_offset": m2_offset(x, parts), "parts": parts, "tiles_of_part": tiles_of_part}
+    sums = tl.float64 if itemsize == 8 or x.M <= FLOAT64 else tl.float32
+    grid = (cdiv(x.U, T.UB) * (x.K * parts + tiles_past),)
     return Launch(moments, grid, sizes, {"T": T, "SUMS": sums}, settings)

@@ -30,14 +30,14 @@ def multiply(tensors, E, ALIGNED: tl.constexpr, ACC: tl.constexpr, EB: tl.conste
         tl.store(tensors.dx + at, (dx * g).to(tensors.dx.dtype.element_ty), mask=mask)
 
 
-def rule() -> Settings:
-    """Choose settings."""
+def choose_settings() -> Settings:
+    """Choose tile and warps."""
     return Settings({"EB": TILE}, warps_for(TILE))
 
 
 def plan(elements: int) -> Launch:
     """Decide the launch."""
-    settings = rule()
+    settings = choose_settings()
     by = math.gcd(16, elements)
     constants = {"ALIGNED": by, **settings.tile}
     return Launch(multiply, (cdiv(elements, settings.tile["EB"]),), {"E": elements // by}, constants, settings)

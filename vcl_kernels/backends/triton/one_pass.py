@@ -1,4 +1,4 @@
-"""Loss and gradient in one pass: a unit's K·M values are read once, stay on chip, and leave as dx."""
+"""Loss and gradient in one pass: a unit's K·M values are read once, stay on chip, and are written as dx."""
 
 import functools
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import Geometry
-from .forms import Beta, coefficients
+from .forms import Beta, loss_and_scale
 from .launch import RUN_TIME, Launch, Settings, cdiv, power_of_2, warps_for
 from .tiles import SHRUNK, as_runs, by_unit, chan_merge, row_at, run_length, run_tile, unit_in_run
 
@@ -39,11 +39,11 @@ def one_pass(  # noqa: PLR0913
     Tile [row, sub-batch · element of the run]; of three dimensions Triton 3.6 would spread rows over threads. In the
     unit layout [sub-batch, row, unit], for few units.
     """
-    U = to_row.to(tl.int64) * T.aligned if T.kind == "units" else U  # so the compiler knows a divisor of U
+    U = to_row.to(tl.int64) * T.aligned if T.run_kind == "units" else U  # so the compiler knows a divisor of U
     block = tl.program_id(0).to(tl.int64)
     units = block * T.UB + tl.arange(0, T.UB)
     length = run_length(block, U, P, T.UB, T)
-    if T.kind == "units":
+    if T.run_kind == "units":
         k, i = tl.arange(0, KB)[:, None, None], tl.arange(0, T.NB)[None, :, None]
         f = tl.arange(0, T.UB)[None, None, :]
         of_run = f
@@ -54,17 +54,17 @@ def one_pass(  # noqa: PLR0913
     mask = (i < n) & ((k < K) & (f < length))
     at = (block * x_run + k.to(tl.int64) * x_sub_batch) * T.aligned + f
     x = tl.load(tensors.x + at + row_at(i, Q, x_sample, x_row, T), mask=mask, other=0.0).to(ACC)
-    if T.kind == "units":
+    if T.run_kind == "units":
         d, m2 = deviations(x, mask, n)
     else:
         unit = e // T.FB * T.UB + tl.minimum(unit_in_run(e % T.FB, P, T), T.UB - 1)
         d, m2 = deviations_of_runs(x, i, n, P, unit, KB, ACC, T)
     beta = Beta(tensors.beta, beta_value, beta_min, factor)
-    loss, scale, dbeta = coefficients(m2, K, n * P, units, U, beta, FORM, BETA, ACC)
+    loss, scale, dbeta = loss_and_scale(m2, K, n * P, units, U, beta, FORM, BETA, ACC)
     tl.store(tensors.loss + units, loss, mask=units < U)
     if tensors.dbeta is not None:
         tl.store(tensors.dbeta + units, dbeta, mask=units < U)
-    scale = scale[:, None, :] if T.kind == "units" else of_unit(scale, unit, KB, T)[None, :]
+    scale = scale[:, None, :] if T.run_kind == "units" else of_columns(scale, unit, KB, T)[None, :]
     dx_at = tensors.dx + block * to_run * T.aligned
     row = (k * n + i).to(tl.int64)
     tl.store(dx_at + row * to_row * T.aligned + f, (scale * d).to(tensors.dx.dtype.element_ty), mask=mask)
@@ -86,27 +86,27 @@ def deviations(x, mask, n):
 
 @triton.jit
 def deviations_of_runs(x, i, n, P, unit, KB: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr):
-    """x - mean of each unit, and its m2 [KB, UB], merged from those of its elements.
+    """x - mean of each unit, and m2 [KB, UB], merged from the moments of columns.
 
-    The first value of an element is taken off all others: |mean| >> std costs nothing.
+    A column's first value is subtracted from all others: |mean| >> std costs nothing.
     """
     p = tl.arange(0, T.FB // T.UB)[None, :, None]
     first = first_row(x, i)
     d = tl.where(i < n, x - first[None, :], 0.0)
-    own = tl.sum(d, 0) * (1.0 / n.to(ACC))
-    own_m2 = sum_of_squares(tl.where(i < n, d - own[None, :], 0.0), 0)
-    mean = by_unit(first.to(tl.float64) + own.to(tl.float64), P, KB, T)
-    m2 = tl.where(p < P, by_unit(own_m2, P, KB, T), 0.0)
+    of_column = tl.sum(d, 0) * (1.0 / n.to(ACC))
+    m2 = sum_of_squares(tl.where(i < n, d - of_column[None, :], 0.0), 0)
+    mean = by_unit(first.to(tl.float64) + of_column.to(tl.float64), P, KB, T)
+    m2 = tl.where(p < P, by_unit(m2, P, KB, T), 0.0)
     mean, m2 = chan_merge(mean, m2, tl.where(p < P, n, 0), (n * P).to(tl.float64), 1, ACC)
     rounded = mean.to(ACC)
-    error = of_unit((mean - rounded.to(tl.float64)).to(ACC), unit, KB, T)
-    return x - of_unit(rounded, unit, KB, T)[None, :] - error[None, :], m2
+    error = of_columns((mean - rounded.to(tl.float64)).to(ACC), unit, KB, T)
+    return x - of_columns(rounded, unit, KB, T)[None, :] - error[None, :], m2
 
 
 @triton.jit
-def of_unit(a, unit, KB: tl.constexpr, T: tl.constexpr):
-    """[KB · FB] of values of units [KB, UB]: that of the sub-batch and unit that each element belongs to."""
-    if T.kind == "shared":
+def of_columns(a, unit, KB: tl.constexpr, T: tl.constexpr):
+    """[KB · FB] of values of units [KB, UB]: for each column that of its sub-batch and unit."""
+    if T.run_kind == "shared":
         return tl.gather(tl.reshape(a, [KB * T.UB]), unit, 0)
     else:
         return tl.reshape(tl.broadcast_to(a, [KB, T.FB]), [KB * T.FB])
@@ -140,37 +140,35 @@ def quotient(total, n):
         return tl.div_rn(total, n.to(tl.float32))
 
 
-def padded_sample(g: Geometry) -> int:
-    """Elements that one unit takes in a tile."""
-    if g.spatial:
-        return power_of_2(g.K) * power_of_2(g.n) * power_of_2(g.P)
-    return power_of_2(g.K) * power_of_2(g.M)
+def padded_unit(x: Geometry) -> int:
+    """Return how many elements of a tile one unit takes."""
+    return power_of_2(x.K) * (power_of_2(x.n) * power_of_2(x.P) if x.spatial else power_of_2(x.M))
 
 
-def fits(g: Geometry, itemsize: int) -> bool:
+def fits(x: Geometry, itemsize: int) -> bool:
     """Whether a unit, or 32 bytes of contiguous units, fits on chip."""
-    if g.spatial:  # of an odd P accesses are narrow, and their addresses take as many registers again
-        return padded_sample(g) <= (MOST_SPATIAL // 2 if g.P % 2 else MOST_SPATIAL)
-    return padded_sample(g) * min(32 // itemsize, power_of_2(g.U)) <= MOST_UNIT
+    if x.spatial:  # with an odd P accesses are narrow, and their addresses take as many registers again
+        return padded_unit(x) <= (MOST_SPATIAL // 2 if x.P % 2 else MOST_SPATIAL)
+    return padded_unit(x) * min(32 // itemsize, power_of_2(x.U)) <= MOST_UNIT
 
 
 @functools.lru_cache(maxsize=1024)
-def rule(x: Geometry, itemsize: int) -> Settings:
-    """Choose settings for a unit that fits: of them UB and warps are free."""
-    sample, KB = padded_sample(x), power_of_2(x.K)
+def choose_settings(x: Geometry, itemsize: int) -> Settings:
+    """Choose UB and warps. The other axes hold all of a unit that fits."""
+    elements, KB = padded_unit(x), power_of_2(x.K)
     if x.spatial:
-        UB, _ = run_tile(x, 256, min(512, MOST_SPATIAL // sample * power_of_2(x.P)), (1, 1))
-        warps = max(1 if UB == 1 else 2, min(8, warps_for(sample * UB)))
+        UB, _ = run_tile(x, 256, min(512, MOST_SPATIAL // elements * power_of_2(x.P)), (1, 1))
+        warps = max(1 if UB == 1 else 2, min(8, warps_for(elements * UB)))
         return Settings({"NB": power_of_2(x.n), "KB": KB, "UB": UB, "FB": UB * power_of_2(x.P)}, warps)
-    # coefficients are float64, [KB, UB] of them: more warps than x needs, so that a thread has few
-    UB = min(power_of_2(x.U), max(32 // itemsize, min(128, 8192 // sample, 256 // KB)))
-    warps = max(4, min(16, KB * UB // min(16 * itemsize, 64)), warps_for(sample * UB))
+    # [KB, UB] values of the loss are float64: there are more warps than x needs, so that a thread has few of them
+    UB = min(power_of_2(x.U), max(32 // itemsize, min(128, 8192 // elements, 256 // KB)))
+    warps = max(4, min(16, KB * UB // min(16 * itemsize, 64)), warps_for(elements * UB))
     return Settings({"NB": power_of_2(x.M), "KB": KB, "UB": UB}, warps)
 
 
 def plan(x: Geometry, itemsize: int) -> Launch:
     """Decide the launch for a unit that fits."""
-    settings = rule(x, itemsize)
+    settings = choose_settings(x, itemsize)
     T, sizes = as_runs(x, settings.tile)
     constants = {"T": T, "KB": settings.tile["KB"]}
     return Launch(one_pass, (cdiv(x.U, T.UB),), sizes, constants, settings, 255 if x.spatial else 128)

@@ -14,14 +14,14 @@ from ...options import IDENTITY, NO_MINIMUM, LossSpec, SubBatches
 from ...reference import projected_gradient
 from ..interface import Coefficients, Saved
 from . import backward, finalise, multiply
-from . import moments as partial_moments
-from . import one_pass as on_chip
+from . import moments as moments_kernel
+from . import one_pass as one_pass_kernel
 from .launch import ROOM
 
 
 def one_pass(x: Tensor, spec: LossSpec) -> bool:
     """Whether a unit fits on chip."""
-    return on_chip.fits(_geometry(x, spec), x.element_size())
+    return one_pass_kernel.fits(_geometry(x, spec), x.element_size())
 
 
 def loss(x: Tensor, beta: Tensor | None, spec: LossSpec) -> Tensor:
@@ -39,8 +39,8 @@ def loss_dx(x: Tensor, beta: Tensor | None, spec: LossSpec, beta_grad: bool) -> 
     beta = None if beta is None else in_unit_order(beta, x, spec.per_activation)
     dx, loss = empty_rows(x, x.shape[0]), empty_units(x, spec.per_activation)
     dbeta: Tensor | None = torch.empty_like(loss) if beta_grad else None
-    launch = on_chip.plan(_geometry(x, spec), x.element_size()).of(**_loss_constants(x, beta, spec))
-    launch(on_chip.Tensors(x, dx, loss, dbeta, beta), spec.beta_value, spec.beta_min, spec.factor)
+    launch = one_pass_kernel.plan(_geometry(x, spec), x.element_size()).of(**_loss_constants(x, beta, spec))
+    launch(one_pass_kernel.Tensors(x, dx, loss, dbeta, beta), spec.beta_value, spec.beta_min, spec.factor)
     loss, by_beta = _reduced(loss, dbeta, beta, spec)
     return loss, dx, by_beta
 
@@ -69,7 +69,8 @@ def moments(x: Tensor, sub_batches: SubBatches) -> tuple[Tensor, Tensor]:
     x = in_layout(x, sub_batches.per_activation)
     mean, var = (empty_units(x, sub_batches.per_activation, sub_batches.K) for _ in range(2))
     partial, parts = _moments(x, sub_batches, mean)
-    launch = finalise.plan(_geometry(x, sub_batches), parts, reduce=False).of(FORM=None, BETA=0, ACC=_accumulation(x))
+    launch = finalise.plan(_geometry(x, sub_batches), parts, reduce=False)
+    launch = launch.of(FORM=None, BETA="number", ACC=_accumulation(x))
     launch(finalise.Tensors(partial, mean, var, None, None, None, None), 0.0, 0.0, 1.0)
     return mean, var
 
@@ -117,12 +118,12 @@ def _moments(x, sub_batches, mean=None, y=None, rows=None, activation=None) -> t
     Without parts ``partial`` is m2. With parts finalise computes m2 and fills the mean.
     """
     g = _geometry(x, sub_batches)
-    launch = partial_moments.plan(g, x.element_size(), activates=y is not None, keeps=rows is not None)
+    launch = moments_kernel.plan(g, x.element_size(), activates=y is not None, keep_rows=rows is not None)
     parts = launch.sizes["parts"]
-    partial = torch.empty(partial_moments.partial_size(g, parts), dtype=torch.float64, device=x.device)
+    partial = torch.empty(moments_kernel.partial_size(g, parts), dtype=torch.float64, device=x.device)
     name, parameter = (None, 0.0) if activation is None else (activation.name, activation.parameter)
     launch = launch.of(ACTIVATION=name, ACC=_accumulation(x))
-    launch(partial_moments.Tensors(x, y, rows, partial, mean), parameter)
+    launch(moments_kernel.Tensors(x, y, rows, partial, mean), parameter)
     return partial, parts
 
 
@@ -136,7 +137,7 @@ def _loss(x, beta, spec, partial, parts, mean, beta_grad) -> tuple[Tensor, Any, 
             return x.new_empty((), dtype=accumulation_dtype(x.dtype))
         return empty_units(x, spec.per_activation)
 
-    loss, dbeta = empty(True), empty(launch.constants["BETA"] == 1) if beta_grad else None
+    loss, dbeta = empty(True), empty(launch.constants["BETA"] == "one") if beta_grad else None
     scale = None if mean is None else torch.empty_like(mean)
     tensors = finalise.Tensors(partial, mean, None, scale, loss, dbeta, beta)
     launch(tensors, spec.beta_value, spec.beta_min, spec.factor)
@@ -145,8 +146,8 @@ def _loss(x, beta, spec, partial, parts, mean, beta_grad) -> tuple[Tensor, Any, 
 
 
 def _loss_constants(x: Tensor, beta: Tensor | None, spec: LossSpec) -> dict[str, Any]:
-    kind = 0 if beta is None else 1 if beta.dim() == 0 else 2
-    return {"FORM": spec.form_name, "BETA": kind, "ACC": _accumulation(x)}
+    values = "number" if beta is None else "one" if beta.dim() == 0 else "each"
+    return {"FORM": spec.form_name, "BETA": values, "ACC": _accumulation(x)}
 
 
 def _reduced(loss: Tensor, dbeta: Tensor | None, beta: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor]:
