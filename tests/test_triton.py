@@ -141,6 +141,26 @@ def test_a_unit_of_many_positions_has_a_run_of_its_own():
         assert "T" not in launch.constants or launch.constants["T"].run_kind == "alone"
 
 
+@pytest.mark.parametrize(
+    ("constant", "name", "kernel"),
+    [
+        ("FORM", "loss and dx", "one_pass"),
+        ("BETA", "elu", "finalise"),
+        ("ACTIVATION", "elu", "moments"),
+        ("ACTIVATION", "dx of elu and loss", "backward"),
+    ],
+)
+def test_no_kernel_takes_an_unknown_case_for_another(constant, name, kernel):
+    x = torch.zeros(16, 3, 4, 4)
+    spec = spec_of(x, "relative_variance")
+    jobs = {**loss_jobs(x, spec), **activation_jobs(x, spec, "elu")}
+    launch, tensors, scalars = next(one for one in recorded(jobs[name]) if one.launch.name.startswith(kernel))
+    tensors = type(tensors)(*(None if t is None else torch.ones_like(t) for t in tensors))
+    launch(tensors, *scalars)
+    with pytest.raises(Exception, match=f"unknown {constant}"):
+        launch.of(**{constant: "other"})(tensors, *scalars)
+
+
 def test_more_programs_than_a_grid_holds_are_refused():
     launch = Launch(None, (2**31,), {}, {}, Settings({}, 1))
     with pytest.raises(ValueError, match=r"x would take 2147483648 programs.*2147483647"):

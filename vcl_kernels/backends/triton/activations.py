@@ -37,8 +37,10 @@ def activate(x, parameter, ACTIVATION: tl.constexpr, HALF: tl.constexpr):
     elif ACTIVATION == "silu":
         share, _ = sigmoid(x, HALF)
         return x * share
-    else:  # tanh
+    elif ACTIVATION == "tanh":
         return hyperbolic_tangent(x, HALF)
+    else:
+        tl.static_assert(False, "unknown ACTIVATION")
 
 
 @triton.jit
@@ -66,11 +68,13 @@ def activation_gradient(saved, dy, parameter, ACTIVATION: tl.constexpr, FROM_OUT
     elif ACTIVATION == "silu":
         share, rest = sigmoid(saved, False)
         return dy * share * (1.0 + saved * rest)
-    elif FROM_OUTPUT:  # tanh
+    elif ACTIVATION == "tanh" and FROM_OUTPUT:
         return dy * (1.0 - saved * saved)
-    else:  # tanh
+    elif ACTIVATION == "tanh":
         e = tl.exp(-2.0 * tl.abs(saved))
         return dy * (4.0 * e / ((1.0 + e) * (1.0 + e)))
+    else:
+        tl.static_assert(False, "unknown ACTIVATION")
 
 
 @triton.jit

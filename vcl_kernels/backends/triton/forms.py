@@ -25,8 +25,10 @@ def beta_of(beta, units, U, BETA: tl.constexpr):
         return tl.full(units.shape, beta.value, tl.float64)
     elif BETA == "one":
         return tl.load(beta.tensor).to(tl.float64) + tl.zeros(units.shape, tl.float64)
-    else:
+    elif BETA == "each":
         return tl.load(beta.tensor + units, mask=units < U, other=1.0).to(tl.float64)
+    else:
+        tl.static_assert(False, "unknown BETA")
 
 
 @triton.jit
@@ -65,11 +67,13 @@ def loss_of_variances(var, K, beta, FORM: tl.constexpr):
         dV = 2.0 * unbiased * d
         if FORM == "variance":
             return V, dV, tl.zeros_like(vbar)
-        else:  # V / (v̄ + beta)²
+        elif FORM == "relative_variance":  # V / (v̄ + beta)²
             inverse = 1.0 / (vbar + beta)
             loss = V * inverse * inverse
             dvbar = -2.0 * loss * inverse
             return loss, dV * (inverse * inverse)[None, :] + (dvbar * per_k)[None, :], dvbar
+        else:
+            tl.static_assert(False, "unknown FORM")
 
 
 @triton.jit
