@@ -125,11 +125,10 @@ def test_the_committed_table_has_no_spills():
 
 def test_the_committed_table_is_of_these_launches():
     found = {(row[0].lstrip("| "), row[1], row[2], row[3], row[4]) for row in committed()[1] if len(row) > 5}
+    calls = [(str(look), name, one.launch) for look in every_look() for name, one in launches(look)]
     launched = {
-        (one.launch.name, str(look), name, " ".join(f"{axis}={size}" for axis, size in tile.items()), str(warps))
-        for look in every_look()
-        for name, one in launches(look)
-        for tile, warps, _ in [one.launch.settings]
+        (launch.name, look, name, " ".join(f"{axis}={size}" for axis, size in launch.tile.items()), str(launch.warps))
+        for look, name, launch in calls
     }
     rows = {row for row in found if row[0] in KERNELS}
     assert len(rows) > 400

@@ -10,7 +10,7 @@ import vcl_kernels as vk
 from benchmarks.structure.launches import activation_jobs, loss_jobs, moments_jobs, recorded, spec_of
 from vcl_kernels.backends.interface import Coefficients
 from vcl_kernels.backends.triton import moments, multiply, ops
-from vcl_kernels.backends.triton.launch import Launch, Settings
+from vcl_kernels.backends.triton.launch import Launch
 from vcl_kernels.checks import check_loss
 from vcl_kernels.options import SubBatches
 
@@ -31,7 +31,7 @@ def kernels_of(shapes):
     for shape in shapes:
         for launch, tensors, _ in launches_of(shape):
             kinds = (*(t is not None and t.dtype for t in tensors), *(size > 2**31 for size in launch.sizes.values()))
-            found.add((launch.kernel.__name__, launch.settings.warps, *launch.constants.items(), kinds))
+            found.add((launch.kernel.__name__, launch.warps, *launch.constants.items(), kinds))
     return len(found)
 
 
@@ -81,7 +81,7 @@ def test_sizes_past_32_bits_reach_kernels_whole():
 def test_a_first_value_may_be_an_outlier(shape, memory_format, outlier, monkeypatch):
     """It is taken off all others of an element, of which there are many: no GPU is to be filled with programs."""
     monkeypatch.setattr(moments, "WARPS", 1)
-    monkeypatch.setattr(moments, "choose_settings", moments.choose_settings.__wrapped__)
+    monkeypatch.setattr(moments, "plan", moments.plan.__wrapped__)
     x = torch.randn(shape)
     if outlier:
         x[0, :].view(shape[1], -1)[:, 0] = outlier
@@ -162,7 +162,7 @@ def test_no_kernel_takes_an_unknown_case_for_another(constant, name, kernel):
 
 
 def test_more_programs_than_a_grid_holds_are_refused():
-    launch = Launch(None, (2**31,), {}, {}, Settings({}, 1))
+    launch = Launch(None, (2**31,), {}, {}, {}, 1)
     with pytest.raises(ValueError, match=r"x would take 2147483648 programs.*2147483647"):
         launch((torch.zeros(1),))
 

@@ -39,7 +39,7 @@ def specialise(launched: Recorded) -> Specialised:
         tuple((name, "i32" if size < 2**31 else "i64") for name, size in launch.sizes.items()),
         tuple(launch.constants.items()),
         tuple(small),
-        launch.settings.warps,
+        launch.warps,
         launch.most_registers,
     )
 

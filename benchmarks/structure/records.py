@@ -54,8 +54,8 @@ def _described(look: Look, call: str, launched: Recorded) -> Record:
         "kernel": launch.name,
         "case": str(look),
         "call": call,
-        "tile": launch.settings.tile,
-        "warps": launch.settings.warps,
+        "tile": launch.tile,
+        "warps": launch.warps,
         "programs": math.prod(launch.grid),
         "bytes": elements * element_size,
         "padded_bytes": padded * element_size,
@@ -78,21 +78,21 @@ def _tensors_read(launched: Recorded) -> list[Any]:
 
 def elements_of_tile(launched: Recorded) -> tuple[int, int]:
     """Elements of a tile: those that are there, and with padding."""
-    launch, tile, sizes = launched.launch, launched.launch.settings.tile, launched.launch.sizes
+    launch, tile, sizes = launched.launch, launched.launch.tile, launched.launch.sizes
     if "EB" in tile:
         return min(tile["EB"], sizes["E"] * launch.constants["ALIGNED"]), tile["EB"]
     covers = {"PARTB": ("parts", 1), "KB": ("K", 1), "UB": ("U", 1)}
     if "NB" in tile:
         T = launch.constants["T"]
         tile = {"KB": tile.get("KB", 1), "NB": T.NB * T.MB, "FB": T.FB // T.MB}
-        covers = {"KB": ("K", 1), "NB": ("n", 1), "FB": ("P", min(launch.settings.tile["UB"], sizes["U"]))}
+        covers = {"KB": ("K", 1), "NB": ("n", 1), "FB": ("P", min(launch.tile["UB"], sizes["U"]))}
     there = (min(size, sizes[covers[axis][0]] * covers[axis][1]) for axis, size in tile.items())
     return math.prod(there), math.prod(tile.values())
 
 
 def allows_128_bits(launched: Recorded) -> bool:
     """Whether a row of the tile, and every distance between rows, is a multiple of 16 bytes."""
-    constants, tile = launched.launch.constants, launched.launch.settings.tile
+    constants, tile = launched.launch.constants, launched.launch.tile
     if "PARTB" in tile:
         return False
     size = min(t.element_size() for t in _tensors_read(launched))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...geometry import Geometry
 from .activations import activation_gradient
-from .launch import RUN_TIME, WARPS, Launch, Settings, cdiv, power_of_2
+from .launch import RUN_TIME, WARPS, Launch, cdiv, power_of_2
 from .tiles import as_runs, row_at, run_length, run_tile, unit_in_run
 
 TILES = 4  # most tiles of a program, which reads its coefficients once
@@ -102,42 +102,26 @@ def backward(  # noqa: PLR0913
 
 
 @functools.lru_cache(maxsize=1024)
-def choose_settings(saved: Geometry, dx: Geometry, itemsize: int) -> Settings:
-    """Choose tile, warps and parts."""
+def plan(x: Geometry, itemsize: int) -> Launch:
+    """Decide the launch, for what is read; all that is written is dense."""
     lanes = 32 * ELEMENTS // (2 if itemsize == 8 else 1)
-    if dx.spatial:
-        UB, FB = run_tile(saved, 256, 512, (512, 512))
+    if x.spatial:
+        UB, FB = run_tile(x, 256, 512, 512)
         # few rows of a long run: with more, the compiler would compute them side by side and take twice the registers
-        NB = min(power_of_2(dx.n), ROWS if itemsize == 2 and UB > 1 else ROWS // 2)
+        NB = min(power_of_2(x.n), ROWS if itemsize == 2 and UB > 1 else ROWS // 2)
         tile, warps = {"NB": NB, "UB": UB, "FB": FB}, max(1, FB // lanes)
     else:
-        NB = ROWS // 2 if dx.M in (5, 6) else ROWS  # 5 or 6 rows are padded to 6, not to 8
-        UB = min(power_of_2(dx.U), 64 if dx.M >= 64 else lanes)
-        MB = min(power_of_2(cdiv(dx.M, 2 * NB)), UNIT_WARPS * lanes // UB)
+        NB = ROWS // 2 if x.M in (5, 6) else ROWS  # 5 or 6 rows are padded to 6, not to 8
+        UB = min(power_of_2(x.U), 64 if x.M >= 64 else lanes)
+        MB = min(power_of_2(cdiv(x.M, 2 * NB)), UNIT_WARPS * lanes // UB)
         tile, warps = {"NB": NB, "MB": MB, "UB": UB}, max(1, MB * UB // lanes)
-    tiles = tiles_of(dx, tile)
-    return Settings(tile, warps, max(cdiv(tiles, TILES), min(tiles, cdiv(WARPS, programs_of(dx, tile) * warps))))
-
-
-def tiles_of(x: Geometry, tile: dict[str, int]) -> int:
-    """Return how many tiles cover the rows of a sub-batch."""
-    return cdiv(x.n, tile["NB"]) if x.spatial else cdiv(x.M, tile["NB"] * tile["MB"])
-
-
-def programs_of(x: Geometry, tile: dict[str, int]) -> int:
-    """Return how many programs there are if none has but a part of a sub-batch."""
-    by_pos = cdiv(x.P, tile["FB"]) if x.spatial and tile["UB"] == 1 else 1
-    return by_pos * cdiv(x.U, tile["UB"]) * cdiv(x.N, x.n)
-
-
-def plan(saved: Geometry, dx: Geometry, itemsize: int) -> Launch:
-    """Decide the launch, of ``dx.N`` rows."""
-    dx = dx._replace(spatial=saved.spatial)  # one unit of contiguous values fits both layouts: take that of ``saved``
-    settings = choose_settings(saved, dx, itemsize)
-    tile, _, wanted_parts = settings
-    T, sizes = as_runs(saved._replace(N=dx.N), tile)
-    rows_of_part = min(sizes["n"], cdiv(tiles_of(dx, tile), wanted_parts) * T.NB * T.MB)
+    T, sizes = as_runs(x, tile)
+    tiles = cdiv(sizes["n"], T.NB * T.MB)
+    blocks, by_pos = cdiv(x.U, UB), cdiv(x.P, T.FB) if T.run_kind == "alone" else 1
+    programs = cdiv(x.N, x.n) * blocks * by_pos
+    wanted_parts = max(cdiv(tiles, TILES), min(tiles, cdiv(WARPS, programs * warps)))
+    rows_of_part = min(sizes["n"], cdiv(tiles, wanted_parts) * T.NB * T.MB)
     parts = cdiv(sizes["n"], rows_of_part)
-    sizes |= {"rows_of_part": rows_of_part, "parts": parts, "blocks": cdiv(dx.U, T.UB), "run_units": T.UB}
-    T = T._replace(UB=0) if dx.spatial else T  # units with any number of positions share kernels
-    return Launch(backward, (programs_of(dx, tile) * parts,), sizes, {"T": T}, settings)
+    sizes |= {"rows_of_part": rows_of_part, "parts": parts, "blocks": blocks, "run_units": UB}
+    T = T._replace(UB=0) if x.spatial else T  # units with any number of positions share kernels
+    return Launch(backward, (programs * parts,), sizes, {"T": T}, tile, warps)

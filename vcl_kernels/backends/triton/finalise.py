@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...geometry import Geometry
 from .forms import Beta, loss_and_scale
-from .launch import RUN_TIME, Launch, Settings, cdiv, power_of_2, warps_for
+from .launch import RUN_TIME, Launch, cdiv, power_of_2, warps_for
 from .moments import m2_offset
 
 MOST_OF_TILE = 2048  # most values of a tile [part, K, units] of 16 warps: in float64 more take too many registers
@@ -99,23 +99,16 @@ def parts_at(partial, part, parts, m2_offset, part_stride, out, mask):
 
 
 @functools.lru_cache(maxsize=1024)
-def choose_settings(x: Geometry, one_program: bool) -> Settings:
-    """Choose tile and warps. They depend on K alone, so that a network's layers share kernels."""
-    KB = power_of_2(x.K)
-    if one_program:
-        return Settings({"PARTB": 1, "KB": KB, "UB": max(1, MOST_OF_TILE // KB)}, 16)
-    UB = max(4, SEVERAL // KB)  # 4 units of float64 are the least that memory moves
-    PARTB = max(1, min(4, MOST_OF_TILE // (KB * UB)))
-    return Settings({"PARTB": PARTB, "KB": KB, "UB": UB}, warps_for(64 * KB * UB))
-
-
 def plan(x: Geometry, parts: int, reduce: bool) -> Launch:
-    """Decide the launch.
+    """Decide the launch. Tile and warps depend on K alone, so that a network's layers share kernels.
 
     ``reduce``: the sum over units is wanted. REDUCE: this launch computes it; else the caller does.
     """
-    one_program = reduce and power_of_2(x.K) * x.U * parts <= READ_BY_ONE
-    settings = choose_settings(x, one_program)
+    KB = power_of_2(x.K)
+    one_program = reduce and KB * x.U * parts <= READ_BY_ONE
+    UB = max(1, MOST_OF_TILE // KB) if one_program else max(4, SEVERAL // KB)  # memory moves 4 float64 at least
+    PARTB = 1 if one_program else max(1, min(4, MOST_OF_TILE // (KB * UB)))
+    tile, warps = {"PARTB": PARTB, "KB": KB, "UB": UB}, 16 if one_program else warps_for(64 * KB * UB)
     sizes = {"K": x.K, "M": x.M, "U": x.U, "m2_offset": m2_offset(x, parts), "parts": parts}
-    grid = (1 if one_program else cdiv(x.U, settings.tile["UB"]),)
-    return Launch(finalise, grid, sizes, {**settings.tile, "REDUCE": one_program}, settings)
+    grid = (1 if one_program else cdiv(x.U, UB),)
+    return Launch(finalise, grid, sizes, {**tile, "REDUCE": one_program}, tile, warps)

@@ -21,16 +21,8 @@ MOST_PROGRAMS = 2**31 - 1
 ROOM = 2**16
 
 
-class Settings(NamedTuple):
-    """What a launch is free to choose: its tile (powers of two by axis), its warps, and parts of a sub-batch."""
-
-    tile: dict[str, int]
-    warps: int
-    wanted_parts: int = 1
-
-
 class Launch(NamedTuple):
-    """A kernel, its grid, its sizes, what it is specialised for, the settings behind these, and registers of a thread.
+    """A kernel, its grid, its sizes, what it is specialised for, its tile (powers of two by axis), warps and registers.
 
     NVIDIA's assembler is told how many registers a thread may take: else it spills some to have more warps resident.
     """
@@ -39,14 +31,15 @@ class Launch(NamedTuple):
     grid: tuple[int, ...]
     sizes: dict[str, int]
     constants: dict[str, Any]
-    settings: Settings
+    tile: dict[str, int]
+    warps: int
     registers: int = 128  # a multiprocessor then holds 16 warps
 
     @property
     def name(self) -> str:
         """Name of the kernel, and of the layout where it serves both."""
-        tile = self.constants.get("T")
-        return self.kernel.__name__ + ("" if tile is None else "_unit" if tile.run_kind == "units" else "_spatial")
+        T = self.constants.get("T")
+        return self.kernel.__name__ + ("" if T is None else "_unit" if T.run_kind == "units" else "_spatial")
 
     def of(self, **constants: Any) -> Launch:
         """Specialise the kernel further."""
@@ -59,7 +52,7 @@ class Launch(NamedTuple):
         device = next(t for t in tensors if t is not None).device
         elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
         with torch.cuda.device(device) if elsewhere else nullcontext():
-            options = {"num_warps": self.settings.warps}
+            options = {"num_warps": self.warps}
             if not torch.version.hip:
                 options["maxnreg"] = self.most_registers
             self.kernel[self.grid](tensors, *scalars, **self.sizes, **self.constants, **options)
@@ -67,7 +60,7 @@ class Launch(NamedTuple):
     @property
     def most_registers(self) -> int:
         """Most registers of a thread with which a multiprocessor can hold a program."""
-        return min(self.registers, 2048 // self.settings.warps)
+        return min(self.registers, 2048 // self.warps)
 
 
 def power_of_2(value: int) -> int:

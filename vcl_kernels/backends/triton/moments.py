@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...geometry import Geometry
 from .activations import activate
-from .launch import RUN_TIME, WARPS, Launch, Settings, cdiv, power_of_2
+from .launch import RUN_TIME, WARPS, Launch, cdiv, power_of_2
 from .tiles import SHRUNK, as_runs, by_unit, chan_merge, row_at, run_length, run_tile, unit_in_run
 
 ROWS = 8  # of a tile in one thread: as many loads are in flight
@@ -174,7 +174,7 @@ def rows_before(tile, by_row, n, STEP: tl.constexpr):
 
 @triton.jit
 def columns(a, P, T: tl.constexpr):
-    """[FB // UB, UB] of the elements of a run [FB]: a column has those of a unit."""
+    """Values of the columns of a tile [FB] as [FB // UB, UB]: by unit."""
     return tl.reshape(by_unit(a, P, 1, T), [T.FB // T.UB, T.UB])
 
 
@@ -210,7 +210,7 @@ def next_pass(m2, squares, first_pass, SUMS: tl.constexpr, OF_X: tl.constexpr):
 
 @triton.jit
 def store_moments(tensors, at, valid, m2_offset, mean, m2, values, pid, parts):
-    """Store mean and m2: of a whole sub-batch where they are wanted; of a part in two planes, then its values."""
+    """Store m2 and, for parts or where it is wanted, the mean; and how many values each part has."""
     tl.store(tensors.partial + m2_offset + at, m2, mask=valid)
     if parts > 1:
         tl.store(tensors.partial + at, mean, mask=valid)
@@ -218,29 +218,6 @@ def store_moments(tensors, at, valid, m2_offset, mean, m2, values, pid, parts):
             tl.store(tensors.partial + m2_offset + m2_offset + pid + tl.arange(0, 1), values)
     elif tensors.mean is not None:
         tl.store(tensors.mean + at, mean.to(tensors.mean.dtype.element_ty), mask=valid)
-
-
-@functools.lru_cache(maxsize=1024)
-def choose_settings(x: Geometry, writes: bool, itemsize: int) -> Settings:
-    """Choose tile, warps and parts. What is written takes registers: a thread then has fewer rows."""
-    rows = ROWS // 2 if writes else ROWS
-    lanes = 32 * elements_of_thread(itemsize)
-    if x.spatial:
-        UB, FB = run_tile(x, 64, 2 * lanes, (lanes, lanes))
-        NB = min(power_of_2(x.n), 2 if writes and x.n in (5, 6) else rows)  # 5 or 6 rows are padded to 6, not to 8
-        tile = {"NB": NB, "UB": UB, "FB": FB}
-        warps = 1 if UB == 1 else max(2, FB // lanes)  # what warps exchange goes by shared memory
-    else:
-        NB, one_thread = min(power_of_2(x.M), rows), x.M <= ROWS
-        UB = min(power_of_2(x.U), lanes if one_thread else 128 // itemsize)
-        MB = 1 if one_thread else min(power_of_2(cdiv(x.M, NB)), (1 if x.M <= FLOAT64 else 4) * lanes // UB)
-        tile, warps = {"NB": NB, "MB": MB, "UB": UB}, max(1, MB * UB // lanes)
-    return Settings(tile, warps, max(1, WARPS // (cdiv(x.U, tile["UB"]) * x.K * warps)))
-
-
-def elements_of_thread(itemsize: int) -> int:
-    """Return how many neighbouring elements of a row a thread has sums of: those of 8 or 16 bytes."""
-    return 2 if itemsize == 8 else 4
 
 
 def m2_offset(x: Geometry, parts: int) -> int:
@@ -253,24 +230,37 @@ def partial_size(x: Geometry, parts: int) -> int:
     return x.K * x.U if parts == 1 else 2 * m2_offset(x, parts) + parts
 
 
+@functools.lru_cache(maxsize=1024)
 def plan(x: Geometry, itemsize: int, activates: bool, keep_rows: bool = False) -> Launch:
     """Decide the launch. Its sizes say how many ``parts`` a sub-batch has.
 
     ``activates``: it writes y, of all rows. ``keep_rows``: it copies the rows of x that take part.
     """
-    settings = choose_settings(x, activates or keep_rows, itemsize)
-    tile, warps, wanted_parts = settings
+    writes = activates or keep_rows
+    rows = ROWS // 2 if writes else ROWS  # what is written takes registers
+    columns_of_thread = 2 if itemsize == 8 else 4  # neighbours, of 8 or 16 bytes
+    lanes = 32 * columns_of_thread
+    if x.spatial:
+        UB, FB = run_tile(x, 64, 2 * lanes, lanes)
+        NB = min(power_of_2(x.n), 2 if writes and x.n in (5, 6) else rows)  # 5 or 6 rows are padded to 6, not to 8
+        tile = {"NB": NB, "UB": UB, "FB": FB}
+        warps = 1 if UB == 1 else max(2, FB // lanes)  # what warps exchange goes by shared memory
+    else:
+        NB, one_thread = min(power_of_2(x.M), rows), x.M <= ROWS
+        UB = min(power_of_2(x.U), lanes if one_thread else 128 // itemsize)
+        MB = 1 if one_thread else min(power_of_2(cdiv(x.M, NB)), (1 if x.M <= FLOAT64 else 4) * lanes // UB)
+        tile, warps = {"NB": NB, "MB": MB, "UB": UB}, max(1, MB * UB // lanes)
     # in the unit layout sums of more columns take too many registers
-    T, sizes = as_runs(x, tile, 16 if x.spatial else elements_of_thread(itemsize))
-    by_pos = cdiv(x.P, T.FB) if T.run_kind == "alone" else 1
+    T, sizes = as_runs(x, tile, 16 if x.spatial else columns_of_thread)
+    blocks, by_pos = cdiv(x.U, UB), cdiv(x.P, T.FB) if T.run_kind == "alone" else 1
     past = sizes["N"] - x.K * sizes["n"] if activates else 0
     tiles, tiles_past = (cdiv(rows, T.NB * T.MB) * by_pos for rows in (sizes["n"], past))
     # merging a part costs a tile: at least two tiles a part, unless a GPU would be idle
-    idle = T.run_kind == "units" and x.M > FLOAT64 and cdiv(x.U, T.UB) * x.K * tiles * warps <= WARPS // 4
-    wanted_parts = min(tiles if idle else max(1, tiles // 2), wanted_parts)
-    tiles_of_part = cdiv(tiles, max(wanted_parts, cdiv(tiles, TILES)))
+    idle = T.run_kind == "units" and x.M > FLOAT64 and blocks * x.K * tiles * warps <= WARPS // 4
+    most_parts = tiles if idle else max(1, tiles // 2)
+    wanted_parts = max(1, min(most_parts, WARPS // (blocks * x.K * warps)), cdiv(tiles, TILES))
+    tiles_of_part = cdiv(tiles, wanted_parts)
     parts = cdiv(tiles, tiles_of_part)
     sizes |= {"m2_offset": m2_offset(x, parts), "parts": parts, "tiles_of_part": tiles_of_part}
     sums = tl.float64 if itemsize == 8 or x.M <= FLOAT64 else tl.float32
-    grid = (cdiv(x.U, T.UB) * (x.K * parts + tiles_past),)
-    return Launch(moments, grid, sizes, {"T": T, "SUMS": sums}, settings)
+    return Launch(moments, (blocks * (x.K * parts + tiles_past),), sizes, {"T": T, "SUMS": sums}, tile, warps)

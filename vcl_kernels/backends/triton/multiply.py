@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import RUN_TIME, Launch, Settings, cdiv, warps_for
+from .launch import RUN_TIME, Launch, cdiv, warps_for
 
 TILE = 4096
 
@@ -30,14 +30,8 @@ def multiply(tensors, E, ALIGNED: tl.constexpr, ACC: tl.constexpr, EB: tl.conste
         tl.store(tensors.dx + at, (dx * g).to(tensors.dx.dtype.element_ty), mask=mask)
 
 
-def choose_settings() -> Settings:
-    """Choose tile and warps."""
-    return Settings({"EB": TILE}, warps_for(TILE))
-
-
 def plan(elements: int) -> Launch:
     """Decide the launch."""
-    settings = choose_settings()
-    by = math.gcd(16, elements)
-    constants = {"ALIGNED": by, **settings.tile}
-    return Launch(multiply, (cdiv(elements, settings.tile["EB"]),), {"E": elements // by}, constants, settings)
+    by, tile = math.gcd(16, elements), {"EB": TILE}
+    grid = (cdiv(elements, TILE),)
+    return Launch(multiply, grid, {"E": elements // by}, {"ALIGNED": by, **tile}, tile, warps_for(TILE))

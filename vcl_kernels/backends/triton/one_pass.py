@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...geometry import Geometry
 from .forms import Beta, loss_and_scale
-from .launch import RUN_TIME, Launch, Settings, cdiv, power_of_2, warps_for
+from .launch import RUN_TIME, Launch, cdiv, power_of_2, warps_for
 from .tiles import SHRUNK, as_runs, by_unit, chan_merge, row_at, run_length, run_tile, unit_in_run
 
 # Most elements of a tile, padding included: 64 in each thread of 8 warps; in the unit layout, where addresses take
@@ -153,22 +153,17 @@ def fits(x: Geometry, itemsize: int) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def choose_settings(x: Geometry, itemsize: int) -> Settings:
-    """Choose UB and warps. The other axes hold all of a unit that fits."""
+def plan(x: Geometry, itemsize: int) -> Launch:
+    """Decide the launch for a unit that fits: UB and warps. The other axes of a tile hold all of a unit."""
     elements, KB = padded_unit(x), power_of_2(x.K)
     if x.spatial:
-        UB, _ = run_tile(x, 256, min(512, MOST_SPATIAL // elements * power_of_2(x.P)), (1, 1))
+        UB, _ = run_tile(x, 256, min(512, MOST_SPATIAL // elements * power_of_2(x.P)), 1)
         warps = max(1 if UB == 1 else 2, min(8, warps_for(elements * UB)))
-        return Settings({"NB": power_of_2(x.n), "KB": KB, "UB": UB, "FB": UB * power_of_2(x.P)}, warps)
-    # [KB, UB] values of the loss are float64: there are more warps than x needs, so that a thread has few of them
-    UB = min(power_of_2(x.U), max(32 // itemsize, min(128, 8192 // elements, 256 // KB)))
-    warps = max(4, min(16, KB * UB // min(16 * itemsize, 64)), warps_for(elements * UB))
-    return Settings({"NB": power_of_2(x.M), "KB": KB, "UB": UB}, warps)
-
-
-def plan(x: Geometry, itemsize: int) -> Launch:
-    """Decide the launch for a unit that fits."""
-    settings = choose_settings(x, itemsize)
-    T, sizes = as_runs(x, settings.tile)
-    constants = {"T": T, "KB": settings.tile["KB"]}
-    return Launch(one_pass, (cdiv(x.U, T.UB),), sizes, constants, settings, 255 if x.spatial else 128)
+        tile = {"NB": power_of_2(x.n), "KB": KB, "UB": UB, "FB": UB * power_of_2(x.P)}
+    else:
+        # [KB, UB] values of the loss are float64: there are more warps than x needs, so that a thread has few of them
+        UB = min(power_of_2(x.U), max(32 // itemsize, min(128, 8192 // elements, 256 // KB)))
+        warps = max(4, min(16, KB * UB // min(16 * itemsize, 64)), warps_for(elements * UB))
+        tile = {"NB": power_of_2(x.M), "KB": KB, "UB": UB}
+    T, sizes = as_runs(x, tile)
+    return Launch(one_pass, (cdiv(x.U, UB),), sizes, {"T": T, "KB": KB}, tile, warps, 255 if x.spatial else 128)

@@ -100,9 +100,10 @@ def _dx(saved, dy, coefficients, g, activation, sub_batches, N) -> Tensor:
     if rows is not None and dy is None:
         tensor, rows = rows, None
     mean, scale, shift = (None if t is None else in_unit_order(t, dx, per_activation) for t in coefficients)
-    to = _geometry(dx, sub_batches)
-    launch = backward.plan(to if tensor is None else _geometry(tensor, sub_batches), to, dx.element_size())
-    launch = launch.of(ACTIVATION=activation.name, FROM_OUTPUT=from_output, ACC=_accumulation(dx))
+    strides = (dx if tensor is None else tensor).stride()  # of what is read; it may have fewer rows than dx
+    geometry = _of_shape(dx.shape, strides, sub_batches.n, sub_batches.K, per_activation)
+    constants = {"ACTIVATION": activation.name, "FROM_OUTPUT": from_output, "ACC": _accumulation(dx)}
+    launch = backward.plan(geometry, dx.element_size()).of(**constants)
     launch(backward.Tensors(tensor, rows, dy, dx, mean, scale, shift, g), activation.parameter)
     return dx
 

@@ -90,26 +90,16 @@ def chan_merge(mean, m2, count, values, AXIS: tl.constexpr, ACC: tl.constexpr):
     return tl.sum(centre, AXIS), tl.sum(m2.to(tl.float64) + count * (d * d), AXIS)
 
 
-def fitting(size: int, least: int, most: int) -> int:
-    """Return the power of two from ``least`` to ``most`` whose multiples cover ``size`` with the least padding.
-
-    The largest of equals; for a small ``size`` the power that covers it.
-    """
-    powers = [2**e for e in range(most.bit_length() - 1, least.bit_length() - 2, -1) if 2**e < 2 * size]
-    return min(powers or [power_of_2(size)], key=lambda power: -(-size // power) * power)
-
-
-def run_tile(x: Geometry, most: int, shared: int, alone: tuple[int, int]) -> tuple[int, int]:
+def run_tile(x: Geometry, most: int, shared: int, alone: int) -> tuple[int, int]:
     """Return UB and FB for the spatial layout: how many units share a run, and elements of a tile.
 
-    Units of ``most`` positions at most share a tile of about ``shared`` elements. A tile of another has from
-    ``alone[0]`` to ``alone[1]``.
+    Units of up to ``most`` positions share a tile of about ``shared`` elements. A tile of another has up to ``alone``.
     """
+    PB = power_of_2(x.P)
     if x.unit_stride == x.P <= most:
-        PB = power_of_2(x.P)
         UB = min(power_of_2(x.U), max(1, shared // PB))
         return UB, UB * PB
-    return 1, fitting(x.P, *alone)
+    return 1, min(alone, PB)
 
 
 def as_runs(x: Geometry, tile: dict[str, int], most: int = 16) -> tuple[Tile, dict[str, int]]:
