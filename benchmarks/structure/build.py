@@ -40,7 +40,7 @@ def specialise(launched: Recorded) -> Specialised:
         tuple(launch.constants.items()),
         tuple(small),
         launch.warps,
-        launch.most_registers,
+        launch.registers,
     )
 
 

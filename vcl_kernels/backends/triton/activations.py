@@ -1,6 +1,6 @@
 """Activation functions and their derivatives, elementwise in the accumulation dtype.
 
-In the functions that Triton has everywhere (exp, erf), so that the interpreter and every GPU run the same steps.
+They use only functions that Triton has everywhere (exp, erf): the interpreter and every GPU run the same steps.
 Every argument of exp is at most 0: nothing overflows, and a NaN comes only from NaN or Inf.
 """
 
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 INVERSE_FACTORIAL = tl.constexpr(tuple(1 / math.factorial(j) for j in range(16)))
-# tanh(x) / x = 1 + Σ c_j x^2j, j = 1 … 5, on |x| <= 0.57: fitted to least greatest relative error, 2e-9
+# tanh(x) / x = 1 + Σ c_j x^2j, j = 1 … 5, on |x| <= 0.57: the fit whose greatest relative error is least, 2e-9
 TANH_NEAR = tl.constexpr((-0.33333311, 0.13332363, -0.05382782, 0.02096743, -0.00612302))
 
 # gelu_tanh takes the sigmoid of a (x + b x³) for Φ(x), a = 2 √(2 / π)
@@ -19,7 +19,7 @@ GELU_TANH = tl.constexpr((1.5957691216057308, 0.044715))
 
 @triton.jit
 def activate(x, parameter, ACTIVATION: tl.constexpr, HALF: tl.constexpr):
-    """y = activation(x), to be rounded to 16 bits if HALF; ``parameter`` is alpha of elu, the slope of leaky_relu."""
+    """y = activation(x), to be rounded to 16 bits if HALF. ``parameter`` is elu's alpha or leaky_relu's slope."""
     parameter = tl.full(x.shape, parameter, x.dtype)
     if ACTIVATION == "identity":
         return x
@@ -57,17 +57,17 @@ def activation_gradient(saved, dy, parameter, ACTIVATION: tl.constexpr, FROM_OUT
         slope = saved + parameter if FROM_OUTPUT else parameter * tl.exp(tl.where(saved > 0, 0.0, saved))
         return tl.where(saved > 0, dy, dy * slope)
     elif ACTIVATION == "gelu":
-        near = saturated(saved)
-        density = 0.3989422804014327 * tl.exp(-0.5 * near * near)
+        bounded = saturated(saved)
+        density = 0.3989422804014327 * tl.exp(-0.5 * bounded * bounded)
         return dy * (normal_cdf(saved, False) + saved * density)
     elif ACTIVATION == "gelu_tanh":
-        near = saturated(saved)
-        share, rest = sigmoid(gelu_tanh_argument(near), False)
-        inner = GELU_TANH[0] * (1.0 + 3.0 * GELU_TANH[1] * near * near)
-        return dy * (share + saved * (share * rest) * inner)
+        bounded = saturated(saved)
+        share, complement = sigmoid(gelu_tanh_argument(bounded), False)
+        inner = GELU_TANH[0] * (1.0 + 3.0 * GELU_TANH[1] * bounded * bounded)
+        return dy * (share + saved * (share * complement) * inner)
     elif ACTIVATION == "silu":
-        share, rest = sigmoid(saved, False)
-        return dy * share * (1.0 + saved * rest)
+        share, complement = sigmoid(saved, False)
+        return dy * share * (1.0 + saved * complement)
     elif ACTIVATION == "tanh" and FROM_OUTPUT:
         return dy * (1.0 - saved * saved)
     elif ACTIVATION == "tanh":
@@ -154,5 +154,5 @@ def gelu_tanh_argument(x):
 
 @triton.jit
 def saturated(x):
-    """x within bounds, past which gelu equals its limits even in float64, so that powers do not overflow."""
+    """x within bounds, so that its powers do not overflow. Past them gelu equals its limits even in float64."""
     return tl.minimum(tl.maximum(x, -40.0), 40.0)

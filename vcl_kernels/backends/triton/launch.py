@@ -22,7 +22,7 @@ ROOM = 2**16
 
 
 class Launch(NamedTuple):
-    """A kernel, its grid, its sizes, what it is specialised for, its tile (powers of two by axis), warps and registers.
+    """A kernel, its grid and sizes, what it is specialised for, its tile (powers of two by axis), warps and registers.
 
     NVIDIA's assembler is told how many registers a thread may take: else it spills some to have more warps resident.
     """
@@ -33,7 +33,7 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     tile: dict[str, int]
     warps: int
-    registers: int = 128  # a multiprocessor then holds 16 warps
+    registers: int = 128  # most of a thread: a multiprocessor then holds 16 warps, the most of a program
 
     @property
     def name(self) -> str:
@@ -54,13 +54,8 @@ class Launch(NamedTuple):
         with torch.cuda.device(device) if elsewhere else nullcontext():
             options = {"num_warps": self.warps}
             if not torch.version.hip:
-                options["maxnreg"] = self.most_registers
+                options["maxnreg"] = self.registers
             self.kernel[self.grid](tensors, *scalars, **self.sizes, **self.constants, **options)
-
-    @property
-    def most_registers(self) -> int:
-        """Most registers of a thread with which a multiprocessor can hold a program."""
-        return min(self.registers, 2048 // self.warps)
 
 
 def power_of_2(value: int) -> int:

@@ -106,13 +106,13 @@ def moments(  # noqa: PLR0913
                 if ALONE:
                     at += tl.where(row < n, 0, FB)
                     row = tl.where(row < n, row, 0)
-            of_column, m2, squares = moments_of_columns(pivot, total, squares, inverse, shrink)
+            column_mean, m2, squares = moments_of_columns(pivot, total, squares, inverse, shrink)
             # a second pass takes the means, in x's dtype, as pivots, where sums were finite
-            pivot = tl.where(tl.abs(of_column) < float("inf"), of_column.to(ACC).to(pivot.dtype), pivot)
-            of_column, m2, squares = columns(of_column, P, T), columns(m2, P, T), columns(squares, P, T)
+            pivot = tl.where(tl.abs(column_mean) < float("inf"), column_mean.to(ACC).to(pivot.dtype), pivot)
+            column_mean, m2, squares = columns(column_mean, P, T), columns(m2, P, T), columns(squares, P, T)
             if T.run_kind == "shared":
                 m2, squares = tl.where(count > 0, m2, 0.0), tl.where(count > 0, squares, 0.0)
-            mean, m2 = chan_merge(of_column, m2, count, values, 0, ACC)
+            mean, m2 = chan_merge(column_mean, m2, count, values, 0, ACC)
             units = block.to(tl.int64) * T.UB + tl.arange(0, T.UB)
             # a pass over shrunk x stores m2 only where it is so large that no square underflowed, or NaN
             least = tl.where(shrink < 1.0, tl.full([], LARGE, tl.float64), float("-inf"))

@@ -34,10 +34,10 @@ def one_pass(  # noqa: PLR0913
     N, K, n, U, P, Q, x_sub_batch, x_sample, x_row, x_run, to_row, to_run,
     FORM: tl.constexpr, BETA: tl.constexpr, ACC: tl.constexpr, KB: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Program: all values of the units of a run. Rows are a thread's own, where Triton lets them.
+    """Program: all values of the units of a run.
 
-    Tile [row, sub-batch · element of the run]; of three dimensions Triton 3.6 would spread rows over threads. In the
-    unit layout [sub-batch, row, unit], for few units.
+    The tile is [row, sub-batch · element of the run], so that a thread has whole columns: with three dimensions Triton
+    3.6 would spread rows over threads. In the unit layout, where units are few, it is [sub-batch, row, unit].
     """
     U = to_row.to(tl.int64) * T.aligned if T.run_kind == "units" else U  # so the compiler knows a divisor of U
     block = tl.program_id(0).to(tl.int64)
@@ -64,14 +64,14 @@ def one_pass(  # noqa: PLR0913
     tl.store(tensors.loss + units, loss, mask=units < U)
     if tensors.dbeta is not None:
         tl.store(tensors.dbeta + units, dbeta, mask=units < U)
-    scale = scale[:, None, :] if T.run_kind == "units" else of_columns(scale, unit, KB, T)[None, :]
+    scale = scale[:, None, :] if T.run_kind == "units" else to_columns(scale, unit, KB, T)[None, :]
     dx_at = tensors.dx + block * to_run * T.aligned
     row = (k * n + i).to(tl.int64)
     tl.store(dx_at + row * to_row * T.aligned + f, (scale * d).to(tensors.dx.dtype.element_ty), mask=mask)
     zeros = tl.zeros_like(i + of_run).to(tensors.dx.dtype.element_ty)
     for start in range(K * n, N, T.NB):  # rows that take no part
-        rest = (start + i).to(tl.int64)
-        tl.store(dx_at + rest * to_row * T.aligned + of_run, zeros, mask=(rest < N) & (of_run < length))
+        past = (start + i).to(tl.int64)
+        tl.store(dx_at + past * to_row * T.aligned + of_run, zeros, mask=(past < N) & (of_run < length))
 
 
 @triton.jit
@@ -93,18 +93,18 @@ def deviations_of_runs(x, i, n, P, unit, KB: tl.constexpr, ACC: tl.constexpr, T:
     p = tl.arange(0, T.FB // T.UB)[None, :, None]
     first = first_row(x, i)
     d = tl.where(i < n, x - first[None, :], 0.0)
-    of_column = tl.sum(d, 0) * (1.0 / n.to(ACC))
-    m2 = sum_of_squares(tl.where(i < n, d - of_column[None, :], 0.0), 0)
-    mean = by_unit(first.to(tl.float64) + of_column.to(tl.float64), P, KB, T)
+    column_mean = tl.sum(d, 0) * (1.0 / n.to(ACC))
+    m2 = sum_of_squares(tl.where(i < n, d - column_mean[None, :], 0.0), 0)
+    mean = by_unit(first.to(tl.float64) + column_mean.to(tl.float64), P, KB, T)
     m2 = tl.where(p < P, by_unit(m2, P, KB, T), 0.0)
     mean, m2 = chan_merge(mean, m2, tl.where(p < P, n, 0), (n * P).to(tl.float64), 1, ACC)
     rounded = mean.to(ACC)
-    error = of_columns((mean - rounded.to(tl.float64)).to(ACC), unit, KB, T)
-    return x - of_columns(rounded, unit, KB, T)[None, :] - error[None, :], m2
+    error = to_columns((mean - rounded.to(tl.float64)).to(ACC), unit, KB, T)
+    return x - to_columns(rounded, unit, KB, T)[None, :] - error[None, :], m2
 
 
 @triton.jit
-def of_columns(a, unit, KB: tl.constexpr, T: tl.constexpr):
+def to_columns(a, unit, KB: tl.constexpr, T: tl.constexpr):
     """[KB · FB] of values of units [KB, UB]: for each column that of its sub-batch and unit."""
     if T.run_kind == "shared":
         return tl.gather(tl.reshape(a, [KB * T.UB]), unit, 0)
