@@ -153,7 +153,7 @@ def test_loss_reads_its_rows_once(traffic, kind, form):
 @pytest.mark.parametrize("form", PAIR_OR_ALL)
 def test_loss_and_dx_in_one_pass(traffic, kind, form):
     x, given = kind.tensor(), spec(kind, form)
-    if not ops.one_pass(x, given):
+    if not ops.takes_one_pass(x, given):
         assert kind.split
         return
     _, dx, _ = ops.loss_dx(x, None, given, False)

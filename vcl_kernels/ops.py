@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .backends import cpu, fake, triton_backend
-from .backends import one_pass as one_pass  # of the Backend
+from .backends import takes_one_pass as takes_one_pass  # of the Backend
 from .backends.interface import Coefficients, Saved
 from .backends.triton import available
 from .options import Activation, LossSpec, SubBatches

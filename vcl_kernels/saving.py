@@ -29,7 +29,7 @@ def for_loss(x: Tensor, spec: LossSpec, backend: Backend) -> Literal["rows", "dx
     # is learnt: dx is not wanted. Nor in an export: one graph serves all sizes.
     if x.dtype == torch.float16 or not x.requires_grad or torch.compiler.is_exporting():
         return "x"
-    return "dx" if backend.one_pass(x, spec) else "x"
+    return "dx" if backend.takes_one_pass(x, spec) else "x"
 
 
 def output_and_rows(x: Tensor, spec: LossSpec, activation: Activation) -> bool:

@@ -66,7 +66,7 @@ def loss_jobs(x: Tensor, spec: LossSpec) -> dict[str, Job]:
     with_grad = beta is not None
     coefficients = Coefficients(*(empty_units(x, spec.per_activation, spec.K).fill_(0.5) for _ in range(2)))
     jobs: dict[str, Job] = {"loss": lambda: ops.loss(x, beta, spec)}
-    if saved is x and ops.one_pass(x, spec):
+    if saved is x and ops.takes_one_pass(x, spec):
         dx = empty_rows(x, x.shape[0])
 
         def multiplied() -> Tensor:

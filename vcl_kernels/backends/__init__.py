@@ -58,8 +58,8 @@ def choose(name: str | None, x: Tensor) -> str:
     return name
 
 
-def one_pass(x: Tensor, spec: LossSpec) -> bool:
+def takes_one_pass(x: Tensor, spec: LossSpec) -> bool:
     """Whether the backend of x's device computes loss and gradient from one read of memory."""
     if x.device.type in ("cpu", "meta"):
-        return cpu.one_pass(x, spec)
-    return triton_backend().one_pass(x, spec)
+        return cpu.takes_one_pass(x, spec)
+    return triton_backend().takes_one_pass(x, spec)

@@ -51,7 +51,7 @@ def reason() -> str | None:
     return _reason
 
 
-def one_pass(x: Tensor, spec: LossSpec) -> bool:
+def takes_one_pass(x: Tensor, spec: LossSpec) -> bool:
     """Whether loss and gradient come from one read of memory."""
     size = x.element_size()
     if x.numel() * size <= _ONE_PASS_COLUMN:  # decided without a Geometry: a small loss is all fixed cost

@@ -32,7 +32,7 @@ class Backend(Protocol):
     ``dbeta`` has no elements unless ``beta_grad``, ``rows`` none unless ``keep_rows``.
     """
 
-    def one_pass(self, x: Tensor, spec: LossSpec) -> bool:
+    def takes_one_pass(self, x: Tensor, spec: LossSpec) -> bool:
         """Whether loss and gradient come from one read of memory."""
 
     def loss(self, x: Tensor, beta: Tensor | None, spec: LossSpec) -> Tensor:

@@ -24,7 +24,7 @@ UNIT_WARPS = 4  # most of a program in the unit layout
 class Tensors(NamedTuple):
     """What ``backward`` reads and writes."""
 
-    saved: Tensor | None  # of x's size: x, or y where the derivative follows from it
+    saved: Tensor  # of x's size: x, or y where the derivative follows from it
     rows: Tensor | None  # x, of the rows that take part; None: ``saved`` is x
     dy: Tensor | None
     dx: Tensor

@@ -13,15 +13,14 @@ from ...geometry import Geometry, accumulation_dtype, empty_rows, empty_units, i
 from ...options import IDENTITY, NO_MINIMUM, LossSpec, SubBatches
 from ...reference import projected_gradient
 from ..interface import Coefficients, Saved
-from . import backward, finalise, multiply
+from . import backward, finalise, multiply, one_pass
 from . import moments as moments_kernel
-from . import one_pass as one_pass_kernel
 from .launch import ROOM
 
 
-def one_pass(x: Tensor, spec: LossSpec) -> bool:
+def takes_one_pass(x: Tensor, spec: LossSpec) -> bool:
     """Whether a unit fits on chip."""
-    return one_pass_kernel.fits(_geometry(x, spec), x.element_size())
+    return one_pass.fits(_geometry(x, spec), x.element_size())
 
 
 def loss(x: Tensor, beta: Tensor | None, spec: LossSpec) -> Tensor:
@@ -33,14 +32,14 @@ def loss(x: Tensor, beta: Tensor | None, spec: LossSpec) -> Tensor:
 def loss_dx(x: Tensor, beta: Tensor | None, spec: LossSpec, beta_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and gradient: in one pass where a unit fits on chip."""
     x = in_layout(x, spec.per_activation)
-    if not one_pass(x, spec):  # as x lies here: a compiler may have chosen after one_pass was asked
+    if not takes_one_pass(x, spec):  # as x lies here: a compiler may have chosen after takes_one_pass was asked
         loss, coefficients, by_beta, _ = loss_coefficients(x, beta, spec, beta_grad, False)
         return loss, moments_dx(x, coefficients, None, spec.sub_batches, x.shape[0]), by_beta
     beta = None if beta is None else in_unit_order(beta, x, spec.per_activation)
     dx, loss = empty_rows(x, x.shape[0]), empty_units(x, spec.per_activation)
     dbeta: Tensor | None = torch.empty_like(loss) if beta_grad else None
-    launch = one_pass_kernel.plan(_geometry(x, spec), x.element_size()).of(**_loss_constants(x, beta, spec))
-    launch(one_pass_kernel.Tensors(x, dx, loss, dbeta, beta), spec.beta_value, spec.beta_min, spec.factor)
+    launch = one_pass.plan(_geometry(x, spec), x.element_size()).of(**_loss_constants(x, beta, spec))
+    launch(one_pass.Tensors(x, dx, loss, dbeta, beta), spec.beta_value, spec.beta_min, spec.factor)
     loss, by_beta = _reduced(loss, dbeta, beta, spec)
     return loss, dx, by_beta
 
@@ -90,18 +89,17 @@ def activation_dx(saved, dy, coefficients, g, activation, sub_batches, N) -> Ten
 def _dx(saved, dy, coefficients, g, activation, sub_batches, N) -> Tensor:
     per_activation = sub_batches.per_activation
     tensor, rows, from_output = saved
-    like = in_layout(rows if tensor is None else tensor, per_activation)
-    if dy is not None and not (dy.shape[0] == N and (tensor is None or tensor.shape[0] == N)):
+    tensor = in_layout(tensor, per_activation)
+    if dy is not None and not dy.shape[0] == tensor.shape[0] == N:
         raise ValueError(f"dy, dx and what was saved must have the same rows, got N = {N}")
-    dx = empty_rows(like, N)
-    tensor = None if tensor is None else like
+    dx = empty_rows(tensor, N)
     rows = None if rows is None else with_strides(rows, dx.stride())
     dy = None if dy is None else with_strides(dy, dx.stride())  # it may be expanded, or in another memory format
     if rows is not None and dy is None:
         tensor, rows = rows, None
     mean, scale, shift = (None if t is None else in_unit_order(t, dx, per_activation) for t in coefficients)
-    strides = (dx if tensor is None else tensor).stride()  # of what is read; it may have fewer rows than dx
-    geometry = _of_shape(dx.shape, strides, sub_batches.n, sub_batches.K, per_activation)
+    # Shape of dx, strides of what is read, which may have fewer rows
+    geometry = _of_shape(dx.shape, tensor.stride(), sub_batches.n, sub_batches.K, per_activation)
     constants = {"ACTIVATION": activation.name, "FROM_OUTPUT": from_output, "ACC": _accumulation(dx)}
     launch = backward.plan(geometry, dx.element_size()).of(**constants)
     launch(backward.Tensors(tensor, rows, dy, dx, mean, scale, shift, g), activation.parameter)
