@@ -1,6 +1,7 @@
 """The probe: where it finds features in the last dimension, what it refuses, and that it leaves no trace."""
 
 import collections
+import warnings
 
 import pytest
 import torch
@@ -41,6 +42,12 @@ def by_matrix(m, x):  # for all tokens at once, as GPT-2 does
     return m.act(torch.addmm(x.new_zeros(12), x.flatten(0, 1), m.matrix).unflatten(0, x.shape[:2]))
 
 
+def by_sparse_matrix(m, x):  # a tensor without strides, changed in the forward
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that CSR is new
+        return m.act((torch.eye(len(x)).to_sparse_csr() * 2) @ m.up(x))
+
+
 def two_sources(m, x):  # the sum has the memory order of the convolution's output
     tokens = m.conv(x).mT
     return m.act(tokens + m.up(tokens))
@@ -65,6 +72,7 @@ CASES = {  # model, example, options of attach, units
     "low rank": (Model(low_rank, first=nn.Linear(6, 2), second=nn.Linear(2, 12)), TOKENS, {}, 12),
     "by matrix": (Model(by_matrix, matrix=nn.Parameter(torch.ones(6, 12))), TOKENS, {}, 12),
     "two sources": (Model(two_sources, conv=nn.Conv1d(9, 9, 1), up=nn.Linear(9, 9)), TOKENS, {}, 9),
+    "sparse": (Model(by_sparse_matrix, up=nn.Linear(6, 12)), TOKENS[:, 0], {}, 12),
     "image": (linear(nn.Unflatten(1, (12, 5, 1)), nn.ReLU()), TOKENS[:, 0], {}, 12),
     "heads": (linear(nn.Unflatten(2, (4, 15)), nn.Tanh()), TOKENS, {}, 9),
     "convolution": (linear(nn.Conv1d(9, 9, 1), nn.ReLU()), TOKENS, {}, 9),

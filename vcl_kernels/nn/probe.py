@@ -99,13 +99,13 @@ class FeaturesLast(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._features = WeakTensorKeyDictionary()  # their stride and number, of tensors that are no views
+        self._features = WeakTensorKeyDictionary()  # by tensor that is no view: stride and number of its features
 
     def knows(self, x: Tensor) -> bool:
         """Whether ``x`` has its features last."""
         whole = base_of(x)
         stride, number = self._features.get(whole, (None, 0))
-        if x.stride(-1) != stride:
+        if stride is None or x.stride(-1) != stride:  # tensors with no strides are not known
             return False
         steps = [step for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
         # A view that cuts the features into several dimensions has another dimension whose steps lie among them.
