@@ -252,14 +252,14 @@ def test_a_pair_that_an_older_study_counted_twice_is_judged_once():
     assert not any(case[2:] == (10, "vcl-pairs") for case in page_images.image_errors(rows))
 
 
-def test_another_process_finds_the_same(tmp_path):
+def test_two_processes_find_the_same(tmp_path):
     found = []
-    for processes in (1, 2):  # of which the one unit of work needs one
+    for processes in (1, 2):
         folder = tmp_path / str(processes)
-        run(folder, "images", "--networks", "multilayer", *ELU, "--methods", "bn", "--processes", processes)
-        (row,) = results.read("images-digits", folder)
-        found.append({**row, "step_ms": 0})
+        run(folder, "images", "--networks", "multilayer", *ELU, "--methods", "none", "bn", "--processes", processes)
+        found.append([{**row, "step_ms": 0} for row in results.read("images-digits", folder)])
     assert found[0] == found[1]
+    assert [row["method"] for row in found[0]] == ["none", "bn"]
 
 
 def test_sensitivity_study(tmp_path, monkeypatch):

@@ -201,7 +201,7 @@ def record_of(store, name):
 
 def test_the_queue_can_be_stopped_and_started_again(tmp_path, capfd, store):
     write_packed(tmp_path / "data", 10, training=1500, tested=100)
-    name = "0-cifar10-vcl-rate0.1-seed0"
+    name, fails = "0-cifar10-vcl-rate0.1-seed0", "0-cifar10-bn-rate0.1-seed0"
 
     def press_ctrl_c():
         wait_until(lambda: record_of(store, name) and records.epochs_of(record_of(store, name)))
@@ -216,7 +216,14 @@ def test_the_queue_can_be_stopped_and_started_again(tmp_path, capfd, store):
     done = records.epochs_of(record_of(store, name))
     assert all(text in printed for text in ("the same command continues", "hours left", f"{name}: epoch {done} of 6"))
     assert not store.results.exists()
-    assert command(store, "cifar", "--quick", "--runs", name) == 0
+    checkpoint = store.state / fails / "checkpoint.pt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"cut off")
+    assert command(store, "cifar", "--quick", "--runs", name, fails, "--workers", 2) == 2
+    printed = capfd.readouterr().err
+    assert f"{fails} failed" in printed
+    assert f"{name} failed" not in printed
+    assert f"{checkpoint} cannot be resumed; delete its folder" in printed
     found = record_of(store, name)
     assert (found["resumed_after_epochs"], records.epochs_of(found)) == ([done], 6)
     assert (found["images"]["training"], found["images"]["scored"]) == (1200, 300)

@@ -337,3 +337,28 @@ def test_another_device_than_the_current_one():
     with torch.cuda.device(0):
         found = results(vk.vcl_loss, x, **EVERY)
     assert_all_close(found, results(vk.reference.vcl_loss, x, **EVERY))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # the paper's 2x2 kernels
+@pytest.mark.parametrize("method", ["none", "bn", "vcl"])
+def test_a_training_on_the_device_continues_from_its_checkpoint(tmp_path, method):
+    for package in ("matplotlib", "rich"):  # what the benchmarks' reports are made with
+        pytest.importorskip(package)
+    from benchmarks.accuracy.cifar import files, machine, runs, training
+    from benchmarks.accuracy.data import Data
+
+    x, y = torch.randn(500, 3, 32, 32).to(DEVICE), torch.randint(10, (500,)).to(DEVICE)
+    data, device = Data(x, y, x[:100], y[:100], 10), torch.device(DEVICE)
+    run = runs.Run("gpu", "cifar10", method, 0, 0.05, epochs=2, k=0.05)
+    store = files.Store(tmp_path, tmp_path)
+    for done in (0, 1):
+        one = training.Training(run, data, dtype=machine.dtype(device), device=device)
+        store.resume(one)
+        assert one.done == done
+        one.epoch()
+        store.save(one)
+    assert one.finished
+    assert not one.record["diverged"]
+    assert one.record["resumed_after_epochs"] == [1]
+    assert one.record["machine"]["kind"] == machine.kind(device)
+    assert one.record["epochs"]["train_loss"][1] < 3

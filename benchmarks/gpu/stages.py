@@ -23,7 +23,7 @@ ON_DEVICE = ("loss", "gradients", "activation", "properties", "triton")
 # A process for each core is enough: its oracles on the CPU, and Inductor, must not start as many again
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), "1")
 # What a rehearsal runs of them: a case of each file, of the fastest in the interpreter
-REHEARSED = "triton and (zero_variance or beta_alone or parameters_of or shift_and or stays or upstream)"
+REHEARSED = "triton and (zero_variance or beta_alone or parameters_of or shift_and or more_programs)"
 
 
 def environment(rehearse: bool) -> dict[str, str]:
