@@ -22,7 +22,7 @@ from .options import Activation, LossSpec
 
 
 def for_loss(x: Tensor, spec: LossSpec, backend: Backend) -> Literal["rows", "dx", "x"]:
-    """Decide what the loss of ``x`` saves. ("dx": and x, for second derivatives.)"""
+    """Decide what the loss of ``x`` saves. "dx" saves x too, for second derivatives."""
     if _holds(2 * spec.K * spec.n <= x.shape[0]):
         return "rows"
     # Not dx in float16: a GradScaler's scale must multiply before rounding, or small values vanish. Nor if only beta
@@ -36,8 +36,8 @@ def output_and_rows(x: Tensor, spec: LossSpec, activation: Activation) -> bool:
     """Whether an activation saves y and the rows that take part, rather than x."""
     if not activation.from_output:
         return False
-    few = _holds(spec.K * spec.n <= x.shape[0] // 2)
-    return few or (_holds(spec.K == 2) and _holds(2 * spec.n < x.shape[0]))
+    few_rows = _holds(spec.K * spec.n <= x.shape[0] // 2)
+    return few_rows or (_holds(spec.K == 2) and _holds(2 * spec.n < x.shape[0]))
 
 
 def apart_in_graph(x: Tensor, spec: LossSpec) -> bool:

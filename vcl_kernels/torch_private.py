@@ -64,7 +64,7 @@ def _has_tangent(t: Tensor) -> bool:
 
 
 def children(module: nn.Module) -> Mapping[str, Any]:
-    """The children of ``module`` by name, sooner than by ``getattr``, which tries parameters and buffers first."""
+    """The children of ``module`` by name. Faster than ``getattr``, which tries parameters and buffers first."""
     try:
         return module.__dict__["_modules"]
     except KeyError:

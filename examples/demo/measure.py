@@ -41,7 +41,7 @@ def _wait(device: torch.device) -> None:
 
 
 def saved_bytes(forward: Callable[[], object], known: Iterable[Tensor] = ()) -> int:
-    """Return the bytes that ``forward`` saves for backward: each storage once, those of ``known`` tensors not."""
+    """Return the bytes that ``forward`` saves for backward. Each storage counts once, a ``known`` one does not."""
     excluded = {tensor.untyped_storage().data_ptr() for tensor in known}
     saved: dict[int, torch.UntypedStorage] = {}  # holds the storages, so that no address is used twice
 

@@ -13,7 +13,7 @@ from ..options import LossSpec
 
 # One pass reads x again for the gradient, from a cache. Most bytes of x for that:
 _ONE_PASS_UNIT = 4 << 20  # one unit
-_ONE_PASS_COLUMN = 64 << 10  # 64 neighbouring units: their samples lie far apart and share few cache sets
+_ONE_PASS_BLOCK = 64 << 10  # 64 neighbouring units: their samples lie far apart and share few cache sets
 
 _reason: str | None = "the native extension was not looked for yet"  # found once: it is asked for in every call
 
@@ -54,10 +54,10 @@ def reason() -> str | None:
 def takes_one_pass(x: Tensor, spec: LossSpec) -> bool:
     """Whether loss and gradient come from one read of memory."""
     size = x.element_size()
-    if x.numel() * size <= _ONE_PASS_COLUMN:  # decided without a Geometry: a small loss is all fixed cost
+    if x.numel() * size <= _ONE_PASS_BLOCK:  # decided without a Geometry: a small loss is all fixed cost
         return True
     g = Geometry.of(x, spec)
     if g.spatial:
         return g.K * g.M * size <= _ONE_PASS_UNIT
     coefficients = 2 * max(size, 4)  # bytes of mean and scale, which are saved if backward makes the gradient
-    return min(64, g.U) * g.K * g.M * size <= _ONE_PASS_COLUMN or g.M * size <= coefficients
+    return min(64, g.U) * g.K * g.M * size <= _ONE_PASS_BLOCK or g.M * size <= coefficients

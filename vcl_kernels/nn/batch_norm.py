@@ -87,9 +87,10 @@ def remove_batch_norm(model: nn.Module) -> nn.Module:
         model: any module that holds BatchNorm1d, 2d, 3d or SyncBatchNorm. It is returned.
 
     Raises:
-        ValueError: the model has no batch norm, is one itself, or is wrapped for distributed training, which would go
-            on with the old parameters; a batch norm has no running statistics (``track_running_stats=False``, or lazy
-            and never run), or hooks or a forward of its own, which would be lost. The model is then unchanged.
+        ValueError: the model has no batch norm, is one itself, or is wrapped for distributed training (the wrapper
+            would go on with the old parameters); a batch norm has no running statistics
+            (``track_running_stats=False``, or lazy and never run), or hooks or a forward of its own, which would be
+            lost. The model is then unchanged.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8))
     >>> remove_batch_norm(net)

@@ -107,7 +107,7 @@ def plan(x: Geometry, itemsize: int) -> Launch:
     lanes = 32 * ELEMENTS // (2 if itemsize == 8 else 1)
     if x.spatial:
         UB, FB = run_tile(x, 256, 512, 512)
-        # few rows of a long run: with more, the compiler would compute them side by side and take twice the registers
+        # two rows of a run of one unit: the compiler would compute more side by side, in twice the registers
         NB = min(power_of_2(x.n), ROWS if itemsize == 2 and UB > 1 else ROWS // 2)
         tile, warps = {"NB": NB, "UB": UB, "FB": FB}, max(1, FB // lanes)
     else:

@@ -33,7 +33,7 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     tile: dict[str, int]
     warps: int
-    registers: int = 128  # most of a thread: a multiprocessor then holds 16 warps, the most of a program
+    registers: int = 128  # of a thread at most: a multiprocessor then holds 16 warps, as many as any program has
 
     @property
     def name(self) -> str:

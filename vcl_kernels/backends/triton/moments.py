@@ -74,8 +74,8 @@ def moments(  # noqa: PLR0913
         start_at = x_at + row_at(first, Q, x_sample, x_row, T) + position
         pivot = tl.load(start_at, mask=(first < n) & (position < length), other=0.0)
         count, inverse, values = counts(begin, end, parts, n, P, length, T)
-        shrink, again, first_pass = tl.full([], 1.0, SUMS), True, True
-        while again:
+        shrink, needs_pass, first_pass = tl.full([], 1.0, SUMS), True, True
+        while needs_pass:
             total = tl.zeros([FB], SUMS)
             # in the unit layout a column has few elements, whose roundings would not average out
             squares = tl.zeros([FB], tl.float64 if T.run_kind == "units" else SUMS)
@@ -122,7 +122,7 @@ def moments(  # noqa: PLR0913
             valid = (units < U) & ((m2 > least) | (m2 != m2))
             at = (part.to(tl.int64) * K + k) * U + units
             store_moments(tensors, at, valid, m2_offset, mean, m2, values, pid, parts)
-            shrink, again = next_pass(m2, tl.sum(squares, 0), first_pass, SUMS, tensors.x.dtype.element_ty)
+            shrink, needs_pass = next_pass(m2, tl.sum(squares, 0), first_pass, SUMS, tensors.x.dtype.element_ty)
             first_pass = False
     elif ACTIVATION is not None:
         t = pid - blocks * K * parts
