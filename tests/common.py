@@ -121,6 +121,12 @@ def assert_all_close(found, wanted, **tolerance) -> None:
         torch.testing.assert_close(a, b, **tolerance)
 
 
+def set_limit(monkeypatch, module: Any, name: str, value: int) -> None:
+    """Change a constant by which a kernel's ``plan`` decides; the plans that it remembers were made by the old one."""
+    monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module, "plan", module.plan.__wrapped__)
+
+
 def named(name: str) -> dict[str, str]:
     """Arguments of vcl_activation for a name of ``options.ACTIVATIONS``."""
     return {"activation": name.removesuffix("_tanh"), "approximate": "tanh" if name == "gelu_tanh" else "none"}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import DTYPES, LAYOUTS, check, results
+from common import DTYPES, LAYOUTS, check, results, set_limit
 from conftest import device_of
 
 import vcl_kernels as vk
@@ -206,8 +206,7 @@ def test_a_nan_in_beta_is_not_hidden(backend, units):
 @pytest.mark.parametrize(("rows", "form"), [(10, "ratio"), (24, "ratio"), (10, "relative_variance")])
 def test_beta_below_its_minimum_may_only_rise(monkeypatch, backend, rows, form, units, per_unit):
     """The minimum acts in its place, and a gradient that would lower it further is 0; of one beta, as a whole."""
-    monkeypatch.setattr(finalise, "READ_BY_ONE", 1024)  # one program sums over 40 units, but not over 1500
-    monkeypatch.setattr(finalise, "plan", finalise.plan.__wrapped__)  # which keeps what it planned before
+    set_limit(monkeypatch, finalise, "READ_BY_ONE", 1024)  # one program sums over 40 units, but not over 1500
     x = torch.randn(rows, units).to(device_of(backend))
 
     def loss_and_dbeta(beta):

@@ -15,6 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from common import set_limit
 from conftest import GPU
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
@@ -253,8 +254,7 @@ def test_pair_reads_its_rows_only(traffic):
 @pytest.mark.parametrize("U", [3, 16, 17])
 @pytest.mark.parametrize("scalar", [False, True])
 def test_sum_over_units_needs_no_launch_of_its_own(monkeypatch, U, scalar):
-    monkeypatch.setattr(finalise, "READ_BY_ONE", 32)  # of two sub-batches
-    monkeypatch.setattr(finalise, "plan", finalise.plan.__wrapped__)
+    set_limit(monkeypatch, finalise, "READ_BY_ONE", 32)  # of two sub-batches
     x = torch.randn(10, U, dtype=torch.float64)
     beta = torch.rand(() if scalar else U, dtype=torch.float64)
     results = []

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import triton.language as tl
-from common import results
+from common import results, set_limit
 from conftest import GPU
 
 import vcl_kernels as vk
@@ -80,8 +80,7 @@ def test_sizes_past_32_bits_reach_kernels_whole():
 )
 def test_a_first_value_may_be_an_outlier(shape, memory_format, outlier, monkeypatch):
     """It is taken off all others of an element, of which there are many: no GPU is to be filled with programs."""
-    monkeypatch.setattr(moments, "WARPS", 1)
-    monkeypatch.setattr(moments, "plan", moments.plan.__wrapped__)
+    set_limit(monkeypatch, moments, "WARPS", 1)
     x = torch.randn(shape)
     if outlier:
         x[0, :].view(shape[1], -1)[:, 0] = outlier
