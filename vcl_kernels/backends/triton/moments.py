@@ -85,16 +85,18 @@ def moments(  # noqa: PLR0913
                 mask = (row < n - i) & (at < length)[None, :]
                 unread = mask & ((i > 0) | (t > begin) | (not first_pass))
                 # the order of these sums is the one that takes the fewest registers
-                here = row_at(row + i, Q, x_sample, x_row, T) + at[None, :]
-                to = to_at + (row + i).to(tl.int64) * to_row * T.aligned + at[None, :]
+                if T.even and T.MB > 1:  # where tiles are many, a step from the last takes fewer instructions
+                    here = tile_at[None, :] + row_at(i, Q, x_sample, x_row, T)
+                elif T.even and T.run_kind == "units":
+                    of_tile = row_at(row, Q, x_sample, x_row, T) + at
+                    here = x_at + (of_tile[None, :] + row_at(i, Q, x_sample, x_row, T))
+                else:
+                    here = x_at + (row_at(row + i, Q, x_sample, x_row, T) + at[None, :])
                 if T.run_kind == "units":
                     to = (to_at + row.to(tl.int64) * to_row * T.aligned + at)[None, :]
                     to += i.to(tl.int64) * to_row * T.aligned
-                    if T.even:
-                        here = (row_at(row, Q, x_sample, x_row, T) + at)[None, :] + row_at(i, Q, x_sample, x_row, T)
-                here = x_at + here
-                if T.even and T.MB > 1:  # where tiles are many, a step from the last takes fewer instructions
-                    here = tile_at[None, :] + row_at(i, Q, x_sample, x_row, T)
+                else:
+                    to = to_at + (row + i).to(tl.int64) * to_row * T.aligned + at[None, :]
                 x = tl.load(here, mask=unread, other=pivot[None, :])
                 if ACTIVATION is not None:
                     y = activate(x.to(ACC), parameter, ACTIVATION, HALF)
