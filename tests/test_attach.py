@@ -95,8 +95,9 @@ def test_evaluation_and_removal_give_the_plain_model(make):
     assert [name for name in net.state_dict() if "vcl" not in name] == names
     net(x)
     loss = handle.loss()
-    assert torch.equal(net.eval()(x[:7]), expected)
-    assert torch.equal(handle.loss(), loss)  # evaluation leaves nothing behind
+    with torch.no_grad():
+        assert torch.equal(net.eval()(x[:7]), expected)
+        assert (handle.loss(), handle.losses) == (0, {})
     net.train()(x)
     torch.testing.assert_close(handle.loss(), loss)
     net.eval()
@@ -183,7 +184,10 @@ def test_checkpoint_counts_the_loss_once(inject):
 def test_a_short_batch_gives_every_beta_a_gradient_of_zero(inject):
     net = network()
     handle = vk.attach(net, images(1), inject=inject)
-    loss = net(images(9)).sum() + (0 if inject else handle.loss())
+    with pytest.warns(
+        vk.VCLWarning, match=r"layer '1' got an input of shape \(9, 6, 6, 6\).*fewer than 2 .* = 10 rows"
+    ):
+        loss = net(images(9)).sum() + (0 if inject else handle.loss())
     assert handle.loss() == 0
     loss.backward()  # DistributedDataParallel waits for the gradient of each parameter
     assert all(torch.equal(beta.grad, torch.zeros_like(beta)) for beta in handle.parameters())
@@ -254,7 +258,6 @@ def with_attribute():
         (lambda: nn.Sequential(attached(mlp()), nn.Tanh()), {}, "attached already, to its submodule '0'"),
         (lambda: nn.Sequential(nn.Linear(2, 2)), {}, "no activation modules"),
         (network, {"form": "wrong"}, "form must be"),
-        (lambda: nn.Sequential(nn.ReLU(), nn.LeakyReLU(torch.tensor(0.1))), {}, "negative_slope must be a float"),
     ],
 )
 def test_errors(make, options, message):
@@ -296,14 +299,18 @@ def test_precisions_may_be_mixed():
     (out.float().mean() + handle.loss()).backward()
     assert net[0].weight.grad.isfinite().all()
     net.bfloat16()
-    assert net[1](torch.randn(20, 6, 2)).dtype == torch.float32
-    net[1].vcl[0].loss.backward()
-    assert net[1].vcl[0].beta.grad.dtype == torch.bfloat16
-
-
-def test_frozen_layers_stay_without_a_graph():
-    net = nn.Sequential(*mlp(), *mlp(nn.GELU())[1:]).requires_grad_(False)
-    handle = vk.attach(net, torch.randn(2, 4))
-    assert not net(torch.randn(20, 4)).requires_grad
+    assert net[1](torch.randn(20, 6, 2, requires_grad=True)).dtype == torch.float32
     handle.loss().backward()
-    assert all(beta.grad.abs().sum() > 0 for beta in handle.parameters())
+    assert net[1].vcl[0].beta.grad.dtype == torch.float32
+
+
+def test_a_frozen_part_gets_no_vcl():
+    net = nn.Sequential(*mlp(), nn.Linear(8, 8), nn.GELU())
+    net[0].requires_grad_(False)
+    handle = vk.attach(net, torch.randn(2, 4), weight=1.0)
+    net(torch.randn(20, 4))
+    assert list(handle.losses) == ["3"]
+    net.requires_grad_(False)
+    assert not net(torch.randn(20, 4)).requires_grad
+    with pytest.warns(vk.VCLWarning, match="no layer with VCL ran on an input that needs a gradient"):
+        assert handle.loss() == 0

@@ -5,10 +5,13 @@ from importlib.metadata import PackageNotFoundError, version
 from . import reference
 from .backends import backends
 from .functional import sub_batch_moments, vcl_activation, vcl_loss
-from .nn.attach import VCLHandle, attach, param_groups
+from .nn.attach import attach
 from .nn.batch_norm import remove_batch_norm
+from .nn.handle import VCLHandle, handle_of
 from .nn.modules import VCL, VCLActivation
 from .nn.monitor import VCLMonitor
+from .nn.parameters import param_groups, plain_state_dict
+from .nn.warn import VCLWarning
 
 try:
     __version__ = version("vcl-kernels")
@@ -20,9 +23,12 @@ __all__ = [
     "VCLActivation",
     "VCLHandle",
     "VCLMonitor",
+    "VCLWarning",
     "attach",
     "backends",
+    "handle_of",
     "param_groups",
+    "plain_state_dict",
     "reference",
     "remove_batch_norm",
     "sub_batch_moments",

@@ -11,7 +11,7 @@ from .backends.interface import Backend
 from .checks import check_activation, check_loss, check_moments
 from .geometry import in_layout
 from .injection import Injection, injected
-from .options import IDENTITY, Activation, LossSpec
+from .options import IDENTITY, Activation, ActivationName, Approximate, BackendName, Form, LossSpec, Reduction, Unit
 from .torch_private import has_transform
 
 __all__ = ["sub_batch_moments", "vcl_activation", "vcl_loss"]
@@ -22,11 +22,11 @@ def vcl_loss(
     beta: float | Tensor | None = None,
     *,
     sub_batch_size: int = 5,
-    form: str = "ratio",
-    unit: str = "channel",
+    form: Form = "ratio",
+    unit: Unit = "channel",
     num_sub_batches: int | None = None,
-    reduction: str = "mean",
-    backend: str | None = None,
+    reduction: Reduction = "mean",
+    backend: BackendName | None = None,
 ) -> Tensor:
     r"""Variance constancy loss: how much the variance of an activation differs between sub-batches.
 
@@ -79,18 +79,18 @@ def vcl_loss(
 
 def vcl_activation(  # noqa: PLR0913  # the public signature
     x: Tensor,
-    activation: str = "elu",
+    activation: ActivationName = "elu",
     beta: float | Tensor | None = None,
     *,
     alpha: float = 1.0,
     negative_slope: float = 0.01,
-    approximate: str = "none",
+    approximate: Approximate = "none",
     sub_batch_size: int = 5,
-    form: str = "ratio",
-    unit: str = "channel",
+    form: Form = "ratio",
+    unit: Unit = "channel",
     num_sub_batches: int | None = None,
-    reduction: str = "mean",
-    backend: str | None = None,
+    reduction: Reduction = "mean",
+    backend: BackendName | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""An activation function and the variance constancy loss of its input, in one pass over x.
 
@@ -158,9 +158,9 @@ def sub_batch_moments(
     x: Tensor,
     sub_batch_size: int,
     *,
-    unit: str = "channel",
+    unit: Unit = "channel",
     num_sub_batches: int | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Mean and unbiased variance of every unit in every sub-batch: the primitive that losses are made of.
 

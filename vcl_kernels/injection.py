@@ -15,11 +15,12 @@ class Injection(NamedTuple):
     """How an injected loss is done: its backward starts with that of the layer's output."""
 
     scaler: torch.amp.GradScaler | None = None  # the objective's, if it has one
+    accumulation: int = 1  # backward passes whose gradients are added before a step
 
     def upstream(self, x: Tensor) -> Tensor:
-        """Return the loss's upstream gradient: 1, times the scaler's scale."""
-        one = torch.ones((), dtype=accumulation_dtype(x.dtype), device=x.device)
-        return one if self.scaler is None else self.scaler.scale(one)
+        """Return the loss's upstream gradient: 1 / accumulation, times the scaler's scale."""
+        g = torch.full((), 1 / self.accumulation, dtype=accumulation_dtype(x.dtype), device=x.device)
+        return g if self.scaler is None else self.scaler.scale(g)
 
 
 def injected(y: Tensor, loss: Tensor, injection: Injection) -> tuple[Tensor, Tensor]:

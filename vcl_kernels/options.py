@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
-FORMS = ("ratio", "variance", "relative_variance")
-UNITS = ("channel", "activation")
-REDUCTIONS = ("mean", "sum", "none")
+Form = Literal["ratio", "variance", "relative_variance"]
+Unit = Literal["channel", "activation"]
+Reduction = Literal["mean", "sum", "none"]
+ActivationName = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "identity"]
+Approximate = Literal["none", "tanh"]
+BackendName = Literal["cpu", "triton", "reference"]
+
+FORMS: tuple[Form, ...] = get_args(Form)
+UNITS: tuple[Unit, ...] = get_args(Unit)
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
 DEFAULT_BETA = {"ratio": 1.0, "variance": 0.0, "relative_variance": 1e-5}
 

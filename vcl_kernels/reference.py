@@ -21,7 +21,18 @@ from torch import Tensor
 
 from .checks import check_activation, check_loss, check_moments
 from .geometry import dense_strides, with_strides
-from .options import IDENTITY, NO_MINIMUM, Activation, LossSpec, SubBatches
+from .options import (
+    IDENTITY,
+    NO_MINIMUM,
+    Activation,
+    ActivationName,
+    Approximate,
+    Form,
+    LossSpec,
+    Reduction,
+    SubBatches,
+    Unit,
+)
 from .torch_private import has_transform
 
 __all__ = ["sub_batch_moments", "vcl_activation", "vcl_loss"]
@@ -32,10 +43,10 @@ def vcl_loss(
     beta: float | Tensor | None = None,
     *,
     sub_batch_size: int = 5,
-    form: str = "ratio",
-    unit: str = "channel",
+    form: Form = "ratio",
+    unit: Unit = "channel",
     num_sub_batches: int | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Variance constancy loss of ``x``: see :func:`vcl_kernels.vcl_loss`, which this defines."""
     beta, spec = check_loss(x, beta, sub_batch_size, form, unit, num_sub_batches, reduction)
@@ -44,17 +55,17 @@ def vcl_loss(
 
 def vcl_activation(  # noqa: PLR0913  # the public signature
     x: Tensor,
-    activation: str = "elu",
+    activation: ActivationName = "elu",
     beta: float | Tensor | None = None,
     *,
     alpha: float = 1.0,
     negative_slope: float = 0.01,
-    approximate: str = "none",
+    approximate: Approximate = "none",
     sub_batch_size: int = 5,
-    form: str = "ratio",
-    unit: str = "channel",
+    form: Form = "ratio",
+    unit: Unit = "channel",
     num_sub_batches: int | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> tuple[Tensor, Tensor]:
     """Activation of ``x`` and its loss: see :func:`vcl_kernels.vcl_activation`, which this defines."""
     beta, spec = check_loss(x, beta, sub_batch_size, form, unit, num_sub_batches, reduction)
@@ -62,7 +73,7 @@ def vcl_activation(  # noqa: PLR0913  # the public signature
 
 
 def sub_batch_moments(
-    x: Tensor, sub_batch_size: int, *, unit: str = "channel", num_sub_batches: int | None = None
+    x: Tensor, sub_batch_size: int, *, unit: Unit = "channel", num_sub_batches: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance of each sub-batch: see :func:`vcl_kernels.sub_batch_moments`."""
     sub_batches = check_moments(x, sub_batch_size, unit, num_sub_batches)

@@ -27,6 +27,9 @@ in_functorch: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_
 # Whether the graph stays for another backward, so that saved tensors must not change. Fallback: yes.
 keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", _always)
 
+# The number of the backward pass that runs on this thread; -1 if none does. Fallback: none does.
+_backward_pass: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+
 # Whether a tensor is traced or batched: by make_fx, is_grads_batched or vmap. Fallback for each: yes.
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _always)
 _is_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", _always)
@@ -35,6 +38,11 @@ _is_wrapped: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_functor
 # forward_ad._current_level is -1 outside of any dual level, and Dynamo guards on it. Reading it takes less time than
 # asking each tensor for its tangent, which is the fallback.
 _levels: Any = forward_ad if hasattr(forward_ad, "_current_level") else None
+
+
+def in_backward() -> bool:
+    """Whether a backward pass runs: a forward is then a checkpoint's recomputation. A compiler has none."""
+    return not torch.compiler.is_compiling() and _backward_pass() >= 0
 
 
 def is_traced(g: Tensor) -> bool:
@@ -87,6 +95,21 @@ def batch_norm_types() -> tuple[type[nn.Module], ...]:
     lazy = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
     base = getattr(nn.modules.batchnorm, "_BatchNorm", None)
     return (*public, *lazy) if base is None else (base,)
+
+
+def version_of(x: Tensor) -> int:
+    """How many times ``x`` was changed in place, if PyTorch tells; an optimizer's step is a change."""
+    return getattr(x, "_version", 0)
+
+
+def scale_of(scaler: torch.amp.GradScaler) -> Tensor | None:
+    """The scale of ``scaler`` on its device, if PyTorch tells; none before its first use."""
+    return getattr(scaler, "_scale", None)
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether ``module`` is one of the copies that ``nn.DataParallel`` makes for a forward."""
+    return getattr(module, "_is_replica", False)
 
 
 def base_of(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vcl_kernels as vk
+from vcl_kernels.options import BackendName
 
 from ..cases import Case
 from .race import Candidate, Factories
@@ -38,7 +39,7 @@ FROM_OUTPUT = ("elu", "relu", "leaky_relu", "tanh")  # saved for backward: y, an
 class Inputs:
     """Tensors of one case, made when first wanted, and candidates that read them."""
 
-    def __init__(self, case: Case, device: str, backend: str | None) -> None:
+    def __init__(self, case: Case, device: str, backend: BackendName | None) -> None:
         self.case, self.device = case, device
         self.vcl_loss = partial(vk.vcl_loss, backend=backend)
         self.vcl_activation = partial(vk.vcl_activation, backend=backend)

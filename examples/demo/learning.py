@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vcl_kernels as vk
+from vcl_kernels.options import Form
 
 THIRD_ELU = "3.elu"  # of five, in Network: what enters it is shown
 CLIP = 1.0  # gradient norm; without it the plain network diverges at learning rates that suit the others
@@ -101,7 +102,7 @@ class Settings(NamedTuple):
     weight_decay: float
     weight: float
     sub_batch_size: int
-    form: str
+    form: Form
 
 
 class Learner:

@@ -1,28 +1,34 @@
-"""VCL on an existing model: in or before every activation module, without a change of the model's own names."""
+"""VCL on an existing model: in, before or behind its modules, without a change of the model's own names."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from .fused import Calls, FusedActivation, before_activation, can_fuse, vcl_for
+from ..checks import check_number
+from ..options import Activation, BackendName, Form, Unit
+from ..torch_private import tensors_in
+from .choose import Choice, Layers, choose
+from .doubts import check_not_wrapped_outside, tell_backend, tell_rows, written
+from .fused import Calls, fuse, put_before, put_behind
+from .handle import VCLHandle
 from .modules import VCL, VCLActivation
-from .probe import probe
-from .surgery import check_not_wrapped, replace
+from .probe import Call, Probed, probe
+from .recognise import Recognised, UnknownError, is_activation, recognise
+from .steering import Steering
+from .surgery import check_not_wrapped
+from .table import LEFT_OUT, Row
 
-__all__ = ["ACTIVATIONS", "VCLHandle", "attach", "param_groups"]
+__all__ = ["attach"]
 
-# fmt: off
-ACTIVATIONS = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh,
-    nn.Sigmoid, nn.LogSigmoid, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Softplus, nn.Softsign,
+REMEDY_FOR_FUNCTIONS = (
+    "Make them modules (self.act = nn.GELU()), or name the layers whose outputs they take with after="
 )
-# fmt: on
 
 
 def attach(  # noqa: PLR0913  # the public signature
@@ -31,47 +37,65 @@ def attach(  # noqa: PLR0913  # the public signature
     *,
     weight: float = 0.01,
     sub_batch_size: int = 5,
-    form: str = "ratio",
-    unit: str = "channel",
+    form: Form = "ratio",
+    unit: Unit = "channel",
     num_sub_batches: int | None = None,
     learn_beta: bool = True,
     beta_init: float = 1.0,
     beta_min: float = 1e-3,
-    layers: Iterable[str | nn.Module] | Callable[[str, nn.Module], bool] | None = None,
+    layers: Layers | None = None,
+    after: Layers | None = None,
+    shared_beta: bool = False,
     inject: bool = False,
     channel_dim: int | None = None,
+    backend: BackendName | None = None,
 ) -> VCLHandle:
     r"""Give every activation module of ``model`` the variance constancy loss of its input, in place.
 
-    ReLU, LeakyReLU, ELU, GELU, SiLU and Tanh are replaced by modules that fuse the two (:class:`VCLActivation`);
-    before other activations, and other modules chosen by ``layers``, a VCL is hooked. Parameters gain
-    ``<name>.vcl.<call>.beta``, and no name of the model's own changes. Evaluation is the plain model: the very
-    modules that it had. Activations with ``inplace=True`` are run out of place in training: VCL's gradient needs
-    what they would overwrite. The output of ReLU, Tanh, and here of ELU and LeakyReLU, may be what is saved for
-    backward: a module that changes it in place (``nn.Dropout(inplace=True)``) is then an autograd error.
+    A module without children is an activation if it keeps the shape of a tensor, maps each value by itself, the same at
+    each call, and not as an affine function: torch.nn's, and those of transformers, timm and others. Where values and
+    derivatives are those of ReLU, LeakyReLU, ELU, GELU, SiLU or Tanh, the two are fused (:class:`VCLActivation`);
+    before others a VCL is hooked. Gates count too: the sigmoid of a squeeze-and-excitation block, the SiLU of a gated
+    linear unit. ``print(handle)`` shows what each layer got.
+
+    Parameters gain ``<name>.vcl.<call>.beta``, and no name of the model's own changes. Evaluation is the plain model.
+    In training, activations with ``inplace=True`` run out of place: VCL's gradient needs what they would overwrite.
+    The output of ReLU, Tanh, and here of ELU and LeakyReLU, may be what is saved for backward: a module that changes it
+    in place (``nn.Dropout(inplace=True)``) is then an autograd error. An input that needs no gradient (of a frozen
+    part) gets no VCL.
 
     Args:
-        model: any module. Activations called as functions (``F.relu``) are not seen: make them modules
-            (``self.act = nn.ReLU()``), call :func:`vcl_kernels.vcl_activation` instead, or name the layers behind
-            which they stand with ``layers``.
+        model: any module. Activations that its forward calls as functions (``F.relu``) cannot get VCL: make them
+            modules (``self.act = nn.ReLU()``), or name the layers whose outputs they take in ``after``.
         example_input: a tensor, or tuple or mapping of arguments, for one evaluation forward (nothing is learnt from
-            it; a second one is without in-place activations, if there are any). It shows the shape of each beta,
-            activations called more than once, and those whose channels are last. Activations of fewer than two
+            it; two more are run if activations work in place). It shows the shape of each beta, modules called more
+            than once, those whose channels are last, and activations called as functions. Activations of fewer than two
             dimensions get no VCL. Without it, or where it does not reach, betas get their shape in the first training
             forward: make the optimizer after that.
-        weight: multiplies the sum over layers.
+        weight: multiplies the sum over layers; ``handle.weight`` may change it.
         sub_batch_size, form, unit, num_sub_batches, learn_beta, beta_init, beta_min: as for :class:`vcl_kernels.VCL`.
-        layers: other places: names or modules before which VCL is put, or a predicate of (name, module).
+        layers: other places than the activation modules: names or modules before which VCL is put, or a predicate of
+            (name, module).
+        after: also these: names or modules whose output gets VCL, or a predicate. With ``layers=[]``, these alone.
+        shared_beta: one beta for all calls of a module in a forward, whose losses are added: for a recurrent network
+            of any length. Else each call that the example makes has its own.
         inject: the loss enters the graph through each layer's output, which must then not be changed in place, and
-            the training loop needs no change. Under a ``torch.amp.GradScaler``, set ``handle.grad_scaler`` to it.
+            the training loop needs no change. Under a ``torch.amp.GradScaler``, set ``handle.grad_scaler`` to it;
+            when gradients of k backward passes are added, set ``handle.accumulation = k``.
         channel_dim: the dimension of channels; that of samples is 0. None: the last dimension of activations
             ``(N, L, C)`` that, as ``example_input`` shows, come from a linear function or a norm over that dimension,
             are made of such tensors without a change of shape, are a part of one (a gate), or enter a linear layer
-            that ``layers`` names; else dimension 1. The model's repr shows it.
+            that ``layers`` names; else dimension 1. The table shows it.
+        backend: as for :func:`vcl_kernels.vcl_loss`.
 
     Returns:
-        A :class:`VCLHandle`: ``handle.loss()`` to add to the objective, unless ``inject``. It is ``model.vcl_handle``
-        too, as that of a copy is the copy's.
+        A :class:`VCLHandle`: ``handle.loss()`` to add to the objective, unless ``inject``. :func:`handle_of` finds that
+        of a model, a copy or a wrapper.
+
+    Warns:
+        VCLWarning: VCL does nothing somewhere, or something else than is likely meant: now (activations that are
+            functions, or that the model holds outside of its children; a dimension 0 that is no batch) or in training
+            (too few rows; a loss that is never read; betas in no optimizer; …). Once for each handle and kind.
 
     Raises:
         ValueError: no activation module, a layer that does not exist or is a container, a model that has VCL attached
@@ -81,189 +105,211 @@ def attach(  # noqa: PLR0913  # the public signature
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ELU(), nn.Linear(8, 2))
     >>> handle = attach(net, torch.randn(2, 4))
+    >>> print(handle)
+    layer  activation  VCL    units
+    1      ELU         fused  (8,)
+    1 layer with VCL: 1 fused
     >>> objective = net(torch.randn(32, 4)).square().mean() + handle.loss()
     >>> objective.backward()
     """
-    settings = {name: value for name, value in locals().items() if name not in ("model", "example_input", "layers")}
-    settings["channel_dim"] = 1 if channel_dim is None else channel_dim
+    check_number("weight", weight)
+    settings: dict[str, Any] = {
+        "sub_batch_size": sub_batch_size,
+        "form": form,
+        "unit": unit,
+        "num_sub_batches": num_sub_batches,
+    }
+    settings |= {"learn_beta": learn_beta, "beta_init": beta_init, "beta_min": beta_min, "backend": backend}
+    VCL(**settings, channel_dim=1 if channel_dim is None else channel_dim)  # raises before the model is changed
     if learn_beta and form != "variance":
         check_not_wrapped(model)
+        check_not_wrapped_outside(model)
+    _check_not_attached(model)
+    steering = Steering(inject, attached=True)
+    steering.weight = weight
+    choice = choose(model, layers, after)
+    probed, functions = None, []
+    if example_input is not None:
+        probed, choice = _probe(model, choice, example_input)
+    made = Layout(settings, channel_dim, shared_beta, steering)
+    for name, module in choice.before.items():
+        made.add(name, module, probed, choice.recognised.get(module))
+    for name, module in choice.behind.items():
+        made.add(name, module, probed, None, behind=True)
+    if probed is not None:
+        functions = made.add_unreachable(model, probed, choice)
+    if not made.calls:
+        raise ValueError(_why_no_layers(model, made, functions))
+    if probed is not None:
+        _tell(made, probed, functions if layers is None else [])
+    tell_backend([*model.parameters(), *tensors_in(example_input)], backend, steering.warn)
+    undo = [undo for put in made.put for undo in put()]
+    return VCLHandle(model, made.calls, steering, made.rows, undo)
+
+
+def _check_not_attached(model: nn.Module) -> None:
     attached = next((name for name, module in model.named_modules() if hasattr(module, "vcl_handle")), None)
     if attached is not None:
         where = f"its submodule {attached!r}" if attached else "it"
         raise ValueError(f"model has VCL attached already, to {where}; remove() that first (model.vcl_handle)")
-    VCL(**settings)  # raises for a wrong setting before the model is changed
-    modules = _chosen(model, layers)
-    probed = {} if example_input is None else probe(model, list(modules.values()), example_input)
-    missed = [name for name, module in modules.items() if module not in probed]
-    if missed and example_input is not None:
-        warnings.warn(
-            f"the example does not reach {', '.join(missed)}; a beta there has no shape before the first training "
-            "forward that does. layers= leaves places out",
-            stacklevel=2,
-        )
-    vcls: dict[str, Calls] = {}
-    for name, module in modules.items():
-        if module not in probed:
-            vcls[name] = Calls([vcl_for(module, settings)])
-        elif all(call.x.dim() > 1 for call in probed[module]):
-            vcls[name] = Calls(
-                vcl_for(module, {**settings, "channel_dim": channel_dim or call.channel_dim}).materialize(call.x)
-                for call in probed[module]
-            )
-    if not vcls:
-        raise ValueError("model has no activation of two or more dimensions (N, C, …)")
-    return VCLHandle(model, modules, vcls)
 
 
-class VCLHandle:
-    """What :func:`attach` returns: the loss of the latest training forward, and the way back."""
-
-    def __init__(self, model: nn.Module, modules: dict[str, nn.Module], vcls: dict[str, Calls]) -> None:
-        self.model, self._calls = model, vcls
-        self._undo: list[Callable[[], Any]] = []  # what remove() calls; all of it can be copied and pickled
-        fused: dict[nn.Module, FusedActivation] = {}
-        for name, calls in vcls.items():
-            module = modules[name]
-            if can_fuse(module):
-                fused[module] = FusedActivation(module, calls)
-                continue
-            module.vcl = calls.train(module.training)
-            hook = module.register_forward_pre_hook(before_activation, with_kwargs=True)
-            self._undo += [hook.remove, partial(_delete_vcl, module)]
-            if getattr(module, "inplace", False):
-                module.inplace = False  # type: ignore[assignment]
-                self._undo.append(partial(setattr, module, "inplace", True))
-        self._undo += [partial(_restore_original, *replaced) for replaced in replace(model, fused)]
-        model.vcl_handle = self  # type: ignore[assignment]  # a copy of the model has the copied handle
-        before = model.register_forward_pre_hook(self._before_forward)
-        after = model.register_forward_hook(self._after_forward, always_call=True)
-        self._undo += [before.remove, after.remove, partial(delattr, model, "vcl_handle")]
-
-    def _before_forward(self, model: nn.Module, _args: tuple[Any, ...]) -> None:
-        if model.training:
-            for calls in self._calls.values():
-                calls.begin()
-
-    def _after_forward(self, _model: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-        for calls in self._calls.values():
-            calls.end()
-
-    def _vcls(self) -> Iterator[tuple[str, VCLActivation]]:
-        for name, calls in self._calls.items():
-            for call, vcl in enumerate(calls):
-                yield (f"{name}:{call}" if call else name), vcl  # type: ignore[misc]
-
-    def __repr__(self) -> str:
-        """Name the layers."""
-        return f"VCLHandle({', '.join(self._calls)})"
-
-    def loss(self) -> Tensor:
-        """Return ``weight`` times the sum over layers of the latest training forward's losses.
-
-        Raises:
-            RuntimeError: no training forward was run, or only without grad mode, so that the loss has no gradient.
-        """
-        ran = [(vcl.loss, vcl.latest.in_grad_mode) for _, vcl in self._vcls() if vcl.loss is not None]
-        if not ran:
-            raise RuntimeError("handle.loss() wants a training forward of the model first (model.train())")
-        if torch.is_grad_enabled() and not any(in_grad_mode for _, in_grad_mode in ran):
-            raise RuntimeError(
-                "handle.loss() has no gradient: the training forward ran without grad mode, under torch.no_grad() "
-                "(read handle.losses then) or reentrant checkpointing (use_reentrant=False or inject=True helps)"
-            )
-        device = ran[0][0].device
-        return torch.stack([loss.to(device) for loss, _ in ran]).sum()
-
-    @property
-    def losses(self) -> dict[str, Tensor]:
-        """Each layer's part of :meth:`loss`, detached, by the activation's name (``name:1`` for a second call)."""
-        return {name: vcl.loss.detach() for name, vcl in self._vcls() if vcl.loss is not None}
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the learned betas, which are among ``model.parameters()`` too."""
-        for _, vcl in self._vcls():
-            yield from vcl.parameters()
-
-    @property
-    def grad_scaler(self) -> torch.amp.GradScaler | None:
-        """The GradScaler that scales the objective, for ``inject=True``."""
-        return next((vcl.grad_scaler for _, vcl in self._vcls()), None)
-
-    @grad_scaler.setter
-    def grad_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
-        for _, vcl in self._vcls():
-            vcl.grad_scaler = scaler
-
-    def remove(self) -> None:
-        """Restore the model: its own activation modules, no hooks, no betas, in place again where they were."""
-        for undo in self._undo:
-            undo()
-        self._calls, self._undo = {}, []
-
-
-def _delete_vcl(module: nn.Module) -> None:
-    if hasattr(module, "vcl"):
-        del module.vcl
-
-
-def _restore_original(parent: nn.Module, name: str, fused: FusedActivation) -> None:
-    if getattr(parent, name, None) is fused:  # the user may have put another module there since
-        parent.register_module(name, fused.release())
-
-
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return optimizer groups in which biases and the betas of VCL are not decayed, and all else is.
-
-    >>> net = nn.Sequential(nn.Linear(4, 8), VCL(8), nn.ELU())
-    >>> [len(group["params"]) for group in param_groups(net, 1e-4)]
-    [1, 2]
-    """
-    decays: dict[nn.Parameter, bool] = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            is_bias = name.startswith("bias") or name.endswith("bias")  # an LSTM has bias_ih_l0
-            decays.setdefault(parameter, not is_bias and not isinstance(module, VCLActivation))
-    return [
-        {"params": [p for p, decay in decays.items() if decay], "weight_decay": weight_decay},
-        {"params": [p for p, decay in decays.items() if not decay], "weight_decay": 0.0},
+def _probe(model: nn.Module, choice: Choice, example: Any) -> tuple[Probed, Choice]:
+    """Run the example. Recognise the modules that only take what they get there."""
+    before = [*choice.before.values(), *choice.unknown.values()]
+    in_place = [
+        module
+        for module in choice.before.values()
+        if getattr(module, "inplace", False) or (module in choice.recognised and choice.recognised[module].in_place)
     ]
+    probed = probe(model, before, list(choice.behind.values()), in_place, example)
+    found: dict[nn.Module, Recognised] = {}
+    for module in choice.unknown.values():
+        for call in probed.calls.get(module, [])[:1]:
+            if isinstance(call.x, Tensor) and call.inputs == 1:
+                with suppress(UnknownError):
+                    recognised = recognise(module, call.x)
+                    found |= {} if recognised is None else {module: recognised}
+    late = {name: module for name, module in choice.unknown.items() if module in found}
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    both = sorted({**choice.before, **late}.items(), key=lambda item: order[item[0]])
+    return probed, choice._replace(before=dict(both), recognised={**choice.recognised, **found})
 
 
-def _chosen(
-    model: nn.Module, layers: Iterable[str | nn.Module] | Callable[[str, nn.Module], bool] | None
-) -> dict[str, nn.Module]:
-    """Return the modules that get a VCL, by name. Raise ValueError where ``layers`` names what cannot have one."""
-    modules: dict[str, nn.Module] = {
-        name: module
-        for name, module in model.named_modules()
-        if name and not isinstance(module, VCLActivation) and "parametrizations" not in name.split(".")
-    }
-    chosen: dict[str, nn.Module] = {}
-    if layers is None:
-        chosen = {name: module for name, module in modules.items() if isinstance(module, ACTIVATIONS)}
-        if not chosen:
-            raise ValueError(
-                f"model ({type(model).__name__}) has no activation modules; name the layers before which VCL belongs "
-                "with layers=, or put vcl_kernels.VCL into its forward"
-            )
-    elif callable(layers):
-        chosen = {name: module for name, module in modules.items() if layers(name, module)}
-    else:
-        names = {module: name for name, module in modules.items()}
-        for layer in layers:
-            name = layer if isinstance(layer, str) else names.get(layer, "")
-            if name not in modules:
-                raise ValueError(f"layers must name modules of the model; got {layer!r}")
-            chosen[name] = modules[name]
-    if not chosen:
-        raise ValueError("layers must choose at least one module of the model; it chose none")
-    for name, module in chosen.items():
-        if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-            raise ValueError(f"layers must not name a container; {name!r} is one: name a module inside it")
-        if hasattr(module, "vcl"):
-            raise ValueError(
-                f"{name!r} has an attribute 'vcl' already, the name that attach sets: from another attach, perhaps. "
-                "Choose other modules with layers="
-            )
-    return chosen
+def _why_no_layers(model: nn.Module, made: Layout, functions: list[str]) -> str:
+    name = type(model).__name__
+    if functions:
+        return (
+            f"model ({name}) has no activation modules: its activations are functions: {_few(functions)}. "
+            f"{REMEDY_FOR_FUNCTIONS}"
+        )
+    left_out = [f"{row.layer}: {row.units}" for row in made.rows]
+    if left_out:
+        return f"model ({name}) has no activation that can have VCL; left out are {_few(left_out)}"
+    return (
+        f"model ({name}) has no activation modules; an example_input shows those that are called as functions. Name "
+        "layers whose outputs get VCL with after=, or put vcl_kernels.VCL into its forward"
+    )
+
+
+def _tell(made: Layout, probed: Probed, functions: list[str]) -> None:
+    """Tell what VCL does not reach, though the example shows it or it is in the model."""
+    tell = made.steering.warn
+    if made.missed:
+        tell(
+            "unreached",
+            f"the example does not reach {', '.join(made.missed)}; a beta there has no shape before the first training "
+            "forward that does. layers= leaves places out",
+        )
+    if functions:
+        total = len(functions) + sum(len(calls) for calls in made.reached.values())
+        tell(
+            "functions",
+            f"{len(functions)} of {total} activation calls are functions, and get no VCL: {_few(functions)}. "
+            f"{REMEDY_FOR_FUNCTIONS}",
+        )
+    if made.strangers:
+        tell(
+            "strangers",
+            f"the forward calls activation modules that are not in the model: {_few(made.strangers)}. They get no VCL; "
+            "nor does the model move them, save them or set their mode. Make them attributes of a module, or put them "
+            "into nn.ModuleList or nn.ModuleDict",
+        )
+    tell_rows(made.reached, probed.rows, tell)
+
+
+def _few(texts: list[str]) -> str:
+    different = list(dict.fromkeys(texts))
+    return ", ".join(different[:6]) + f" and {len(different) - 6} more" * (len(different) > 6)
+
+
+class Layout:
+    """The VCLs of chosen modules, and the rows of the table."""
+
+    def __init__(
+        self, settings: dict[str, Any], channel_dim: int | None, shared_beta: bool, steering: Steering
+    ) -> None:
+        self.settings, self.channel_dim, self.shared_beta, self.steering = settings, channel_dim, shared_beta, steering
+        self.calls: dict[str, Calls] = {}
+        self.put: list[Callable[[], list[Callable[[], Any]]]] = []  # each changes the model and returns what undoes it
+        self.rows: list[Row] = []
+        self.reached: dict[str, list[Call]] = {}
+        self.missed: list[str] = []
+        self.strangers: list[str] = []
+
+    def add(
+        self, name: str, module: nn.Module, probed: Probed | None, recognised: Recognised | None, behind: bool = False
+    ) -> None:
+        """Make the VCLs of ``module``, or a row that says why it gets none."""
+        seen = [] if probed is None else probed.calls.get(module, [])
+        kind = type(module).__name__
+        why_not = next(filter(None, map(_why_not, seen)), None)
+        if why_not is not None:
+            self.rows.append(Row(name, kind, LEFT_OUT, why_not))
+            return
+        fused = None if recognised is None or behind or any(call.inputs != 1 for call in seen) else recognised.fused
+        if seen:
+            self.reached[name] = seen
+            vcls = [self._vcl(fused, self.channel_dim or call.channel_dim).materialize(call.x) for call in seen]
+            vcls = [_shared(name, vcls)] if self.shared_beta else vcls
+        else:
+            self.missed += [name]
+            vcls = [self._vcl(fused, self.channel_dim or 1)]
+        calls = self.calls[name] = Calls(vcls, self.steering, name, self.shared_beta)
+        if fused is not None:
+            how, put = "fused", partial(fuse, module, calls)
+            kind += "" if kind.lower() == fused.name.replace("_", "") else f" ({fused.name})"
+        elif behind:
+            how, put = "after", partial(put_behind, module, calls)
+        else:
+            copies = recognised is not None and recognised.in_place and not getattr(module, "inplace", False)
+            how, put = "before", partial(put_before, module, calls, copies=copies)
+        self.put.append(put)
+        self.rows += [Row(vcl.place, kind, how, _units(vcl)) for vcl in vcls]
+
+    def _vcl(self, fused: Activation | None, channel_dim: int) -> VCLActivation:
+        if fused is None:
+            return VCL(**self.settings, channel_dim=channel_dim)
+        vcl = VCLActivation("identity", **self.settings, channel_dim=channel_dim)
+        vcl.activation = fused
+        return vcl
+
+    def add_unreachable(self, model: nn.Module, probed: Probed, choice: Choice) -> list[str]:
+        """Add rows for activations that VCL cannot reach; return those that are functions."""
+        names = {module: name for name, module in model.named_modules()}
+        for owner, module in probed.strangers:
+            if is_activation(module):
+                place = f"{type(module).__name__} in {names.get(owner) or type(owner).__name__}"
+                self.strangers.append(place)
+                self.rows.append(Row("-", place, LEFT_OUT, "not in the model"))
+        activations = {*choice.recognised, *(module for _, module in probed.strangers)}
+        functions = written([call for call in probed.functions if call.owner not in activations], names)
+        self.rows += [Row("-", function, LEFT_OUT, "a function") for function in functions]
+        return functions
+
+
+def _why_not(call: Call) -> str | None:
+    """Why a call cannot have VCL."""
+    if not isinstance(call.x, Tensor):
+        return f"{type(call.x).__name__} where a tensor is wanted"
+    if not call.x.is_floating_point():
+        return f"values of {call.x.dtype}"
+    return f"a {call.x.dim()}-D tensor where (N, C, …) is wanted" if call.x.dim() < 2 else None
+
+
+def _shared(name: str, vcls: list[VCLActivation]) -> VCLActivation:
+    """Return one VCL for all calls of a module."""
+    shapes = {tuple(vcl.beta.shape) for vcl in vcls if vcl.beta is not None}
+    if len({(vcl.channel_dim, *shapes) for vcl in vcls}) > 1 or len(shapes) > 1:
+        raise ValueError(
+            f"shared_beta wants the same units in each call; those of {name!r} have betas of shapes "
+            f"{', '.join(map(str, sorted(shapes)))}"
+        )
+    return vcls[0]
+
+
+def _units(vcl: VCLActivation) -> str:
+    """Return the shape of beta as text, and where the channels are."""
+    lazy = vcl.beta is not None and is_lazy(vcl.beta)
+    shape = "no beta" if vcl.beta is None else "from the first batch" if lazy else str(tuple(vcl.beta.shape))
+    return shape if vcl.channel_dim == 1 else f"{shape}, channel_dim={vcl.channel_dim}"

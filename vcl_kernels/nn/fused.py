@@ -1,162 +1,209 @@
-"""The modules that attach puts into a model: the VCL of each call of a module, fused with it or in front of it."""
+"""What attach gives to a module: a VCL for each of its calls, fused with it, before it or behind it.
+
+The module itself stays where it is, so that it is found on every way on which the model reaches it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_activation
-from ..torch_private import children, hooks_of
-from .modules import VCL, VCLActivation
+from ..torch_private import children, in_backward
+from .modules import VCLActivation
+from .recognise import matching, settings_of
+from .steering import Steering
 
-__all__ = ["Calls", "FusedActivation", "before_activation", "can_fuse", "first_input", "vcl_for"]
+__all__ = ["Calls", "first_input", "fuse", "put_before", "put_behind"]
 
-# For each activation that can be fused: its name in vcl_activation, and the module's attributes that are settings.
-FUSED: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
-    nn.ReLU: ("relu", ()),
-    nn.LeakyReLU: ("leaky_relu", ("negative_slope",)),
-    nn.ELU: ("elu", ("alpha",)),
-    nn.GELU: ("gelu", ("approximate",)),
-    nn.SiLU: ("silu", ()),
-    nn.Tanh: ("tanh", ()),
-}
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class CallCounter:
-    """The calls of one activation module in a forward of the model."""
+    """The calls of one module in a forward of the model."""
 
     count = 0
-    in_forward = False  # of the whole model, not of a part of it or a recomputation
 
 
 class Calls(nn.ModuleList):
-    """One VCL for each call of one activation module in a forward: a model may use the module more than once."""
+    """The VCLs of one module: one for each of its calls in a forward of the model, or one for all of them."""
 
-    def __init__(self, vcls: Iterable[VCLActivation]) -> None:
+    def __init__(self, vcls: Iterable[VCLActivation], steering: Steering, name: str, shared_beta: bool) -> None:
         super().__init__(vcls)
         self.counter = CallCounter()
-
-    def _replicate_for_data_parallel(self) -> Calls:
-        replica = super()._replicate_for_data_parallel()
-        replica.counter = CallCounter()
-        return replica
+        self.steering, self.name, self.shared_beta = steering, name, shared_beta
+        self.settings: tuple[tuple[str, Any], ...] = ()  # of a fused module: by which its function may change
+        for call, vcl in enumerate(self):
+            vcl.steering = steering  # type: ignore[assignment]
+            vcl.place = f"{name}:{call}" if call else name  # type: ignore[assignment]
+            vcl.sums_calls = shared_beta  # type: ignore[assignment]
 
     def begin(self) -> None:
         """Begin a forward of the model. Drop the losses of the previous one: a layer may be skipped this time."""
-        self.counter.count, self.counter.in_forward = 0, True
+        self.counter.count = 0
         for vcl in self:
             vcl.latest.loss = None  # type: ignore[union-attr]
 
-    def end(self) -> None:
-        """End the forward of the model."""
-        self.counter.in_forward = False
+    def run(self, x: Tensor, call: Callable[[VCLActivation], Tensor], plain: Callable[[], Tensor]) -> Tensor:
+        """Return ``call`` of the VCL of the present call, or ``plain()`` where it gets none.
 
-    def take(self, module: nn.Module) -> VCLActivation:
-        """Return the VCL of the present call of ``module``."""
+        That is where VCL is paused, and where x needs no gradient (a frozen part). Where the whole forward runs
+        without grad mode, losses are still computed, to look at.
+        """
+        steering = self.steering
+        if steering.is_paused():
+            return plain()
+        vcl = self._next()
+        wanted = torch.is_grad_enabled() and getattr(x, "requires_grad", True)
+        if steering.in_forward:
+            if wanted or not steering.began_in_grad_mode:
+                vcl.latest.period = steering.period
+                return call(vcl)
+            vcl.latest.in_grad_mode = torch.is_grad_enabled()
+            return plain()
+        return self._run_outside(vcl, call, plain) if wanted else plain()
+
+    def _run_outside(
+        self, vcl: VCLActivation, call: Callable[[VCLActivation], Tensor], plain: Callable[[], Tensor]
+    ) -> Tensor:
+        """The same outside a forward of the whole model: in a checkpoint's recomputation, or a part that runs alone."""
+        steering = self.steering
+        if not in_backward():
+            steering.begin_part()
+            vcl.latest.period = steering.period
+            return call(vcl)
+        loss = vcl.latest.loss
+        if loss is None and not steering.inject:
+            steering.warn(
+                "reentrant",
+                f"layer {vcl.place!r} runs under reentrant checkpointing, in which its VCL loss has no gradient and is "
+                "left out of handle.loss(). Use checkpoint(..., use_reentrant=False), or attach(..., inject=True)",
+            )
+            return plain()
+        y = call(vcl)
+        if loss is not None:
+            vcl.latest.loss = loss  # that of the forward, which has the graph
+        return y
+
+    def _next(self) -> VCLActivation:
+        """Return the VCL of the present call."""
         counter, vcls = self.counter, children(self)
+        if len(vcls) == 1 and self.shared_beta:
+            return vcls["0"]
         call = counter.count
-        if not counter.in_forward:
+        if not self.steering.in_forward:
             if len(vcls) > 1 and torch.is_grad_enabled():
                 raise RuntimeError(
-                    f"{_type_name(module)} is called more than once in a forward, and now outside one (by "
+                    f"layer {self.name!r} is called more than once in a forward, and now outside one (by "
                     "checkpointing, or by a part of the model used alone): which beta is meant? Give each call a "
-                    "module of its own"
+                    "module of its own, or attach with shared_beta=True"
                 )
             call %= len(vcls)
         elif call >= len(vcls):
             raise RuntimeError(
-                f"{_type_name(module)} is called {call + 1} times in one forward, and has VCL for {len(vcls)}; "
-                "give attach an example_input whose forward makes every call, so that each gets a beta of its own"
+                f"layer {self.name!r} is called {call + 1} times in one forward, and has VCL for {len(vcls)}; give "
+                "attach an example_input whose forward makes every call, so that each gets a beta of its own, or "
+                "shared_beta=True"
             )
         counter.count = call + 1
         return vcls[str(call)]
 
 
-class FusedActivation(nn.Module):
-    """Replaces an activation module: VCLActivation in training, the original module in evaluation.
-
-    The original is no child, so that the state dict gains only betas. This module has its hooks, and its attributes.
-    """
-
-    original: nn.Module
-    vcl: Calls
-
-    def __init__(self, original: nn.Module, calls: Calls) -> None:
-        super().__init__()
-        self.__dict__.update(hooks_of(original), original=original)
-        self.vcl = calls
-        self.train(original.training)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the activation of ``input``, an argument named as in torch.nn."""
-        if not self.training:
-            return self.original.forward(input)
-        return children(self)["vcl"].take(self)(input)
-
-    def release(self) -> nn.Module:
-        """Return the original module, with the mode and the hooks of this one."""
-        self.original.__dict__.update(hooks_of(self))
-        return self.original.train(self.training)
-
-    def __getattr__(self, name: str) -> Any:
-        """Look for an attribute here, then in the original module."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "original" not in self.__dict__:
-                raise
-            return getattr(self.original, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute here; a setting of the original module is set there and in the VCLs."""
-        original = self.__dict__.get("original")
-        if original is None or name == "training" or name.startswith("_") or name not in vars(original):
-            super().__setattr__(name, value)
-            return
-        setattr(original, name, value)
-        activation = check_activation(**_activation_settings(original))
-        for vcl in self.vcl:
-            vcl.activation = activation  # type: ignore[assignment]
-
-    def extra_repr(self) -> str:
-        """Return the original module's repr."""
-        return repr(self.original)
+def fuse(module: nn.Module, calls: Calls) -> list[Callable[[], Any]]:
+    """Give ``module`` a forward in which VCL and the activation are one in training; return what undoes it."""
+    calls.settings = settings_of(module) or ()
+    module.forward = partial(_fused_forward, module)
+    return [*_add_calls(module, calls), partial(_delete_own, module, "forward", _fused_forward)]
 
 
-def before_activation(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Pass the first input of ``module`` through its VCL. A hook that is a plain function: models can be copied."""
+def put_before(module: nn.Module, calls: Calls, *, copies: bool = False) -> list[Callable[[], Any]]:
+    """Put VCL before ``module``, of its input (``copies``: of a copy, which the module may overwrite)."""
+    hook = module.register_forward_pre_hook(_before_copying if copies else _before, with_kwargs=True)
+    undo = [*_add_calls(module, calls), hook.remove]
+    if getattr(module, "inplace", False):
+        module.inplace = False  # type: ignore[assignment]
+        undo.append(partial(setattr, module, "inplace", True))
+    return undo
+
+
+def put_behind(module: nn.Module, calls: Calls) -> list[Callable[[], Any]]:
+    """Put VCL behind ``module``, of its output."""
+    return [*_add_calls(module, calls), module.register_forward_hook(_behind).remove]
+
+
+def _add_calls(module: nn.Module, calls: Calls) -> list[Callable[[], Any]]:
+    module.vcl = calls.train(module.training)
+    return [partial(_delete_calls, module)]
+
+
+def _delete_calls(module: nn.Module) -> None:
+    if isinstance(getattr(module, "vcl", None), Calls):
+        del module.vcl
+
+
+def _delete_own(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+    if getattr(vars(module).get(name), "func", None) is function:  # others may have set it since
+        delattr(module, name)
+
+
+def _fused_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """The forward of a fused module, bound to it: a plain function, so that models can be copied."""
+    calls = children(module).get("vcl")
+    if not module.training or calls is None:
+        return type(module).forward(module, *args, **kwargs)
+    for name, value in calls.settings:
+        if module.__dict__.get(name) != value:
+            _match_again(module, calls)
+    x = first_input(args, kwargs)
+    return calls.run(x, lambda vcl: vcl(x), lambda: type(module).forward(module, *args, **kwargs))
+
+
+def _match_again(module: nn.Module, calls: Calls) -> None:
+    """Take over settings that were changed since attach."""
+    plain = copy.copy(module)
+    plain.__dict__["_modules"] = {}
+    del plain.__dict__["forward"]
+    activation = matching(plain)
+    if activation is None:
+        raise RuntimeError(
+            f"layer {calls.name!r} ({type(module).__name__}) was changed after attach, and is none of the activations "
+            "that are fused any more. Call handle.remove(), and attach again"
+        )
+    for vcl in calls:
+        vcl.activation = activation  # type: ignore[assignment]
+    calls.settings = settings_of(plain) or ()
+
+
+def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+    """Pass the first input of ``module`` through its VCL."""
     calls: Calls = module.vcl  # type: ignore[assignment]
     if not calls.training:
         return None
-    x = calls.take(module)(first_input(args, kwargs))
+    x = first_input(args, kwargs)
+    return _with_first_input(calls.run(x, lambda vcl: vcl(x), lambda: x), args, kwargs)
+
+
+def _before_copying(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+    """The same for a module that overwrites its input."""
+    passed = _before(module, args, kwargs)
+    return passed and _with_first_input(first_input(*passed).clone(), *passed)
+
+
+def _behind(module: nn.Module, _args: tuple[Any, ...], y: Any) -> Any:
+    """Pass the output of ``module`` through its VCL."""
+    calls: Calls = module.vcl  # type: ignore[assignment]
+    return calls.run(y, lambda vcl: vcl(y), lambda: y) if calls.training else None
+
+
+def _with_first_input(x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
 
 
 def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Return the first argument of a call, positional or not."""
     return args[0] if args else next(iter(kwargs.values()))
-
-
-def can_fuse(module: nn.Module) -> bool:
-    """Whether ``module`` is one of PyTorch's activations that are fused, with PyTorch's forward."""
-    return type(module) in FUSED and "forward" not in vars(module)
-
-
-def vcl_for(module: nn.Module, settings: dict[str, Any]) -> VCLActivation:
-    """Return the VCL for one call of ``module``: fused with its activation where possible."""
-    return VCLActivation(**_activation_settings(module), **settings) if can_fuse(module) else VCL(**settings)
-
-
-def _activation_settings(module: nn.Module) -> dict[str, Any]:
-    """The arguments of VCLActivation that say which activation ``module`` is."""
-    activation, names = FUSED[type(module)]
-    return {"activation": activation, **{name: getattr(module, name) for name in names}}
-
-
-def _type_name(module: nn.Module) -> str:
-    return type(module.original if isinstance(module, FusedActivation) else module).__name__

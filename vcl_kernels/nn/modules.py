@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ from ..checks import (
 from ..functional import activation_and_loss
 from ..geometry import accumulation_dtype, unit_shape
 from ..injection import Injection, injected
-from ..options import FORMS, UNITS
+from ..options import FORMS, UNITS, ActivationName, Approximate, BackendName, Form, Unit
 from ..torch_private import in_functorch
+from .steering import Steering
 
 __all__ = ["VCL", "VCLActivation"]
 
@@ -38,6 +40,8 @@ class LatestForward:
 
     loss: Tensor | None = None
     in_grad_mode = True  # else the loss has no gradient
+    had_rows = False  # enough for two sub-batches
+    period: object = None  # of Steering
 
 
 class VCLActivation(nn.Module):
@@ -52,7 +56,8 @@ class VCLActivation(nn.Module):
         units: shape of a learned beta: C for channel units, ``(C, *spatial)`` for activation units, ``()`` for one.
             None: taken from the first training forward (create the optimizer after that, or name the shape).
         alpha, negative_slope, approximate: of elu, leaky_relu and gelu, as for :func:`vcl_kernels.vcl_activation`.
-        sub_batch_size: n, samples in a sub-batch. A training batch of fewer than 2n has loss 0.
+        sub_batch_size: n, samples in a sub-batch. A training batch of fewer than 2n has loss 0, and a
+            :class:`vcl_kernels.VCLWarning` says so; one such batch after others, the last of an epoch, is not told.
         form: ``"ratio"``, ``"variance"`` (which has no beta) or ``"relative_variance"``.
         unit: ``"channel"`` or ``"activation"``.
         num_sub_batches: K, or as many as the batch has where those are fewer; default 2 for ``"ratio"``, all for the
@@ -82,15 +87,15 @@ class VCLActivation(nn.Module):
 
     def __init__(  # noqa: PLR0913  # the public signature
         self,
-        activation: str,
+        activation: ActivationName,
         units: int | tuple[int, ...] | None = None,
         *,
         alpha: float = 1.0,
         negative_slope: float = 0.01,
-        approximate: str = "none",
+        approximate: Approximate = "none",
         sub_batch_size: int = 5,
-        form: str = "ratio",
-        unit: str = "channel",
+        form: Form = "ratio",
+        unit: Unit = "channel",
         num_sub_batches: int | None = None,
         weight: float = 1.0,
         learn_beta: bool = True,
@@ -98,7 +103,7 @@ class VCLActivation(nn.Module):
         beta_min: float = 1e-3,
         inject: bool = False,
         channel_dim: int = 1,
-        backend: str | None = None,
+        backend: BackendName | None = None,
     ) -> None:
         super().__init__()
         self.activation = check_activation(activation, alpha, negative_slope, approximate)
@@ -112,8 +117,10 @@ class VCLActivation(nn.Module):
         check_channel_dim(channel_dim)
         self.sub_batch_size, self.form, self.unit, self.num_sub_batches = sub_batch_size, form, unit, num_sub_batches
         self.weight, self.beta_init, self.beta_min = weight, beta_init, beta_min
-        self.inject, self.channel_dim, self.backend = inject, channel_dim, backend
-        self.grad_scaler: torch.amp.GradScaler | None = None
+        self.channel_dim, self.backend = channel_dim, backend
+        self.steering = Steering(inject)
+        self.place = ""  # its name in a model, told by attach
+        self.sums_calls = False  # of one forward, where several calls share beta
         self.latest = LatestForward()
         self.beta: nn.Parameter | None
         if not learn_beta or form == "variance":
@@ -121,12 +128,29 @@ class VCLActivation(nn.Module):
         elif units is None:
             self.register_parameter("beta", nn.UninitializedParameter())  # type: ignore[arg-type]
         else:
-            self.beta = nn.Parameter(torch.full((units,) if isinstance(units, int) else units, float(beta_init)))
+            shape = (units,) if isinstance(units, int) else units
+            self.beta = nn.Parameter(
+                torch.full(shape, float(beta_init), dtype=accumulation_dtype(torch.get_default_dtype()))
+            )
 
     @property
     def loss(self) -> Tensor | None:
         """``weight`` times the loss of the latest training forward."""
         return self.latest.loss
+
+    @property
+    def inject(self) -> bool:
+        """Whether the loss enters the graph through the output."""
+        return self.steering.inject
+
+    @property
+    def grad_scaler(self) -> torch.amp.GradScaler | None:
+        """The GradScaler that scales the objective, for ``inject=True``. None, once set, says that there is none."""
+        return self.steering.grad_scaler
+
+    @grad_scaler.setter
+    def grad_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
+        self.steering.grad_scaler = scaler
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the activation of x. In training, also compute the loss of x."""
@@ -137,27 +161,60 @@ class VCLActivation(nn.Module):
                 "a VCL module cannot be compiled inside a torch.func transform, for its loss outlives the transform; "
                 "compile vcl_loss or vcl_activation there, or transform the module in eager code"
             )
-        latest = self.latest
+        latest, steering = self.latest, self.steering
         latest.in_grad_mode = torch.is_grad_enabled()
-        injection = Injection(self.grad_scaler) if self.inject else None
         check_tensor("x", x)
+        injection = steering.injection
+        if injection is not None and x.dtype is torch.float16 and not steering.grad_scaler_told:
+            self._warn_of_scaler()
         if not x.shape or x.shape[0] < 2 * self.sub_batch_size:
-            y, latest.loss = self._with_zero_loss(x, injection)
+            y, loss = self._with_zero_loss(x, injection)
+            self._record(loss)
             return y
+        latest.had_rows = True
         view = channels_first(x, self.channel_dim)  # x itself where that is 1
         K = None if self.num_sub_batches is None else min(self.num_sub_batches, x.shape[0] // self.sub_batch_size)
+        weight = self.weight * steering.weight
         beta, spec = check_loss(
-            view, self._beta_for(view), self.sub_batch_size, self.form, self.unit, K, "mean", self.weight, self.beta_min
+            view, self._beta_for(view), self.sub_batch_size, self.form, self.unit, K, "mean", weight, self.beta_min
         )
-        y, latest.loss = activation_and_loss(view, beta, spec, self.activation, self.backend, injection)
+        y, loss = activation_and_loss(view, beta, spec, self.activation, self.backend, injection)
+        self._record(loss)
         if view is x:
             return y
         return x if y is view else y.movedim(1, self.channel_dim)
+
+    def _record(self, loss: Tensor) -> None:
+        latest = self.latest
+        latest.loss = latest.loss + loss if self.sums_calls and latest.loss is not None else loss
+
+    def _warn_of_scaler(self) -> None:
+        self.steering.warn(
+            "scaler",
+            f"{self._named()} has a float16 input and injects its loss, and knows no GradScaler: if one scales the "
+            "objective, it divides the gradient of VCL by its scale. Set handle.grad_scaler (of a VCL of its own, "
+            "vcl.grad_scaler) to the scaler, or to None if there is none",
+        )
+
+    def _warn_of_rows(self, x: Tensor) -> None:
+        if self.latest.had_rows:  # the last batch of an epoch is often short
+            self.latest.had_rows = False
+            return
+        self.steering.warn(
+            "rows",
+            f"{self._named()} got an input of shape {tuple(x.shape)} in training: fewer than 2 * sub_batch_size = "
+            f"{2 * self.sub_batch_size} rows in dimension 0. Its VCL loss is 0, and beta does not move. Take larger "
+            "batches or a smaller sub_batch_size",
+        )
+
+    def _named(self) -> str:
+        return f"layer {self.place!r}" if self.place else type(self).__name__
 
     def _with_zero_loss(self, x: Tensor, injection: Injection | None) -> tuple[Tensor, Tensor]:
         """Return the activation of a batch that is too short for a loss, and a loss of 0."""
         check_dtype("x", x.dtype)
         check_dimensions(x.shape)
+        self._warn_of_rows(x)
         loss = x.new_zeros((), dtype=accumulation_dtype(x.dtype))
         if self.beta is not None and type(self.beta) is not UninitializedParameter:
             loss = loss + 0 * self.beta.sum()  # DistributedDataParallel waits for a gradient
@@ -181,6 +238,11 @@ class VCLActivation(nn.Module):
         self._beta_for(channels_first(x, self.channel_dim))
         return self
 
+    def reset_parameters(self) -> None:
+        """Set beta to ``beta_init``, as after ``to_empty``; a beta without a shape stays so."""
+        if self.beta is not None and type(self.beta) is not UninitializedParameter:
+            nn.init.constant_(self.beta, self.beta_init)
+
     def _make_beta(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None) -> None:
         assert isinstance(self.beta, UninitializedParameter)
         self.beta.materialize(shape, device, dtype)
@@ -192,15 +254,27 @@ class VCLActivation(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         loaded = state_dict.get(prefix + "beta")
+        if loaded is None and self.steering.attached:  # the checkpoint is of the plain model: beta stays as it is
+            return
         if type(self.beta) is UninitializedParameter and loaded is not None:
             if type(loaded) is UninitializedParameter:
                 return
             self._make_beta(tuple(loaded.shape), loaded.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VCLActivation:
+        """Move beta where the module goes, but not to half precision: a step of 1e-3 from 1 would round to none."""
+
+        def apply(t: Tensor) -> Tensor:
+            moved = fn(t)
+            loses = moved.dtype in (torch.bfloat16, torch.float16) and t.dtype in (torch.float32, torch.float64)
+            return t.to(moved.device) if loses else moved
+
+        return super()._apply(apply, recurse)
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one step, so that a copy or a pickle can be made at any time."""
-        return {**self.__dict__, "latest": LatestForward(), "grad_scaler": None}
+        return {**self.__dict__, "latest": LatestForward()}
 
     def _replicate_for_data_parallel(self) -> VCLActivation:
         replica = super()._replicate_for_data_parallel()

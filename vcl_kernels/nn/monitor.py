@@ -17,11 +17,12 @@ from torch.utils.hooks import RemovableHandle
 from ..checks import channels_first, check_channel_dim, check_choice, check_count
 from ..functional import sub_batch_moments
 from ..geometry import accumulation_dtype
-from ..options import UNITS
+from ..options import UNITS, Unit
 from ..reference import bounded_beta
-from .attach import ACTIVATIONS, VCLHandle
 from .fused import Calls, first_input
+from .handle import VCLHandle
 from .modules import VCLActivation
+from .recognise import is_activation
 
 __all__ = ["VCLMonitor"]
 
@@ -77,7 +78,7 @@ class VCLMonitor:
         *,
         every: int = 1,
         sub_batch_size: int | None = None,
-        unit: str = "channel",
+        unit: Unit = "channel",
         channel_dim: int | None = None,
         csv: str | Path | None = None,
         tensorboard: Any = None,
@@ -210,7 +211,7 @@ class VCLMonitor:
 
 
 @torch.no_grad()
-def _statistics(x: Tensor, n: int, unit: str) -> list[Tensor]:
+def _statistics(x: Tensor, n: int, unit: Unit) -> list[Tensor]:
     """Variance, constancy and kurtosis of x, each a scalar on x's device."""
     x = x.detach().to(accumulation_dtype(x.dtype))
     over = [0] if unit == "activation" else [0, *range(2, x.dim())]
@@ -251,7 +252,7 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     layers = [
         (name or type(model).__name__, module)
         for name, module in model.named_modules()
-        if module not in attached and (isinstance(module, ACTIVATIONS) or _vcls_of(module))
+        if module not in attached and (_vcls_of(module) or is_activation(module))
     ]
     if not layers:
         raise ValueError(f"model ({type(model).__name__}) has no activation or VCL module to monitor")

@@ -23,12 +23,16 @@ def replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> li
     return done
 
 
+WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+
+
+def wrapper_of(module: nn.Module) -> str | None:
+    """Return the wrapper for distributed training that ``module`` is, by name."""
+    return next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in WRAPPERS), None)
+
+
 def check_not_wrapped(model: nn.Module) -> None:
     """Raise ValueError if ``model`` is wrapped for distributed training, which would miss new parameters."""
-    wrappers = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
-    for module in model.modules():
-        found = wrappers.intersection(kind.__name__ for kind in type(module).__mro__)
-        if found:
-            raise ValueError(
-                f"model is in {found.pop()}, which goes on with the parameters it knows; wrap it afterwards"
-            )
+    found = next(filter(None, map(wrapper_of, model.modules())), None)
+    if found is not None:
+        raise ValueError(f"model is in {found}, which goes on with the parameters it knows; wrap it afterwards")

@@ -1,0 +1,75 @@
+"""What attach finds to doubt: rows that are no samples, missing kernels, processes that drift apart."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import backends, choose
+from .functions import FunctionCall
+from .probe import Call
+from .surgery import wrapper_of
+
+__all__ = ["check_not_wrapped_outside", "tell_backend", "tell_rows", "written"]
+
+Tell = Callable[[str, str], None]  # kind and text of a warning
+
+
+def written(calls: list[FunctionCall], names: dict[nn.Module, str]) -> list[str]:
+    """Return each function call as text, with the remedy where it is known."""
+    found = []
+    for call in calls:
+        owner = names.get(call.owner) if call.owner is not None else None
+        place = type(call.owner).__name__ if owner is None else repr(owner) if owner else "the model's forward"
+        source = names.get(call.source) if call.source is not None else None
+        found.append(f"{call.function} in {place}" + (f" (after={source!r})" if source else ""))
+    return found
+
+
+def tell_rows(layers: dict[str, list[Call]], rows: int, tell: Tell) -> None:
+    """Tell where dimension 0 is not the example's batch: a sub-batch would be of time steps, or of one row."""
+    for name, calls in layers.items():
+        for call in calls:
+            shape = tuple(call.x.shape)
+            if call.time_first and call.x.dim() > 2:
+                why = "inside a module with batch_first=False, whose dimension 0 is time"
+            elif shape[0] % rows:
+                why = f"while the example has {rows} rows"
+            else:
+                continue
+            tell(
+                "dimension 0",
+                f"layer {name!r} has an input of shape {shape}, {why}. VCL takes dimension 0 for samples, and would "
+                "compare variances over something else. Leave the layer out with layers=, or make the batch the first "
+                "dimension",
+            )
+
+
+def tell_backend(tensors: list[Tensor], backend: str | None, tell: Tell) -> None:
+    """Tell where the kernels of a device are missing and the plain PyTorch reference runs instead."""
+    for device, name in (("cpu", "cpu"), ("cuda", "triton")):
+        on_device = [t for t in tensors if t.device.type == device]
+        if backend is None and on_device and choose(None, on_device[0]) == "reference":
+            tell(
+                "backend",
+                f"VCL runs on the plain PyTorch reference here, several times slower: the {name!r} backend says "
+                f"{backends()[name]!r}. backend='reference' takes it without this warning",
+            )
+
+
+def check_not_wrapped_outside(model: nn.Module) -> None:
+    """Raise ValueError if a module that is wrapped for distributed training has ``model`` inside."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    for outer in gc.get_objects():
+        if not issubclass(type(outer), nn.Module) or outer is model:
+            continue
+        kind = wrapper_of(outer)
+        if kind is not None and any(module is model for module in outer.modules()):
+            raise ValueError(
+                f"model is inside {kind}, which goes on with the parameters that it knows: new betas would drift apart "
+                "between processes. Attach first and wrap afterwards"
+            )

@@ -1,0 +1,208 @@
+"""The handle of an attached model: its losses, what can be set during training, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_count, check_number
+from ..torch_private import in_backward, is_replica
+from .fused import Calls
+from .modules import VCLActivation
+from .steering import Steering
+from .table import Row, summary, table
+from .watch import Watch
+
+__all__ = ["VCLHandle", "handle_of"]
+
+
+class VCLHandle:
+    """What :func:`attach` returns: losses, settings that may change during training, and the way back.
+
+    ``print(handle)`` shows a table of the layers, of what was left out and why.
+
+    Attributes:
+        model: the attached model.
+        layers: each layer's VCL by the module's name, ``name:1`` for its second call. ``layers[name].weight`` is a
+            factor of that layer's own, 1 at first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calls: dict[str, Calls],
+        steering: Steering,
+        rows: list[Row],
+        undo: list[Callable[[], Any]],
+    ) -> None:
+        self.model = model
+        self.layers: dict[str, VCLActivation] = {vcl.place: vcl for each in calls.values() for vcl in each}  # type: ignore[misc]
+        self._calls, self._steering, self._rows, self._watch = calls, steering, rows, Watch()
+        model.vcl_handle = self  # type: ignore[assignment]  # a copy of the model has the copied handle
+        before = model.register_forward_pre_hook(self._before_forward)
+        after = model.register_forward_hook(self._after_forward, always_call=True)
+        # What remove() calls. All of it can be copied and pickled.
+        self._undo: list[Callable[[], Any]] = [
+            *undo,
+            before.remove,
+            after.remove,
+            partial(delattr, model, "vcl_handle"),
+        ]
+
+    def _before_forward(self, model: nn.Module, _args: tuple[Any, ...]) -> None:
+        steering, watch = self._steering, self._watch
+        if is_replica(model):
+            raise RuntimeError(
+                "a model with VCL attached cannot run in nn.DataParallel: nobody reads the losses of its copies. Use "
+                "DistributedDataParallel"
+            )
+        if not in_backward():  # else a checkpoint of the whole model computes it anew
+            watch.forward(model.training, steering)
+            if steering.inject and watch.latest == "training" and not torch.compiler.is_compiling():
+                if watch.injected_forwards < 4:
+                    watch.injected_forward(steering)
+                self._watch_betas()
+        was_read = steering.was_read
+        steering.begin()
+        if was_read or not steering.paused:  # without VCL, the forward before may still be read
+            for calls in self._calls.values():
+                calls.begin()
+
+    def _after_forward(self, _model: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+        self._steering.in_forward = False
+
+    def __repr__(self) -> str:
+        """Name the layers."""
+        return f"VCLHandle({', '.join(self._calls)})"
+
+    def __str__(self) -> str:
+        """Return a table of the layers, and one line that sums it up."""
+        return f"{table(self._rows)}\n{summary(self._rows)}"
+
+    def loss(self) -> Tensor:
+        """Return :attr:`weight` times the sum over layers of the latest training forward's losses.
+
+        It is 0 after an evaluation forward, so that one criterion serves training and validation, and where VCL was
+        :meth:`paused`. Parts of the model that run by themselves, not in the model's own forward, count if they ran
+        since it was read last.
+
+        Raises:
+            RuntimeError: the model did not run yet, or only without grad mode, so that the loss has no gradient.
+        """
+        steering = self._steering
+        ran = [latest for latest in self._latest() if latest.loss is not None]
+        self._watch.reading(bool(ran), self.model, steering)
+        steering.was_read = True
+        if not ran:
+            return torch.zeros((), device=next((p.device for p in self.model.parameters()), None))
+        if torch.is_grad_enabled() and not any(latest.in_grad_mode for latest in ran):
+            raise RuntimeError(
+                "handle.loss() has no gradient: the latest training forward ran without grad mode. Under "
+                "torch.no_grad(), run it in evaluation or in handle.paused(), or read the loss before it "
+                "(handle.losses has the values). A checkpoint wants use_reentrant=False, or attach inject=True"
+            )
+        if not steering.inject and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._watch_betas()
+        device = ran[0].loss.device
+        return torch.stack([latest.loss.to(device) for latest in ran]).sum()
+
+    def _watch_betas(self) -> None:
+        if not self._watch.betas.done:
+            self._watch.training_step(self.model, list(self.parameters()), self._steering)
+
+    def _latest(self) -> Iterator[Any]:
+        for vcl in self.layers.values():
+            if vcl.latest.period is self._steering.period:
+                yield vcl.latest
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """Each layer's part of :meth:`loss` by name, detached: for logs. Nothing waits for the device until read."""
+        return {name: vcl.latest.loss.detach() for name, vcl in self.layers.items() if vcl.latest.loss is not None}
+
+    @property
+    def weight(self) -> float:
+        """Multiplies the sum over layers. It may be set before any forward: a schedule, a warm-up."""
+        return self._steering.weight
+
+    @weight.setter
+    def weight(self, weight: float) -> None:
+        check_number("weight", weight)
+        self._steering.weight = weight
+
+    @property
+    def accumulation(self) -> int:
+        """With ``inject``, divides what is injected: the number of backward passes before an optimizer's step."""
+        return self._steering.accumulation
+
+    @accumulation.setter
+    def accumulation(self, accumulation: int) -> None:
+        check_count("accumulation", accumulation, 1)
+        if not self._steering.inject:
+            raise ValueError("accumulation is for inject=True; divide handle.loss() with the rest of the objective")
+        self._steering.accumulation = accumulation
+
+    @property
+    def grad_scaler(self) -> torch.amp.GradScaler | None:
+        """With ``inject``, the GradScaler that scales the objective; None, once set, says that there is none."""
+        return self._steering.grad_scaler
+
+    @grad_scaler.setter
+    def grad_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
+        self._steering.grad_scaler = scaler
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Run the model without VCL, in training too: a generator's step, a warm-up, a second forward of a pair.
+
+        A loss that was computed before and is not read yet can still be read.
+        """
+        before, self._steering.paused = self._steering.paused, True
+        try:
+            yield
+        finally:
+            self._steering.paused = before
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the learned betas, which are among ``model.parameters()`` too."""
+        seen = set()
+        for vcl in self.layers.values():
+            for beta in vcl.parameters():
+                if beta not in seen:
+                    seen.add(beta)
+                    yield beta
+
+    def remove(self) -> None:
+        """Restore the model: no hooks, no betas, its own forwards, in place again where it was."""
+        for undo in self._undo:
+            undo()
+        self._calls, self._undo, self.layers = {}, [], {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Start a copy's watch anew."""
+        return {**self.__dict__, "_watch": Watch()}
+
+
+def handle_of(model: nn.Module) -> VCLHandle:
+    """Return the handle of an attached model, of a copy or a loaded pickle of one, or of a wrapper around one.
+
+    Raises:
+        ValueError: no module of ``model`` has VCL attached.
+
+    >>> import copy
+    >>> from vcl_kernels import attach
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ELU())
+    >>> handle = attach(net, torch.randn(2, 4))
+    >>> handle_of(net) is handle, handle_of(copy.deepcopy(net)) is handle
+    (True, False)
+    """
+    for module in model.modules():
+        handle = getattr(module, "vcl_handle", None)
+        if isinstance(handle, VCLHandle):
+            return handle
+    raise ValueError(f"model ({type(model).__name__}) has no VCL attached; call vcl_kernels.attach(model, …) first")

@@ -1,0 +1,212 @@
+"""Which modules are activations: decided by what they compute on drawn numbers, not by their class."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..checks import check_activation
+from ..options import Activation
+from ..reference import activate
+from .modules import VCLActivation
+
+__all__ = ["Recognised", "UnknownError", "is_activation", "matching", "recognise"]
+
+Function = Callable[[Tensor], Tensor]
+
+# What an attribute of a fused module may be: its function may change with it, so it is compared at each call
+SETTINGS = (bool, int, float, str, torch.dtype, FunctionType, BuiltinFunctionType, MethodType, partial)
+
+
+class Recognised(NamedTuple):
+    """An activation module."""
+
+    fused: Activation | None  # the fused activation that computes the same, if one does
+    in_place: bool  # whether it overwrites its input
+
+
+class UnknownError(Exception):
+    """A module takes none of the tensors that were tried."""
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether ``module`` is an activation module; one that takes no tensor that was tried is not known to be."""
+    try:
+        return recognise(module) is not None
+    except UnknownError:
+        return False
+
+
+def recognise(module: nn.Module, like: Tensor | None = None) -> Recognised | None:
+    """Return what ``module`` is as an activation, or None if it is none.
+
+    An activation module has no children and no matrices. In evaluation it maps a tensor to one of the same shape, each
+    value for itself (*elementwise*), the same at each call, not as an affine function, and with the derivative that
+    autograd gives. So dropout, norms, scales, masks and quantisation are none. A copy of it is tried, on the CPU.
+
+    Args:
+        module: any module.
+        like: an input of it, whose shape, dtype and device are tried where others do not fit.
+
+    Raises:
+        UnknownError: the module takes none of the tensors that were tried.
+    """
+    if isinstance(module, VCLActivation | torch.jit.ScriptModule) or not all(map(_is_vcl, module.children())):
+        return None
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if any(is_lazy(t) or sum(size > 1 for size in t.shape) > 1 for t in tensors):
+        return None
+    channels = max([1, *(t.numel() for t in tensors)])
+    shapes = [(4, channels if channels > 1 else 6, *[3] * dims) for dims in range(4)]
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False):
+        for copied, x in _trials(module, shapes, like):
+            with suppress(UnknownError):
+                return _recognise(copied, x, not tensors and settings_of(module) is not None)
+    raise UnknownError
+
+
+def settings_of(module: nn.Module) -> tuple[tuple[str, Any], ...] | None:
+    """Return the attributes of ``module`` that may say what it computes; None if one of them cannot be compared."""
+    if "forward" in vars(module):
+        return None
+    own = [(name, value) for name, value in vars(module).items() if not name.startswith("_")]
+    settings = tuple((name, value) for name, value in own if name not in ("training", "inplace"))
+    return settings if all(value is None or isinstance(value, SETTINGS) for _, value in settings) else None
+
+
+def matching(module: nn.Module) -> Activation | None:
+    """Return the fused activation that ``module`` computes now, or None."""
+    try:
+        recognised = recognise(module)
+    except UnknownError:
+        return None
+    return None if recognised is None else recognised.fused
+
+
+def _is_vcl(child: nn.Module) -> bool:
+    return isinstance(child, nn.ModuleList) and all(isinstance(vcl, VCLActivation) for vcl in child)
+
+
+def _trials(
+    module: nn.Module, shapes: list[tuple[int, ...]], like: Tensor | None
+) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Yield copies of ``module`` in evaluation, and a tensor to try."""
+    copied = _copied(module, torch.float64)
+    yield from ((copied, torch.empty(shape, dtype=torch.float64, device="cpu")) for shape in shapes)
+    if like is not None and not like.is_meta and like.is_floating_point():
+        yield _copied(module, None), like
+
+
+def _copied(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """Return a copy of ``module`` in evaluation on the CPU; one on meta gets drawn parameters."""
+    try:
+        copied = copy.deepcopy(module)
+    except Exception:  # a module may hold what cannot be copied; in evaluation it should not change
+        return module
+    for part in copied.modules():
+        part.training = False
+    if dtype is None:
+        return copied
+    if any(t.is_meta for t in (*copied.parameters(), *copied.buffers())):
+        copied = copied.to_empty(device="cpu")
+        for t in (*copied.parameters(), *copied.buffers()):
+            if t.is_floating_point():
+                t.data.uniform_(0.1, 0.9)
+    return copied.to("cpu", dtype)
+
+
+def _recognise(copied: nn.Module, like: Tensor, may_be_fused: bool) -> Recognised | None:
+    """Try tensors of the shape, dtype and device of one."""
+    function: Function = copied.forward
+    generator = torch.Generator().manual_seed(0)
+    a, b = (sign * torch.rand(like.shape, generator=generator).to(like).mul(4).add(0.1) for sign in (1, -1))
+    with torch.no_grad():
+        try:
+            y = function(a.clone())
+        except Exception as error:
+            raise UnknownError from error
+        if not isinstance(y, Tensor) or y.shape != a.shape or not y.is_floating_point():
+            return None
+        x = b.clone()
+        try:
+            if not _is_elementwise(function, a, b, y, generator) or _is_affine(function, a, b, y, function(x)):
+                return None
+        except RuntimeError:  # of other values it makes something else
+            return None
+    if not _has_its_derivative(function, a):
+        return None
+    fused = _fused_like(copied, a.shape) if may_be_fused and a.dtype == torch.float64 else None
+    return Recognised(fused, not torch.equal(x, b))
+
+
+def _is_elementwise(function: Function, a: Tensor, b: Tensor, y: Tensor, generator: torch.Generator) -> bool:
+    """Whether values of y stay when the others' inputs change, and when nothing changes."""
+    chosen = (torch.rand(a.shape, generator=generator) < 0.5).to(a.device)
+    mixed = function(torch.where(chosen, a, b))
+    return bool(y.isfinite().all()) and torch.equal(function(a.clone()), y) and torch.equal(mixed[chosen], y[chosen])
+
+
+def _is_affine(function: Function, a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor) -> bool:
+    """Whether the function at the middle of a and b is the mean of those at both."""
+    middle, mean = function((a + b) / 2), (of_a + of_b) / 2
+    return bool(((middle - mean).abs() <= 4 * torch.finfo(a.dtype).eps ** 0.75 * (1 + mean.abs())).all())
+
+
+def _has_its_derivative(function: Function, x: Tensor) -> bool:
+    """Whether autograd gives the derivative of what is computed; a quantiser's is that of the identity."""
+    h = torch.finfo(x.dtype).eps ** (1 / 3)
+    try:
+        dx = _derivative(function, x)
+    except RuntimeError:  # y has no graph
+        return False
+    with torch.no_grad():
+        difference = (function(x + h) - function(x - h)) / (2 * h)
+    close = (dx - difference).abs() <= 30 * h * (1 + difference.abs())
+    return bool(close.double().mean() > 0.9)
+
+
+def _derivative(function: Function, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(function(x.clone()).sum(), x)[0]
+
+
+def _fused_like(copied: nn.Module, shape: torch.Size) -> Activation | None:
+    """Return the fused activation with the values and derivatives of ``copied`` in float64, in both modes."""
+    far = 10.0 ** torch.arange(1, 7, dtype=torch.float64)
+    values = torch.cat([torch.linspace(-12, 12, 481, dtype=torch.float64) + 1e-3, far, -far])
+    rows = math.ceil(len(values) / math.prod(shape[1:]))
+    x = values.repeat(2 + math.prod(shape[1:]) // len(values))[: rows * math.prod(shape[1:])].view(rows, *shape[1:])
+    results = []
+    for training in (False, True):
+        copied.training = training
+        with torch.no_grad():
+            results.append((copied.forward(x.clone()), _derivative(copied.forward, x)))
+    slope, alpha = (-float(copied.forward(torch.full_like(x, at)).flatten()[0]) for at in (-1.0, -40.0))
+    for activation in (
+        check_activation("relu"),
+        check_activation("leaky_relu", negative_slope=slope),
+        check_activation("elu", alpha=alpha),
+        check_activation("gelu"),
+        check_activation("gelu", approximate="tanh"),
+        check_activation("silu"),
+        check_activation("tanh"),
+    ):
+        same_values = all(_agree(y, activate(x, activation)) for y, _ in results)
+        wanted = _derivative(partial(activate, activation=activation), x)
+        if same_values and all(_agree(dx, wanted) for _, dx in results):
+            return activation
+    return None
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-10, atol=1e-10)

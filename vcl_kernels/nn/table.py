@@ -1,0 +1,38 @@
+"""The table of a handle: each layer, what became of it, and why."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["FUSED", "LEFT_OUT", "Row", "summary", "table"]
+
+FUSED, LEFT_OUT = "fused", "left out"
+
+
+class Row(NamedTuple):
+    """A layer, or what could have been one."""
+
+    layer: str
+    activation: str  # the type of the module, or the function that was called
+    vcl: str  # "fused", "before", "after", or "left out"
+    units: str  # shape of beta, or why it is left out
+
+
+def table(rows: list[Row]) -> str:
+    """Return the rows as aligned columns under their names."""
+    lines = [Row._fields, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(Row._fields) - 1)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
+        for line in lines
+    )
+
+
+def summary(rows: list[Row]) -> str:
+    """Return how many layers have VCL, and how."""
+    kinds = [row.vcl for row in rows]
+    counts = [f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds) if kind != LEFT_OUT]
+    left_out = kinds.count(LEFT_OUT)
+    layers = len(rows) - left_out
+    text = f"{layers} layer{'s' * (layers != 1)} with VCL: {', '.join(counts)}"
+    return f"{text}; {left_out} left out" if left_out else text

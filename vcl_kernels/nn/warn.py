@@ -1,0 +1,30 @@
+"""Warnings of VCL that does nothing, or something else than meant."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+__all__ = ["VCLWarning", "warn"]
+
+
+class VCLWarning(UserWarning):
+    """VCL does nothing somewhere, or something else than is likely meant: what was seen, and the remedy."""
+
+
+def _warn(text: str) -> bool:
+    warnings.warn(text, VCLWarning, stacklevel=3)
+    return True
+
+
+# A compiler calls this while it traces, and its graph has no trace of it.
+_while_tracing: Any = getattr(torch.compiler, "assume_constant_result", lambda function: function)(_warn)
+
+
+def warn(said: set[str], kind: str, text: str) -> None:
+    """Issue one :class:`VCLWarning` of each ``kind``; ``said`` keeps which were issued."""
+    if kind not in said:
+        said.add(kind)
+        _while_tracing(text)
