@@ -106,7 +106,7 @@ def attach(  # noqa: PLR0913  # the public signature
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ELU(), nn.Linear(8, 2))
     >>> handle = attach(net, torch.randn(2, 4))
     >>> print(handle)
-    layer  activation  VCL    units
+    layer  activation  vcl    units
     1      ELU         fused  (8,)
     1 layer with VCL: 1 fused
     >>> objective = net(torch.randn(32, 4)).square().mean() + handle.loss()
