@@ -46,72 +46,59 @@ class Calls(nn.ModuleList):
     def begin(self) -> None:
         """Begin a forward of the model. Drop the losses of the previous one: a layer may be skipped this time."""
         self.counter.count = 0
-        for vcl in self:
-            vcl.latest.loss = None  # type: ignore[union-attr]
+        for vcl in children(self).values():
+            vcl.latest.loss = vcl.latest.period = None
 
-    def run(self, x: Tensor, call: Callable[[VCLActivation], Tensor], plain: Callable[[], Tensor]) -> Tensor:
-        """Return ``call`` of the VCL of the present call, or ``plain()`` where it gets none.
+    def take(self, x: Tensor) -> VCLActivation | None:
+        """Return the VCL of the present call, whose input is ``x``. None where there is to be none:
 
-        That is where VCL is paused, and where x needs no gradient (a frozen part). Where the whole forward runs
-        without grad mode, losses are still computed, to look at.
+        VCL is paused, or x needs no gradient (a frozen part). Where the whole forward runs without grad mode, losses
+        are still computed, to look at.
         """
         steering = self.steering
-        if steering.is_paused():
-            return plain()
-        vcl = self._next()
-        wanted = torch.is_grad_enabled() and getattr(x, "requires_grad", True)
-        if steering.in_forward:
-            if wanted or not steering.began_in_grad_mode:
-                vcl.latest.period = steering.period
-                return call(vcl)
-            vcl.latest.in_grad_mode = torch.is_grad_enabled()
-            return plain()
-        return self._run_outside(vcl, call, plain) if wanted else plain()
-
-    def _run_outside(
-        self, vcl: VCLActivation, call: Callable[[VCLActivation], Tensor], plain: Callable[[], Tensor]
-    ) -> Tensor:
-        """The same outside a forward of the whole model: in a checkpoint's recomputation, or a part that runs alone."""
-        steering = self.steering
-        if not in_backward():
-            steering.begin_part()
-            vcl.latest.period = steering.period
-            return call(vcl)
-        loss = vcl.latest.loss
-        if loss is None and not steering.inject:
-            steering.warn(
-                "reentrant",
-                f"layer {vcl.place!r} runs under reentrant checkpointing, in which its VCL loss has no gradient and is "
-                "left out of handle.loss(). Use checkpoint(..., use_reentrant=False), or attach(..., inject=True)",
-            )
-            return plain()
-        y = call(vcl)
-        if loss is not None:
-            vcl.latest.loss = loss  # that of the forward, which has the graph
-        return y
-
-    def _next(self) -> VCLActivation:
-        """Return the VCL of the present call."""
+        if not steering.in_forward:
+            return self._take_outside(x)
+        if steering.was_paused:
+            return None
         counter, vcls = self.counter, children(self)
-        if len(vcls) == 1 and self.shared_beta:
-            return vcls["0"]
-        call = counter.count
-        if not self.steering.in_forward:
-            if len(vcls) > 1 and torch.is_grad_enabled():
-                raise RuntimeError(
-                    f"layer {self.name!r} is called more than once in a forward, and now outside one (by "
-                    "checkpointing, or by a part of the model used alone): which beta is meant? Give each call a "
-                    "module of its own, or attach with shared_beta=True"
-                )
-            call %= len(vcls)
-        elif call >= len(vcls):
+        call = 0 if self.shared_beta else counter.count
+        if call >= len(vcls):
             raise RuntimeError(
                 f"layer {self.name!r} is called {call + 1} times in one forward, and has VCL for {len(vcls)}; give "
                 "attach an example_input whose forward makes every call, so that each gets a beta of its own, or "
                 "shared_beta=True"
             )
         counter.count = call + 1
-        return vcls[str(call)]
+        if (x.requires_grad and torch.is_grad_enabled()) or not steering.began_in_grad_mode:
+            return vcls[str(call)]
+        return None
+
+    def _take_outside(self, x: Tensor) -> VCLActivation | None:
+        """The same outside a forward of the whole model: in a checkpoint's recomputation, or a part that runs alone."""
+        steering, vcls, recomputes = self.steering, children(self), in_backward()
+        if not (x.requires_grad and torch.is_grad_enabled()) or (
+            steering.was_paused if recomputes else steering.paused
+        ):
+            return None
+        if len(vcls) > 1:
+            raise RuntimeError(
+                f"layer {self.name!r} is called more than once in a forward, and now outside one (by checkpointing, or "
+                "by a part of the model used alone): which beta is meant? Give each call a module of its own, or "
+                "attach with shared_beta=True"
+            )
+        vcl: VCLActivation = vcls["0"]
+        if not recomputes:
+            vcl.latest.period = steering.period_of_part()
+        elif vcl.latest.loss is not None:
+            vcl.latest.recomputes = True
+        elif not steering.inject:
+            steering.warn(
+                "reentrant",
+                f"layer {vcl.place!r} runs under reentrant checkpointing, in which its VCL loss has no gradient and is "
+                "left out of handle.loss(). Use checkpoint(..., use_reentrant=False), or attach(..., inject=True)",
+            )
+            return None
+        return vcl
 
 
 def fuse(module: nn.Module, calls: Calls) -> list[Callable[[], Any]]:
@@ -159,8 +146,9 @@ def _fused_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     for name, value in calls.settings:
         if module.__dict__.get(name) != value:
             _match_again(module, calls)
-    x = first_input(args, kwargs)
-    return calls.run(x, lambda vcl: vcl(x), lambda: type(module).forward(module, *args, **kwargs))
+    x = args[0] if args else first_input(args, kwargs)
+    vcl = calls.take(x)
+    return type(module).forward(module, *args, **kwargs) if vcl is None else vcl(x)
 
 
 def _match_again(module: nn.Module, calls: Calls) -> None:
@@ -182,22 +170,22 @@ def _match_again(module: nn.Module, calls: Calls) -> None:
 def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
     """Pass the first input of ``module`` through its VCL."""
     calls: Calls = module.vcl  # type: ignore[assignment]
-    if not calls.training:
-        return None
     x = first_input(args, kwargs)
-    return _with_first_input(calls.run(x, lambda vcl: vcl(x), lambda: x), args, kwargs)
+    vcl = calls.take(x) if calls.training else None
+    return None if vcl is None else _with_first_input(vcl(x), args, kwargs)
 
 
 def _before_copying(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
     """The same for a module that overwrites its input."""
     passed = _before(module, args, kwargs)
-    return passed and _with_first_input(first_input(*passed).clone(), *passed)
+    return None if passed is None else _with_first_input(first_input(*passed).clone(), *passed)
 
 
 def _behind(module: nn.Module, _args: tuple[Any, ...], y: Any) -> Any:
     """Pass the output of ``module`` through its VCL."""
     calls: Calls = module.vcl  # type: ignore[assignment]
-    return calls.run(y, lambda vcl: vcl(y), lambda: y) if calls.training else None
+    vcl = calls.take(y) if calls.training else None
+    return None if vcl is None else vcl(y)
 
 
 def _with_first_input(x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:

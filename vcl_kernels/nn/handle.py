@@ -67,9 +67,10 @@ class VCLHandle:
                 if watch.injected_forwards < 4:
                     watch.injected_forward(steering)
                 self._watch_betas()
-        was_read = steering.was_read
+        keeps = steering.paused and not steering.was_read  # the forward before, to be read yet
         steering.begin()
-        if was_read or not steering.paused:  # without VCL, the forward before may still be read
+        if not keeps:
+            steering.period = None
             for calls in self._calls.values():
                 calls.begin()
 

@@ -42,6 +42,14 @@ class LatestForward:
     in_grad_mode = True  # else the loss has no gradient
     had_rows = False  # enough for two sub-batches
     period: object = None  # of Steering
+    recomputes = False  # the present call is a checkpoint's: the loss of its forward stays, which has the graph
+
+    def record(self, loss: Tensor, adds: bool) -> None:
+        """Keep the loss of a call; ``adds`` to that of the calls before."""
+        if self.recomputes:
+            self.recomputes = False
+        else:
+            self.loss = self.loss + loss if adds and self.loss is not None else loss
 
 
 class VCLActivation(nn.Module):
@@ -164,12 +172,14 @@ class VCLActivation(nn.Module):
         latest, steering = self.latest, self.steering
         latest.in_grad_mode = torch.is_grad_enabled()
         check_tensor("x", x)
-        injection = steering.injection
-        if injection is not None and x.dtype is torch.float16 and not steering.grad_scaler_told:
-            self._warn_of_scaler()
+        injection = None
+        if steering.inject:
+            injection = steering.injection()
+            if x.dtype is torch.float16 and not steering.grad_scaler_told:
+                self._warn_of_scaler()
         if not x.shape or x.shape[0] < 2 * self.sub_batch_size:
             y, loss = self._with_zero_loss(x, injection)
-            self._record(loss)
+            latest.record(loss, self.sums_calls)
             return y
         latest.had_rows = True
         view = channels_first(x, self.channel_dim)  # x itself where that is 1
@@ -179,14 +189,10 @@ class VCLActivation(nn.Module):
             view, self._beta_for(view), self.sub_batch_size, self.form, self.unit, K, "mean", weight, self.beta_min
         )
         y, loss = activation_and_loss(view, beta, spec, self.activation, self.backend, injection)
-        self._record(loss)
+        latest.record(loss, self.sums_calls)
         if view is x:
             return y
         return x if y is view else y.movedim(1, self.channel_dim)
-
-    def _record(self, loss: Tensor) -> None:
-        latest = self.latest
-        latest.loss = latest.loss + loss if self.sums_calls and latest.loss is not None else loss
 
     def _warn_of_scaler(self) -> None:
         self.steering.warn(

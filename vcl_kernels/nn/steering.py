@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from ..injection import Injection
-from ..torch_private import in_backward
 from .warn import warn
 
 __all__ = ["Steering"]
@@ -42,24 +41,20 @@ class Steering:
     def grad_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
         self._grad_scaler, self.grad_scaler_told = scaler, True
 
-    @property
-    def injection(self) -> Injection | None:
-        """How losses enter the graph; None: the caller adds them."""
-        return Injection(self._grad_scaler, self.accumulation) if self.inject else None
+    def injection(self) -> Injection:
+        """Return how injected losses enter the graph."""
+        return Injection(self._grad_scaler, self.accumulation)
 
     def begin(self) -> None:
         """Begin a forward of the model."""
         self.in_forward, self.was_paused, self.was_read = True, self.paused, False
         self.began_in_grad_mode = torch.is_grad_enabled()
 
-    def begin_part(self) -> None:
+    def period_of_part(self) -> object:
         """Begin a call of a part of the model alone. The first since losses were read makes them old."""
         if self.was_read:
             self.was_read, self.period = False, object()
-
-    def is_paused(self) -> bool:
-        """Whether VCL is paused in the present call. A recomputation does what its forward did."""
-        return self.was_paused if self.in_forward or in_backward() else self.paused
+        return self.period
 
     def warn(self, kind: str, text: str) -> None:
         """Issue one warning of each kind."""
