@@ -141,7 +141,7 @@ def attach(  # noqa: PLR0913  # the public signature
     if not made.calls:
         raise ValueError(_why_no_layers(model, made, functions))
     if probed is not None:
-        _tell(made, probed, functions if layers is None else [])
+        _tell(made, probed, functions if layers is None else [], list(choice.before))
     tell_backend([*model.parameters(), *tensors_in(example_input)], backend, steering.warn)
     undo = [undo for put in made.put for undo in put()]
     return VCLHandle(model, made.calls, steering, made.rows, undo)
@@ -192,7 +192,7 @@ def _why_no_layers(model: nn.Module, made: Layout, functions: list[str]) -> str:
     )
 
 
-def _tell(made: Layout, probed: Probed, functions: list[str]) -> None:
+def _tell(made: Layout, probed: Probed, functions: list[str], before: list[str]) -> None:
     """Tell what VCL does not reach, though the example shows it or it is in the model."""
     tell = made.steering.warn
     if made.missed:
@@ -202,7 +202,7 @@ def _tell(made: Layout, probed: Probed, functions: list[str]) -> None:
             "forward that does. layers= leaves places out",
         )
     if functions:
-        total = len(functions) + sum(len(calls) for calls in made.reached.values())
+        total = len(functions) + sum(len(made.reached.get(name, [])) for name in before)
         tell(
             "functions",
             f"{len(functions)} of {total} activation calls are functions, and get no VCL: {_few(functions)}. "
@@ -277,13 +277,15 @@ class Layout:
     def add_unreachable(self, model: nn.Module, probed: Probed, choice: Choice) -> list[str]:
         """Add rows for activations that VCL cannot reach; return those that are functions."""
         names = {module: name for name, module in model.named_modules()}
-        for owner, module in probed.strangers:
-            if is_activation(module):
-                place = f"{type(module).__name__} in {names.get(owner) or type(owner).__name__}"
-                self.strangers.append(place)
-                self.rows.append(Row("-", place, LEFT_OUT, "not in the model"))
-        activations = {*choice.recognised, *(module for _, module in probed.strangers)}
-        functions = written([call for call in probed.functions if call.owner not in activations], names)
+        strangers = {module: owner for owner, module in probed.strangers if is_activation(module)}
+        for module, owner in strangers.items():
+            place = f"{type(module).__name__} in {names.get(owner) or type(owner).__name__}"
+            self.strangers.append(place)
+            self.rows.append(Row("-", place, LEFT_OUT, "not in the model"))
+        activations, behind = {*choice.recognised, *strangers}, set(choice.behind.values())
+        functions = written(
+            [call for call in probed.functions if call.owner not in activations and call.source not in behind], names
+        )
         self.rows += [Row("-", function, LEFT_OUT, "a function") for function in functions]
         return functions
 

@@ -29,22 +29,22 @@ def written(calls: list[FunctionCall], names: dict[nn.Module, str]) -> list[str]
     return found
 
 
-def tell_rows(layers: dict[str, list[Call]], rows: int, tell: Tell) -> None:
+def tell_rows(layers: dict[str, list[Call]], rows: set[int], tell: Tell) -> None:
     """Tell where dimension 0 is not the example's batch: a sub-batch would be of time steps, or of one row."""
     for name, calls in layers.items():
         for call in calls:
             shape = tuple(call.x.shape)
             if call.time_first and call.x.dim() > 2:
                 why = "inside a module with batch_first=False, whose dimension 0 is time"
-            elif shape[0] % rows:
-                why = f"while the example has {rows} rows"
+            elif rows and all(shape[0] % max(of_example, 1) for of_example in rows):
+                why = f"while the example has {' or '.join(map(str, sorted(rows)))} rows"
             else:
                 continue
             tell(
                 "dimension 0",
-                f"layer {name!r} has an input of shape {shape}, {why}. VCL takes dimension 0 for samples, and would "
-                "compare variances over something else. Leave the layer out with layers=, or make the batch the first "
-                "dimension",
+                f"layer {name!r} gets VCL of a tensor of shape {shape}, {why}. VCL takes dimension 0 for samples, and "
+                "would compare variances over something else. Leave the layer out with layers=, or make the batch the "
+                "first dimension",
             )
 
 

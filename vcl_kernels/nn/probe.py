@@ -37,7 +37,7 @@ class Probed(NamedTuple):
     calls: dict[nn.Module, list[Call]]
     strangers: list[tuple[nn.Module | None, nn.Module]]  # modules that are not in the model, with whose forward calls
     functions: list[FunctionCall]
-    rows: int  # of the example, in dimension 0 of its first tensor; 1 if it has none
+    rows: set[int]  # of the example's tensors, in dimension 0
 
 
 def probe(
@@ -100,8 +100,7 @@ def probe(
             )
     _check_out_of_place(model, example, in_place, output)
     shapes = [tensor.shape for tensor in tensors_in(dict(example) if isinstance(example, Mapping) else example)]
-    rows = next((shape[0] for shape in shapes if shape), 1)
-    return Probed(calls, strangers, [call for call in functions.found if call.owner not in before], rows)
+    return Probed(calls, strangers, functions.found, {shape[0] for shape in shapes if shape})
 
 
 def _check_out_of_place(model: nn.Module, example: Any, in_place: list[nn.Module], output: Any) -> None:
