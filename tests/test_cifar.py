@@ -85,8 +85,8 @@ VCL_CHANGED = {"vcl-channel": ("channel", 0.01), "vcl-weight-0.1": ("activation"
 @pytest.mark.parametrize("method", ["vcl", "vcl-channel", "vcl-weight-0.1", "vcl-he", "vcl-relu"])
 def test_vcl_has_the_settings_of_its_method(method):
     model = recipe.network(method, 10, 0.02)
-    recipe.attach(model, method, torch.randn(1, 3, 32, 32))
-    found = [(m.form, m.sub_batch_size, m.num_sub_batches, m.unit, m.weight) for m in of_type(model, vk.VCLActivation)]
+    weight = recipe.attach(model, method, torch.randn(1, 3, 32, 32)).weight
+    found = [(m.form, m.sub_batch_size, m.num_sub_batches, m.unit, weight) for m in of_type(model, vk.VCLActivation)]
     assert found == 10 * [("ratio", 5, None, *VCL_CHANGED.get(method, ("activation", 0.01)))]
 
 

@@ -47,7 +47,9 @@ class Calls(nn.ModuleList):
         """Begin a forward of the model. Drop the losses of the previous one: a layer may be skipped this time."""
         self.counter.count = 0
         for vcl in children(self).values():
-            vcl.latest.loss = vcl.latest.period = None
+            latest = vcl.latest
+            latest.loss = latest.period = None
+            latest.recomputes = False  # a recomputation may stop before its end
 
     def take(self, x: Tensor) -> VCLActivation | None:
         """Return the VCL of the present call, whose input is ``x``. None where there is to be none:
@@ -88,7 +90,7 @@ class Calls(nn.ModuleList):
             )
         vcl: VCLActivation = vcls["0"]
         if not recomputes:
-            vcl.latest.period = steering.period_of_part()
+            vcl.latest.period, vcl.latest.recomputes = steering.period_of_part(), False
         elif vcl.latest.loss is not None:
             vcl.latest.recomputes = True
         elif not steering.inject:

@@ -96,35 +96,37 @@ class VCLHandle:
             RuntimeError: the model did not run yet, or only without grad mode, so that the loss has no gradient.
         """
         steering = self._steering
-        ran = [latest for latest in self._latest() if latest.loss is not None]
+        ran = [(vcl.latest.loss, vcl.latest.in_grad_mode) for vcl in self._ran()]
         self._watch.reading(bool(ran), self.model, steering)
         steering.was_read = True
         if not ran:
             return torch.zeros((), device=next((p.device for p in self.model.parameters()), None))
-        if torch.is_grad_enabled() and not any(latest.in_grad_mode for latest in ran):
+        if torch.is_grad_enabled() and not any(in_grad_mode for _, in_grad_mode in ran):
             raise RuntimeError(
                 "handle.loss() has no gradient: the latest training forward ran without grad mode. Under "
                 "torch.no_grad(), run it in evaluation or in handle.paused(), or read the loss before it "
                 "(handle.losses has the values). A checkpoint wants use_reentrant=False, or attach inject=True"
             )
-        if not steering.inject and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not steering.inject and not torch.compiler.is_compiling():
             self._watch_betas()
-        device = ran[0].loss.device
-        return torch.stack([latest.loss.to(device) for latest in ran]).sum()
+        device = ran[0][0].device  # type: ignore[union-attr]
+        return torch.stack([loss.to(device) for loss, _ in ran]).sum()  # type: ignore[union-attr]
 
     def _watch_betas(self) -> None:
         if not self._watch.betas.done:
-            self._watch.training_step(self.model, list(self.parameters()), self._steering)
+            betas = [vcl.beta for vcl in self._ran() if vcl.latest.in_grad_mode and vcl.beta is not None]
+            self._watch.training_step(self.model, betas, self._steering)
 
-    def _latest(self) -> Iterator[Any]:
-        for vcl in self.layers.values():
-            if vcl.latest.period is self._steering.period:
-                yield vcl.latest
+    def _ran(self) -> list[VCLActivation]:
+        """Return the VCLs of the layers that ran in the latest training forward."""
+        period = self._steering.period
+        vcls = self.layers.values()
+        return [vcl for vcl in vcls if vcl.latest.loss is not None and vcl.latest.period is period]
 
     @property
     def losses(self) -> dict[str, Tensor]:
         """Each layer's part of :meth:`loss` by name, detached: for logs. Nothing waits for the device until read."""
-        return {name: vcl.latest.loss.detach() for name, vcl in self.layers.items() if vcl.latest.loss is not None}
+        return {vcl.place: vcl.latest.loss.detach() for vcl in self._ran()}  # type: ignore[union-attr]
 
     @property
     def weight(self) -> float:

@@ -151,6 +151,10 @@ class VCLActivation(nn.Module):
         """Whether the loss enters the graph through the output."""
         return self.steering.inject
 
+    @inject.setter
+    def inject(self, inject: bool) -> None:
+        self.steering.inject = inject
+
     @property
     def grad_scaler(self) -> torch.amp.GradScaler | None:
         """The GradScaler that scales the objective, for ``inject=True``. None, once set, says that there is none."""

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..torch_private import scale_of, version_of
+from .modules import VCLActivation
 from .steering import Steering
 
 __all__ = ["Watch"]
@@ -42,6 +43,8 @@ class Watch:
             self.latest = "no_grad"
         else:
             self.latest, self.ever_trained = "training", True
+            if self.evaluations.moving is not None:
+                self.evaluations = Steps()
             if not steering.inject:
                 self._count_unread(steering)
 
@@ -99,11 +102,11 @@ class Watch:
 
     def training_step(self, model: nn.Module, betas: list[nn.Parameter], steering: Steering) -> None:
         """Look whether betas move when other parameters do. Once they did, nothing is looked at any more."""
-        if any(is_lazy(beta) for beta in betas):
+        betas = [beta for beta in betas if beta.requires_grad]
+        if not betas or any(is_lazy(beta) for beta in betas):
             return
-        self.betas.done = self.betas.done or not betas
-        of_betas = set(betas)
-        if self.betas.have_passed((p for p in model.parameters() if p not in of_betas), betas):
+        others = (m for m in model.modules() if not isinstance(m, VCLActivation))
+        if self.betas.have_passed((p for m in others for p in m.parameters(recurse=False)), betas):
             found = "have gradients" if any(beta.grad is not None for beta in betas) else "got no gradient"
             steering.warn(
                 "betas",
