@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from ..checks import check_number
 from ..options import Activation, BackendName, Form, Unit
@@ -265,7 +264,7 @@ class Layout:
             copies = recognised is not None and recognised.in_place and not getattr(module, "inplace", False)
             how, put = "before", partial(put_before, module, calls, copies=copies)
         self.put.append(put)
-        self.rows += [Row(vcl.place, kind, how, _units(vcl)) for vcl in vcls]
+        self.rows += [Row(vcl.place, kind, how, "") for vcl in vcls]
 
     def _vcl(self, fused: Activation | None, channel_dim: int) -> VCLActivation:
         if fused is None:
@@ -308,10 +307,3 @@ def _shared(name: str, vcls: list[VCLActivation]) -> VCLActivation:
             f"{', '.join(map(str, sorted(shapes)))}"
         )
     return vcls[0]
-
-
-def _units(vcl: VCLActivation) -> str:
-    """Return the shape of beta as text, and where the channels are."""
-    lazy = vcl.beta is not None and is_lazy(vcl.beta)
-    shape = "no beta" if vcl.beta is None else "from the first batch" if lazy else str(tuple(vcl.beta.shape))
-    return shape if vcl.channel_dim == 1 else f"{shape}, channel_dim={vcl.channel_dim}"

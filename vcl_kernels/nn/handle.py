@@ -83,7 +83,7 @@ class VCLHandle:
 
     def __str__(self) -> str:
         """Return a table of the layers, and one line that sums it up."""
-        return f"{table(self._rows)}\n{summary(self._rows)}"
+        return f"{table(self._rows, self.layers)}\n{summary(self._rows)}"
 
     def loss(self) -> Tensor:
         """Return :attr:`weight` times the sum over layers of the latest training forward's losses.
@@ -184,7 +184,7 @@ class VCLHandle:
         """Restore the model: no hooks, no betas, its own forwards, in place again where it was."""
         for undo in self._undo:
             undo()
-        self._calls, self._undo, self.layers = {}, [], {}
+        self._calls, self._undo, self.layers, self._rows = {}, [], {}, []
 
     def __getstate__(self) -> dict[str, Any]:
         """Start a copy's watch anew."""

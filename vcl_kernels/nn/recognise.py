@@ -110,8 +110,11 @@ def _copied(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """Return a copy of ``module`` in evaluation on the CPU; one on meta gets drawn parameters."""
     try:
         copied = copy.deepcopy(module)
-    except Exception:  # a module may hold what cannot be copied; in evaluation it should not change
-        return module
+    except Exception:  # a module may hold what cannot be copied
+        copied = copy.copy(module)
+        for name in ("_parameters", "_buffers"):
+            tensors = vars(module)[name].items()
+            copied.__dict__[name] = {name: None if t is None else t.detach().clone() for name, t in tensors}
     for part in copied.modules():
         part.training = False
     if dtype is None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["FUSED", "LEFT_OUT", "Row", "summary", "table"]
+from torch.nn.parameter import is_lazy
 
-FUSED, LEFT_OUT = "fused", "left out"
+from .modules import VCLActivation
+
+__all__ = ["LEFT_OUT", "Row", "summary", "table"]
+
+LEFT_OUT = "left out"
 
 
 class Row(NamedTuple):
@@ -15,12 +19,12 @@ class Row(NamedTuple):
     layer: str
     activation: str  # the type of the module, or the function that was called
     vcl: str  # "fused", "before", "after", or "left out"
-    units: str  # shape of beta, or why it is left out
+    units: str  # shape of beta, known to its VCL; or why it is left out
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[Row], layers: dict[str, VCLActivation]) -> str:
     """Return the rows as aligned columns under their names."""
-    lines = [Row._fields, *rows]
+    lines = [Row._fields, *(row if row.vcl == LEFT_OUT else (*row[:3], _units(layers[row.layer])) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(Row._fields) - 1)]
     return "\n".join(
         "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
@@ -34,5 +38,12 @@ def summary(rows: list[Row]) -> str:
     counts = [f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds) if kind != LEFT_OUT]
     left_out = kinds.count(LEFT_OUT)
     layers = len(rows) - left_out
-    text = f"{layers} layer{'s' * (layers != 1)} with VCL: {', '.join(counts)}"
+    text = f"{layers} layer{'s' * (layers != 1)} with VCL" + (f": {', '.join(counts)}" if counts else "")
     return f"{text}; {left_out} left out" if left_out else text
+
+
+def _units(vcl: VCLActivation) -> str:
+    """Return the shape of beta as text, and where the channels are."""
+    lazy = vcl.beta is not None and is_lazy(vcl.beta)
+    shape = "no beta" if vcl.beta is None else "from the first batch" if lazy else str(tuple(vcl.beta.shape))
+    return shape if vcl.channel_dim == 1 else f"{shape}, channel_dim={vcl.channel_dim}"
