@@ -155,3 +155,19 @@ def test_activations_that_the_example_does_not_show():
     assert list(handle.losses) == ["act"]
     with pytest.raises(ValueError, match=r"left out are 1: a 1-D tensor where \(N, C, …\) is wanted"):
         vk.attach(nn.Sequential(nn.Flatten(0), nn.ELU()), torch.ones(3))
+
+
+class Table(nn.Module):
+    """A learned bias, which its call takes no argument to return."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = nn.Parameter(torch.zeros(12))
+
+    def forward(self):
+        return self.values
+
+
+def test_modules_without_arguments_get_no_vcl():
+    net = Model(lambda m, x: m.act(m.up(x) + m.table()), table=Table())
+    assert list(vk.attach(net, torch.randn(2, 6)).layers) == ["act"]

@@ -79,7 +79,8 @@ def probe(
             functions.sources[y] = module
 
     def before_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keep(module, first_input(args, kwargs), len(args) + len(kwargs))
+        if args or kwargs:  # a table of biases takes nothing
+            keep(module, first_input(args, kwargs), len(args) + len(kwargs))
 
     def behind_hook(module: nn.Module, _args: tuple[Any, ...], y: Any) -> None:
         keep(module, y, 1)
