@@ -168,6 +168,23 @@ class Table(nn.Module):
         return self.values
 
 
+class Clipped(nn.Module):
+    """An activation that calls a module which is no child of it, as one of transformers does."""
+
+    def forward(self, x):
+        return OUTSIDE(x).clamp(max=3)
+
+
+OUTSIDE = nn.GELU()
+
+
 def test_modules_without_arguments_get_no_vcl():
     net = Model(lambda m, x: m.act(m.up(x) + m.table()), table=Table())
     assert list(vk.attach(net, torch.randn(2, 6)).layers) == ["act"]
+
+
+def test_a_module_that_an_activation_calls_is_part_of_it():
+    net = Model(lambda m, x: m.act(m.up(x)), act=Clipped())
+    handle = vk.attach(net, torch.randn(2, 6))
+    assert list(handle.layers) == ["act"]
+    assert "left out" not in str(handle)

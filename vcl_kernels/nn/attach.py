@@ -276,12 +276,17 @@ class Layout:
     def add_unreachable(self, model: nn.Module, probed: Probed, choice: Choice) -> list[str]:
         """Add rows for activations that VCL cannot reach; return those that are functions."""
         names = {module: name for name, module in model.named_modules()}
-        strangers = {module: owner for owner, module in probed.strangers if is_activation(module)}
+        activations, strangers = set(choice.recognised), {}
+        for owner, module in probed.strangers:
+            if owner in activations:  # which has VCL for the whole
+                activations.add(module)
+            elif is_activation(module):
+                strangers[module] = owner
         for module, owner in strangers.items():
             place = f"{type(module).__name__} in {names.get(owner) or type(owner).__name__}"
             self.strangers.append(place)
             self.rows.append(Row("-", place, LEFT_OUT, "not in the model"))
-        activations, behind = {*choice.recognised, *strangers}, set(choice.behind.values())
+        activations, behind = {*activations, *strangers}, set(choice.behind.values())
         functions = written(
             [call for call in probed.functions if call.owner not in activations and call.source not in behind], names
         )
