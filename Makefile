@@ -2,9 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # torch 2.11.0 is a CUDA build, which runs on a CPU too; the interpreter of its triton wants numpy below 2.4
-NEWEST := torch==2.13.0 triton==3.7.1
-OLDEST := torch==2.11.0 triton==3.6.0 "numpy<2.4"
+NEWEST := torch==2.13.0 torchvision==0.28.0 triton==3.7.1
+OLDEST := torch==2.11.0 torchvision==0.26.0 triton==3.6.0 "numpy<2.4"
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184  # glibc keeps freed memory
+
+# Else pip may replace a torch that is there by the one which the newest torchvision wants.
+THIS_TORCH = "torch==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))')"
 
 .PHONY: demo test check oldest oldest-headers bench gpu-check build clean
 
@@ -12,7 +15,7 @@ KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(NEWEST)
 	$(BIN)/pip install -q "setuptools>=77" ninja
-	$(BIN)/pip install -q --no-build-isolation -e ".[demo,test]"
+	$(BIN)/pip install -q --no-build-isolation -e ".[demo,libraries,test]" $(THIS_TORCH)
 	touch $@
 
 build: .venv/ready
@@ -39,7 +42,7 @@ check: build
 oldest: .venv-oldest/ready
 	rm -rf out/oldest && mkdir -p out/oldest
 	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t out/oldest
-	VCL_KERNELS_REQUIRE_NATIVE=1 .venv-oldest/bin/pip install -q --no-build-isolation -e "out/oldest[demo,test]" $(OLDEST)
+	VCL_KERNELS_REQUIRE_NATIVE=1 .venv-oldest/bin/pip install -q --no-build-isolation -e "out/oldest[demo,libraries,test]" $(OLDEST)
 	cd out/oldest && $(CURDIR)/.venv-oldest/bin/python -m vcl_kernels
 	cd out/oldest && $(CURDIR)/.venv-oldest/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 
