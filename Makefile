@@ -2,12 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # torch 2.11.0 is a CUDA build, which runs on a CPU too; the interpreter of its triton wants numpy below 2.4
-NEWEST := torch==2.13.0 torchvision==0.28.0 triton==3.7.1
+NEWEST := torch==2.13.0 triton==3.7.1
 OLDEST := torch==2.11.0 torchvision==0.26.0 triton==3.6.0 "numpy<2.4"
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184  # glibc keeps freed memory
 
-# Else pip may replace a torch that is there by the one which the newest torchvision wants.
-THIS_TORCH = "torch==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))')"
+# The libraries' list, and the torch that is there: the newest torchvision may want another
+define LIBRARIES
+from importlib.metadata import requires, version
+print(f"torch=={version('torch')}", *(r.split(";")[0] for r in requires("vcl-kernels") if "libraries" in r), sep="\n")
+endef
+export LIBRARIES
 
 .PHONY: demo test check oldest oldest-headers bench gpu-check build clean
 
@@ -15,7 +19,12 @@ THIS_TORCH = "torch==$$($(BIN)/python -c 'from importlib.metadata import version
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(NEWEST)
 	$(BIN)/pip install -q "setuptools>=77" ninja
-	$(BIN)/pip install -q --no-build-isolation -e ".[demo,libraries,test]" $(THIS_TORCH)
+	$(BIN)/pip install -q --no-build-isolation -e ".[demo,test]"
+	touch $@
+
+# What tests/test_libraries.py attaches to: transformers, timm, …
+.venv/libraries: .venv/ready
+	$(BIN)/python -c "$$LIBRARIES" | xargs -d '\n' $(BIN)/pip install -q
 	touch $@
 
 build: .venv/ready
@@ -23,7 +32,7 @@ build: .venv/ready
 demo: build
 	$(KEEP_MEMORY) $(BIN)/python -m examples.demo $(ARGS)
 
-test: build check
+test: build .venv/libraries check
 	$(BIN)/python -m vcl_kernels
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
