@@ -14,6 +14,7 @@ from ..options import Activation, BackendName, Form, Unit
 from ..torch_private import tensors_in
 from .choose import Choice, Layers, choose
 from .doubts import check_not_wrapped_outside, tell_backend, tell_rows, written
+from .functions import FunctionCall
 from .fused import Calls, fuse, put_before, put_behind
 from .handle import VCLHandle
 from .modules import VCL, VCLActivation
@@ -211,8 +212,8 @@ def _tell(made: Layout, probed: Probed, functions: list[str], before: list[str])
         tell(
             "strangers",
             f"the forward calls activation modules that are not in the model: {_few(made.strangers)}. They get no VCL; "
-            "nor does the model move them, save them or set their mode. Make them attributes of a module, or put them "
-            "into nn.ModuleList or nn.ModuleDict",
+            "nor does the model move, save or switch them. Make them attributes of a module, put them into "
+            "nn.ModuleList or nn.ModuleDict, or name the layers whose outputs they take with after=",
         )
     tell_rows(made.reached, probed.rows, tell)
 
@@ -276,20 +277,19 @@ class Layout:
     def add_unreachable(self, model: nn.Module, probed: Probed, choice: Choice) -> list[str]:
         """Add rows for activations that VCL cannot reach; return those that are functions."""
         names = {module: name for name, module in model.named_modules()}
-        activations, strangers = set(choice.recognised), {}
-        for owner, module in probed.strangers:
-            if owner in activations:  # which has VCL for the whole
+        behind = set(choice.behind.values())
+
+        def out_of_reach(call: FunctionCall) -> bool:  # neither served by after= nor a part of an activation
+            return call.owner not in activations and behind.isdisjoint(call.sources)
+
+        activations = set(choice.recognised)
+        for module, call in probed.strangers.items():
+            if call.owner in activations or is_activation(module):
                 activations.add(module)
-            elif is_activation(module):
-                strangers[module] = owner
-        for module, owner in strangers.items():
-            place = f"{type(module).__name__} in {names.get(owner) or type(owner).__name__}"
-            self.strangers.append(place)
-            self.rows.append(Row("-", place, LEFT_OUT, "not in the model"))
-        activations, behind = {*activations, *strangers}, set(choice.behind.values())
-        functions = written(
-            [call for call in probed.functions if call.owner not in activations and call.source not in behind], names
-        )
+                if out_of_reach(call):
+                    self.strangers += written([call], names)
+        functions = written(list(filter(out_of_reach, probed.functions)), names)
+        self.rows += [Row("-", stranger, LEFT_OUT, "not in the model") for stranger in self.strangers]
         self.rows += [Row("-", function, LEFT_OUT, "a function") for function in functions]
         return functions
 

@@ -24,7 +24,7 @@ def written(calls: list[FunctionCall], names: dict[nn.Module, str]) -> list[str]
     for call in calls:
         owner = names.get(call.owner) if call.owner is not None else None
         place = type(call.owner).__name__ if owner is None else repr(owner) if owner else "the model's forward"
-        source = names.get(call.source) if call.source is not None else None
+        source = names.get(call.sources[0]) if call.sources else None
         found.append(f"{call.function} in {place}" + (f" (after={source!r})" if source else ""))
     return found
 

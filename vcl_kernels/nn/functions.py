@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..torch_private import base_of
+
 __all__ = ["FunctionCall", "FunctionCalls"]
 
 # fmt: off
@@ -25,7 +27,7 @@ class FunctionCall(NamedTuple):
 
     function: str  # as users write it: F.relu, torch.tanh, Tensor.sigmoid
     owner: nn.Module | None  # in whose forward it stands
-    source: nn.Module | None  # whose output is its input, if any
+    sources: tuple[nn.Module, ...]  # whose output is its input or has it in it, innermost first
 
 
 class FunctionCalls(TorchFunctionMode):
@@ -39,7 +41,18 @@ class FunctionCalls(TorchFunctionMode):
         super().__init__()
         self.running = running
         self.found: list[FunctionCall] = []
-        self.sources = WeakTensorKeyDictionary()  # the module that returned a tensor
+        self._sources = WeakTensorKeyDictionary()  # the modules that returned a tensor
+
+    def returned(self, module: nn.Module, y: Any) -> None:
+        """Note that ``module`` returned ``y``."""
+        if isinstance(y, Tensor):
+            self._sources[y] = (*self._sources.get(y, ()), module)
+
+    def call(self, name: str, x: Any) -> FunctionCall:
+        """Return the call of an activation on ``x`` that is made now."""
+        owner = self.running[-1] if self.running else None
+        is_tensor = isinstance(x, Tensor)
+        return FunctionCall(name, owner, self._sources.get(x) or self._sources.get(base_of(x), ()) if is_tensor else ())
 
     def __torch_function__(
         self, func: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -49,8 +62,7 @@ class FunctionCalls(TorchFunctionMode):
         if getattr(func, "__name__", "").rstrip("_") in NAMES:
             x = args[0] if args else kwargs.get("input")
             if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) and x.dim() > 1:
-                owner = self.running[-1] if self.running else None
-                self.found.append(FunctionCall(_written(func), owner, self.sources.get(x)))
+                self.found.append(self.call(_written(func), x))
         return func(*args, **kwargs)
 
 

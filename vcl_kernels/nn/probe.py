@@ -35,7 +35,7 @@ class Probed(NamedTuple):
     """What the forward showed."""
 
     calls: dict[nn.Module, list[Call]]
-    strangers: list[tuple[nn.Module | None, nn.Module]]  # modules that are not in the model, with whose forward calls
+    strangers: dict[nn.Module, FunctionCall]  # modules that are called and are not in the model
     functions: list[FunctionCall]
     rows: set[int]  # of the example's tensors, in dimension 0
 
@@ -57,7 +57,7 @@ def probe(
             what a layer of ``behind`` returned is overwritten.
     """
     calls: dict[nn.Module, list[Call]] = {}
-    strangers: list[tuple[nn.Module | None, nn.Module]] = []
+    strangers: dict[nn.Module, FunctionCall] = {}
     outputs: list[tuple[nn.Module, Tensor, int]] = []
     running: list[nn.Module] = []
     features, functions = FeaturesLast(), FunctionCalls(running)
@@ -68,15 +68,14 @@ def probe(
         time_first = any(getattr(outer, "batch_first", None) is False for outer in running)
         calls.setdefault(module, []).append(Call(x, -1 if last else 1, inputs, time_first))
 
-    def enter(module: nn.Module, _args: Any) -> None:
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         if module not in known:
-            strangers.append((running[-1] if running else None, module))
+            strangers[module] = functions.call(type(module).__name__, next(iter(args), None))
         running.append(module)
 
     def leave(module: nn.Module, _args: Any, y: Any) -> None:
         running.pop()
-        if isinstance(y, Tensor):
-            functions.sources[y] = module
+        functions.returned(module, y)
 
     def before_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if args or kwargs:  # a table of biases takes nothing

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,12 +12,18 @@ import torch
 __all__ = ["VCLWarning", "warn"]
 
 
+LIBRARIES = tuple(str(Path(file).parent) for file in (torch.__file__, Path(__file__).parent))
+
+
 class VCLWarning(UserWarning):
     """VCL does nothing somewhere, or something else than is likely meant: what was seen, and the remedy."""
 
 
 def _warn(text: str) -> bool:
-    warnings.warn(text, VCLWarning, stacklevel=3)
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(LIBRARIES):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, VCLWarning, stacklevel=level)
     return True
 
 
