@@ -180,6 +180,46 @@ def test_checkpoint_counts_the_loss_once(inject):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("shared_beta", [False, True])
+def test_losses_since_the_last_reading_count_and_no_older_ones(shared_beta):
+    net, x = nn.Sequential(mlp(), mlp(nn.Hardswish())), torch.randn(20, 4)
+    net[1][0] = nn.Linear(8, 8)
+    handle = vk.attach(net, x, shared_beta=shared_beta)
+
+    def counted():
+        losses = handle.losses
+        assert handle.loss() == handle.loss() == sum(losses.values())
+        return list(losses)
+
+    net(x)
+    assert counted() == ["0.1", "1.1"]
+    first = handle.losses["0.1"]
+    for _ in range(2):
+        net[0](x)
+        assert counted() == ["0.1"]
+        assert handle.losses["0.1"] == first
+    net[1](torch.randn(20, 8))
+    assert counted() == ["1.1"]
+    net[0].eval()
+    net(x)
+    assert counted() == ["1.1"]
+    net.eval()
+    net[1](net[0](x))
+    assert handle.loss() == 0
+
+
+@pytest.mark.parametrize("cast", [nn.Module.bfloat16, nn.Module.half, lambda net: net.to("cpu", torch.bfloat16)])
+def test_betas_of_a_half_precision_model_move_by_small_steps(cast):
+    net = mlp()
+    handle = vk.attach(net, torch.randn(2, 4))
+    half = cast(net)[0].weight.dtype
+    (beta,) = handle.parameters()
+    assert beta.dtype == torch.float32 != half
+    (net(torch.randn(20, 4, dtype=half)).sum() + handle.loss()).backward()
+    torch.optim.Adam([beta], lr=1e-3).step()
+    torch.testing.assert_close((beta - 1).abs(), torch.full_like(beta, 1e-3), rtol=0.1, atol=0)
+
+
 @pytest.mark.parametrize("inject", [False, True])
 def test_a_short_batch_gives_every_beta_a_gradient_of_zero(inject):
     net = network()

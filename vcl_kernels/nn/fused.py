@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..torch_private import children, in_backward
 from .modules import VCLActivation
 from .recognise import matching, settings_of
-from .steering import Steering
+from .steering import ENOUGH_FORWARDS, Steering
 
 __all__ = ["Calls", "first_input", "fuse", "put_before", "put_behind"]
 
@@ -48,7 +48,7 @@ class Calls(nn.ModuleList):
         self.counter.count = 0
         for vcl in children(self).values():
             latest = vcl.latest
-            latest.loss = latest.period = None
+            latest.loss, latest.read = None, False
             latest.recomputes = False  # a recomputation may stop before its end
 
     def take(self, x: Tensor) -> VCLActivation | None:
@@ -71,18 +71,18 @@ class Calls(nn.ModuleList):
                 "shared_beta=True"
             )
         counter.count = call + 1
-        if (x.requires_grad and torch.is_grad_enabled()) or not steering.began_in_grad_mode:
-            return vcls[str(call)]
+        vcl = vcls[str(call)]
+        if _wants_gradient(x) or not steering.began_in_grad_mode:
+            return vcl
+        vcl.latest.in_grad_mode = torch.is_grad_enabled()
         return None
 
     def _take_outside(self, x: Tensor) -> VCLActivation | None:
         """The same outside a forward of the whole model: in a checkpoint's recomputation, or a part that runs alone."""
-        steering, vcls, recomputes = self.steering, children(self), in_backward()
-        if not (x.requires_grad and torch.is_grad_enabled()) or (
-            steering.was_paused if recomputes else steering.paused
-        ):
+        steering, vcls, recomputes, wanted = self.steering, children(self), in_backward(), _wants_gradient(x)
+        if steering.was_paused if recomputes else steering.paused:
             return None
-        if len(vcls) > 1:
+        if len(vcls) > 1 and wanted:
             raise RuntimeError(
                 f"layer {self.name!r} is called more than once in a forward, and now outside one (by checkpointing, or "
                 "by a part of the model used alone): which beta is meant? Give each call a module of its own, or "
@@ -90,17 +90,34 @@ class Calls(nn.ModuleList):
             )
         vcl: VCLActivation = vcls["0"]
         if not recomputes:
-            vcl.latest.period, vcl.latest.recomputes = steering.period_of_part(), False
-        elif vcl.latest.loss is not None:
+            self._begin_part(vcl, wanted)
+        elif wanted and vcl.latest.in_grad_mode:
             vcl.latest.recomputes = True
-        elif not steering.inject:
+        elif wanted and not steering.inject:
             steering.warn(
                 "reentrant",
                 f"layer {vcl.place!r} runs under reentrant checkpointing, in which its VCL loss has no gradient and is "
                 "left out of handle.loss(). Use checkpoint(..., use_reentrant=False), or attach(..., inject=True)",
             )
             return None
-        return vcl
+        return vcl if wanted else None
+
+    def _begin_part(self, vcl: VCLActivation, wanted: bool) -> None:
+        """Begin a call in a part of the model that runs alone."""
+        latest, steering = vcl.latest, self.steering
+        steering.begin_part()
+        if latest.read:
+            latest.read, latest.loss, latest.lost = False, None, 0
+        latest.recomputes = False
+        if latest.loss is None:
+            latest.in_grad_mode = torch.is_grad_enabled()
+        elif wanted and not vcl.sums_calls:
+            latest.lost = min(latest.lost + 1, ENOUGH_FORWARDS)
+            steering.lose(latest.lost)
+
+
+def _wants_gradient(x: Any) -> bool:
+    return getattr(x, "requires_grad", True) and torch.is_grad_enabled()
 
 
 def fuse(module: nn.Module, calls: Calls) -> list[Callable[[], Any]]:

@@ -62,15 +62,14 @@ class VCLHandle:
                 "DistributedDataParallel"
             )
         if not in_backward():  # else a checkpoint of the whole model computes it anew
-            watch.forward(model.training, steering)
+            training = model.training or any(calls.training for calls in self._calls.values())
+            watch.forward(training, steering)
             if steering.inject and watch.latest == "training" and not torch.compiler.is_compiling():
-                if watch.injected_forwards < 4:
-                    watch.injected_forward(steering)
+                watch.injected_forward(steering)
                 self._watch_betas()
         keeps = steering.paused and not steering.was_read  # the forward before, to be read yet
         steering.begin()
         if not keeps:
-            steering.period = None
             for calls in self._calls.values():
                 calls.begin()
 
@@ -96,12 +95,15 @@ class VCLHandle:
             RuntimeError: the model did not run yet, or only without grad mode, so that the loss has no gradient.
         """
         steering = self._steering
-        ran = [(vcl.latest.loss, vcl.latest.in_grad_mode) for vcl in self._ran()]
+        ran = [vcl.latest for vcl in self._ran() if vcl.training or not steering.was_read]
+        for vcl in self.layers.values():
+            if vcl.latest.read and not steering.was_read:  # and other parts ran since
+                vcl.latest.loss = None
+            vcl.latest.read = True
         self._watch.reading(bool(ran), self.model, steering)
-        steering.was_read = True
         if not ran:
             return torch.zeros((), device=next((p.device for p in self.model.parameters()), None))
-        if torch.is_grad_enabled() and not any(in_grad_mode for _, in_grad_mode in ran):
+        if torch.is_grad_enabled() and not any(latest.in_grad_mode for latest in ran):
             raise RuntimeError(
                 "handle.loss() has no gradient: the latest training forward ran without grad mode. Under "
                 "torch.no_grad(), run it in evaluation or in handle.paused(), or read the loss before it "
@@ -109,19 +111,17 @@ class VCLHandle:
             )
         if not steering.inject and not torch.compiler.is_compiling():
             self._watch_betas()
-        device = ran[0][0].device  # type: ignore[union-attr]
-        return torch.stack([loss.to(device) for loss, _ in ran]).sum()  # type: ignore[union-attr]
+        losses: list[Any] = [latest.loss for latest in ran]
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
 
     def _watch_betas(self) -> None:
-        if not self._watch.betas.done:
-            betas = [vcl.beta for vcl in self._ran() if vcl.latest.in_grad_mode and vcl.beta is not None]
-            self._watch.training_step(self.model, betas, self._steering)
+        if not self._watch.betas.done and self._ran():
+            self._watch.training_step(self.model, list(self.parameters()), self._steering)
 
     def _ran(self) -> list[VCLActivation]:
-        """Return the VCLs of the layers that ran in the latest training forward."""
-        period = self._steering.period
-        vcls = self.layers.values()
-        return [vcl for vcl in vcls if vcl.latest.loss is not None and vcl.latest.period is period]
+        """Return the layers that ran since the loss was read, or, if none did, before that."""
+        was_read = self._steering.was_read
+        return [v for v in self.layers.values() if v.latest.loss is not None and (was_read or not v.latest.read)]
 
     @property
     def losses(self) -> dict[str, Tensor]:

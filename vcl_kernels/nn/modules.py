@@ -31,6 +31,8 @@ from .steering import Steering
 
 __all__ = ["VCL", "VCLActivation"]
 
+SHORT_CALLS = 4  # calls in a row that may be short after others: of the last batch a model may make several
+
 
 class LatestForward:
     """The loss of the latest training forward. An object of its own: an attribute of a module takes longer to set.
@@ -41,7 +43,9 @@ class LatestForward:
     loss: Tensor | None = None
     in_grad_mode = True  # else the loss has no gradient
     had_rows = False  # enough for two sub-batches
-    period: object = None  # of Steering
+    short = 0  # calls in a row that had fewer
+    read = False  # by the handle
+    lost = 0  # losses that the next call replaced before they were read, in a part that runs alone
     recomputes = False  # the present call is a checkpoint's: the loss of its forward stays, which has the graph
 
     def record(self, loss: Tensor, adds: bool) -> None:
@@ -65,7 +69,8 @@ class VCLActivation(nn.Module):
             None: taken from the first training forward (create the optimizer after that, or name the shape).
         alpha, negative_slope, approximate: of elu, leaky_relu and gelu, as for :func:`vcl_kernels.vcl_activation`.
         sub_batch_size: n, samples in a sub-batch. A training batch of fewer than 2n has loss 0, and a
-            :class:`vcl_kernels.VCLWarning` says so; one such batch after others, the last of an epoch, is not told.
+            :class:`vcl_kernels.VCLWarning` says so; a few such forwards after others, the last batch of an epoch, are
+            not told.
         form: ``"ratio"``, ``"variance"`` (which has no beta) or ``"relative_variance"``.
         unit: ``"channel"`` or ``"activation"``.
         num_sub_batches: K, or as many as the batch has where those are fewer; default 2 for ``"ratio"``, all for the
@@ -179,13 +184,13 @@ class VCLActivation(nn.Module):
         injection = None
         if steering.inject:
             injection = steering.injection()
-            if x.dtype is torch.float16 and not steering.grad_scaler_told:
+            if x.dtype is torch.float16 and not steering.grad_scaler_told and latest.in_grad_mode:
                 self._warn_of_scaler()
         if not x.shape or x.shape[0] < 2 * self.sub_batch_size:
             y, loss = self._with_zero_loss(x, injection)
             latest.record(loss, self.sums_calls)
             return y
-        latest.had_rows = True
+        latest.had_rows, latest.short = True, 0
         view = channels_first(x, self.channel_dim)  # x itself where that is 1
         K = None if self.num_sub_batches is None else min(self.num_sub_batches, x.shape[0] // self.sub_batch_size)
         weight = self.weight * steering.weight
@@ -207,12 +212,20 @@ class VCLActivation(nn.Module):
         )
 
     def _warn_of_rows(self, x: Tensor) -> None:
-        if self.latest.had_rows:  # the last batch of an epoch is often short
-            self.latest.had_rows = False
+        latest = self.latest
+        if not latest.in_grad_mode:  # a policy acts on a row or few
             return
+        if latest.had_rows:  # the last batch of an epoch is often short
+            if not self.sums_calls or latest.loss is None:  # of a forward's calls the first counts
+                latest.short += 1
+            if latest.short <= SHORT_CALLS:
+                return
+            latest.had_rows = False
+        # A compiler whose sizes are symbols has no text for them
+        seen = "an input" if torch.compiler.is_compiling() else f"an input of shape {tuple(x.shape)}"
         self.steering.warn(
             "rows",
-            f"{self._named()} got an input of shape {tuple(x.shape)} in training: fewer than 2 * sub_batch_size = "
+            f"{self._named()} got {seen} in training: fewer than 2 * sub_batch_size = "
             f"{2 * self.sub_batch_size} rows in dimension 0. Its VCL loss is 0, and beta does not move. Take larger "
             "batches or a smaller sub_batch_size",
         )

@@ -65,7 +65,7 @@ def probe(
 
     def keep(module: nn.Module, x: Any, inputs: int) -> None:
         last = isinstance(x, Tensor) and x.dim() > 2 and (acts_on_last_dim(module) or features.knows(x))
-        time_first = any(getattr(outer, "batch_first", None) is False for outer in running)
+        time_first = any(getattr(_attention_of(outer), "batch_first", None) is False for outer in running)
         calls.setdefault(module, []).append(Call(x, -1 if last else 1, inputs, time_first))
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -101,6 +101,13 @@ def probe(
     _check_out_of_place(model, example, in_place, output)
     shapes = [tensor.shape for tensor in tensors_in(dict(example) if isinstance(example, Mapping) else example)]
     return Probed(calls, strangers, functions.found, {shape[0] for shape in shapes if shape})
+
+
+def _attention_of(module: nn.Module) -> nn.Module:
+    """Return what says where ``module`` has its batch: a transformer's layer leaves that to its attention."""
+    if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        return module.get_submodule("self_attn")
+    return module
 
 
 def _check_out_of_place(model: nn.Module, example: Any, in_place: list[nn.Module], output: Any) -> None:

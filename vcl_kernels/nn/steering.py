@@ -9,7 +9,10 @@ import torch
 from ..injection import Injection
 from .warn import warn
 
-__all__ = ["Steering"]
+__all__ = ["ENOUGH_FORWARDS", "Steering"]
+
+
+ENOUGH_FORWARDS = 3  # an unread loss is told after so many training forwards
 
 
 class Steering:
@@ -28,9 +31,9 @@ class Steering:
         self.in_forward = False
         self.was_paused = False
         self.began_in_grad_mode = True
-        # Parts that run alone: losses of one period, from one reading of the loss to the next, belong together
-        self.was_read = False
-        self.period: object = None
+        # Whether the loss was read and nothing ran since. Parts that run alone between two readings belong together
+        self.was_read = self.ever_read = False
+        self.lost = False  # by a part that ran again since, so that its loss was replaced
 
     @property
     def grad_scaler(self) -> torch.amp.GradScaler | None:
@@ -47,20 +50,37 @@ class Steering:
 
     def begin(self) -> None:
         """Begin a forward of the model."""
-        self.in_forward, self.was_paused, self.was_read = True, self.paused, False
+        self.in_forward, self.was_paused = True, self.paused
+        self.was_read = self.lost = False
         self.began_in_grad_mode = torch.is_grad_enabled()
 
-    def period_of_part(self) -> object:
+    def begin_part(self) -> None:
         """Begin a call of a part of the model alone. The first since losses were read makes them old."""
         if self.was_read:
-            self.was_read, self.period = False, object()
-        return self.period
+            self.was_read = self.lost = False
+
+    def lose(self, times: int) -> None:
+        """Note that a part which runs alone replaces a loss that was not read, the ``times``-th in a row."""
+        if self.inject:
+            return
+        self.lost = True
+        if times >= ENOUGH_FORWARDS and not self.ever_read:
+            self.warn_unread()
 
     def warn(self, kind: str, text: str) -> None:
         """Issue one warning of each kind."""
         warn(self.said, kind, text)
 
+    def warn_unread(self) -> None:
+        """Tell that nobody reads the loss."""
+        self.warn(
+            "unread",
+            "the model runs in training, and handle.loss() was never read: VCL does nothing. Add handle.loss() to the "
+            "objective, or attach(..., inject=True)",
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one step or one training loop: a copy can be made at any time."""
-        left_out = {"_grad_scaler": None, "grad_scaler_told": False, "in_forward": False, "period": None}
-        return {**self.__dict__, **left_out}
+        new = Steering(self.inject)
+        kept = ("attached", "weight", "accumulation")
+        return {**new.__dict__, **{name: self.__dict__[name] for name in kept}}

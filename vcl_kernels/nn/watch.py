@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..torch_private import scale_of, version_of
-from .modules import VCLActivation
-from .steering import Steering
+from .steering import ENOUGH_FORWARDS, Steering
 
 __all__ = ["Watch"]
 
-ENOUGH_FORWARDS = 3  # an unread loss is told after so many training forwards
+LOOKS = (2, 4, 16)  # the training forwards at which GradScalers are looked for, which takes long
+LATEST_LOOK = LOOKS[-1]
 ENOUGH_STEPS = 5  # betas that stay are told after so many steps of other parameters
 
 
@@ -25,38 +25,34 @@ class Watch:
     def __init__(self) -> None:
         self.latest = ""  # forward: "training", "no_grad" (in training), "paused", "evaluation"
         self.unread = 0  # training forwards since the loss was read; counted up to ENOUGH_FORWARDS
-        self.ever_read = self.ever_trained = False
+        self.trained = False  # since the loss was read after an evaluation
         self.dropped = False  # an unread loss, by an evaluation
         self.several = False  # forwards before a reading, once
         self.betas, self.evaluations = Steps(), Steps()
         self.injected_forwards = 0
-        self.scalers: Mapping[torch.amp.GradScaler, int] = {}  # those in use, and how often they were updated
+        self.scales: dict[Tensor, int] = {}  # of GradScalers in use, and how often they were updated
 
     def forward(self, training: bool, steering: Steering) -> None:
         """Note a forward that begins."""
         if steering.paused:
             self.latest = "paused"
         elif not training:
-            self.dropped = self.dropped or (self.latest == "training" and self.unread > 0)
+            warm_up = 0 if steering.ever_read else 1  # a forward of a training that did not begin yet
+            if self.latest == "training" and self.unread > warm_up:
+                self.dropped = True
             self.latest = "evaluation"
         elif not torch.is_grad_enabled():
             self.latest = "no_grad"
         else:
-            self.latest, self.ever_trained = "training", True
-            if self.evaluations.moving is not None:
-                self.evaluations = Steps()
+            self.latest, self.trained = "training", True
             if not steering.inject:
                 self._count_unread(steering)
 
     def _count_unread(self, steering: Steering) -> None:
         if self.unread < ENOUGH_FORWARDS:
             self.unread += 1
-        elif not self.ever_read:
-            steering.warn(
-                "unread",
-                "the model runs in training, and handle.loss() was never read: VCL does nothing. Add handle.loss() to "
-                "the objective, or attach(..., inject=True)",
-            )
+        elif not steering.ever_read:
+            steering.warn_unread()
 
     def reading(self, any_ran: bool, model: nn.Module, steering: Steering) -> None:
         """Note that the loss is read; tell what it leaves out.
@@ -66,7 +62,7 @@ class Watch:
         """
         if not any_ran:
             self._reading_nothing(model, steering)
-        if self.unread > 1:
+        if self.unread > 1 or steering.lost:
             if self.several:  # the first time may be a forward that gave betas their shape
                 steering.warn(
                     "several",
@@ -74,10 +70,11 @@ class Watch:
                     "forward counts. Read it after each forward and add the results, or attach(..., inject=True)",
                 )
             self.several = True
-        self.unread, self.ever_read, self.dropped = 0, True, False
+        self.unread, self.dropped = 0, False
+        steering.was_read = steering.ever_read = True
 
     def _reading_nothing(self, model: nn.Module, steering: Steering) -> None:
-        if self.latest == "" and not self.ever_read and model.training:
+        if self.latest == "" and not steering.ever_read and model.training:
             raise RuntimeError("handle.loss() wants a training forward of the model first (model.train())")
         if self.dropped:
             steering.warn(
@@ -85,14 +82,16 @@ class Watch:
                 "handle.loss() is 0 after an evaluation forward, and the training forward before that was not read: "
                 "its loss is lost. Read handle.loss() before the model runs in evaluation",
             )
-        elif self.latest == "evaluation" and torch.is_grad_enabled():
-            if not self.ever_trained or self.evaluations.have_passed(model.parameters()):
+        elif self.latest == "evaluation" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if self.trained:  # between two validations
+                self.trained, self.evaluations = False, Steps()
+            if self.evaluations.have_passed(model.parameters()):
                 steering.warn(
                     "evaluation",
                     "handle.loss() is 0, for the model runs in evaluation mode. Call model.train() before training "
                     "steps (and validate under torch.no_grad())",
                 )
-        elif self.latest == "training":
+        elif self.latest == "training" and not steering.was_read:
             steering.warn(
                 "frozen",
                 "handle.loss() is 0: in the latest training forward no layer with VCL ran on an input that needs a "
@@ -102,12 +101,13 @@ class Watch:
 
     def training_step(self, model: nn.Module, betas: list[nn.Parameter], steering: Steering) -> None:
         """Look whether betas move when other parameters do. Once they did, nothing is looked at any more."""
-        betas = [beta for beta in betas if beta.requires_grad]
-        if not betas or any(is_lazy(beta) for beta in betas):
+        if any(is_lazy(beta) for beta in betas):
             return
-        others = (m for m in model.modules() if not isinstance(m, VCLActivation))
-        if self.betas.have_passed((p for m in others for p in m.parameters(recurse=False)), betas):
-            found = "have gradients" if any(beta.grad is not None for beta in betas) else "got no gradient"
+        of_betas = set(betas)
+        betas = [beta for beta in betas if beta.requires_grad]
+        self.betas.done = self.betas.done or not betas
+        if self.betas.have_passed((p for p in model.parameters() if p not in of_betas), betas):
+            found = "have gradients" if any(beta.grad is not None for beta in betas) else "have no gradient now"
             steering.warn(
                 "betas",
                 f"{ENOUGH_STEPS} optimizer steps moved other parameters, and no beta of VCL. They {found}: make the "
@@ -116,14 +116,15 @@ class Watch:
             )
 
     def injected_forward(self, steering: Steering) -> None:
-        """Look, once, for a GradScaler that is updated between forwards and that the handle does not know."""
-        self.injected_forwards += 1
-        if self.injected_forwards == 2 and not steering.grad_scaler_told:
-            self.scalers = {scaler: version_of(scale) for scaler, scale in _scalers_in_use()}
-        elif self.injected_forwards == 4 and not steering.grad_scaler_told:
-            then, self.scalers = self.scalers, {}
-            if all(then.get(scaler) in (None, version_of(scale)) for scaler, scale in _scalers_in_use()):
-                return
+        """Look for a GradScaler that is updated between forwards and that the handle does not know."""
+        if self.injected_forwards < LATEST_LOOK:
+            self.injected_forwards += 1
+            if self.injected_forwards in LOOKS and not steering.grad_scaler_told:
+                self.scales = {**{scale: version_of(scale) for scale in _scales_in_use()}, **self.scales}
+        if steering.grad_scaler_told:
+            self.scales = {}
+        elif any(version_of(scale) != version for scale, version in self.scales.items()):
+            self.scales = {}
             steering.warn(
                 "scaler",
                 "a torch.amp.GradScaler is in use, and this handle, whose losses are injected, knows none: if it "
@@ -147,7 +148,7 @@ class Steps:
         if self.done:
             return False
         if self.moving is None:
-            self.moving, self.staying = _some(moving), _some(staying)
+            self.moving, self.staying = _some(moving), list(staying)  # of a part that is frozen no beta moves
             self.versions = _versions(self.moving), _versions(self.staying)
         versions = _versions(self.moving), _versions(self.staying)
         if versions[1] != self.versions[1]:
@@ -170,12 +171,12 @@ def _versions(parameters: list[nn.Parameter]) -> int:
     return sum(map(version_of, parameters))
 
 
-def _scalers_in_use() -> Iterator[tuple[torch.amp.GradScaler, torch.Tensor]]:
-    """Yield the GradScalers of this process that were used, each with its scale, which it has from then on."""
+def _scales_in_use() -> Iterator[Tensor]:
+    """Yield the scales of the GradScalers of this process that were used; each changes its own in place."""
     kinds = [torch.amp.GradScaler]
     for kind in kinds:
         kinds += kind.__subclasses__()
     for scaler in gc.get_referrers(*kinds):
         scale = scale_of(scaler) if type(scaler) in kinds else None
         if scale is not None and scaler.is_enabled():
-            yield scaler, scale
+            yield scale
