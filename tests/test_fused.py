@@ -1,6 +1,8 @@
 """The modules that attach puts into a model: they count calls, and stand for the originals."""
 
 import copy
+import pickle
+from functools import partial
 from operator import methodcaller
 
 import pytest
@@ -124,3 +126,34 @@ def test_data_parallel_is_refused():
     replica = methodcaller("_replicate_for_data_parallel")(net)
     with pytest.raises(RuntimeError, match="cannot run in nn.DataParallel.*DistributedDataParallel"):
         replica(torch.randn(20, 4))
+
+
+class ByFunction(nn.Module):
+    """Keeps its function as an attribute, as activations of transformers do."""
+
+    def __init__(self, function=None):
+        super().__init__()
+        self.act = function or self.by_hand
+
+    def by_hand(self, x):
+        return 0.5 * x * (1 + (x / 2**0.5).erf())
+
+    def forward(self, x):
+        return self.act(x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("function", [None, F.gelu, F.relu, partial(F.gelu, approximate="tanh")])
+def test_a_function_that_a_module_keeps_is_compared_under_a_compiler_and_in_copies(function):
+    net, x = mlp(ByFunction(function)), torch.randn(20, 4)
+    pre = net[0](x)
+    assert "fused" in str(vk.attach(net, x))
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), net[1].act(pre))
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        other(x)
+        torch.testing.assert_close(other.vcl_handle.loss(), 0.01 * vk.vcl_loss(pre, 1.0))
+        other[1].act = F.silu
+        torch.testing.assert_close(other(x), F.silu(pre))
+        torch.testing.assert_close(net(x), net[1].act(pre))

@@ -72,7 +72,8 @@ def test_opcheck_of_the_ops_with_autograd(x, wants_gradient, learnt):
     beta = (torch.rand(x.shape[1]) + 0.5).requires_grad_(wants_gradient) if learnt else None
     values = (x, beta, *spec(0, 2, False, True))
     torch.library.opcheck(ops.loss_autograd.default, values)
-    torch.library.opcheck(ops.activation_autograd.default, (*values, *ELU, False))
+    for upstream in (None, torch.tensor(0.5)):
+        torch.library.opcheck(ops.activation_autograd.default, (*values, *ELU, upstream))
     if not learnt:
         torch.library.opcheck(ops.moments_autograd.default, (x, 4, 3, False))
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import autograd, ops, reference, saving
 from .autograd import ActivationAndLoss, ActivationSettings, wants_gradient
 from .backends.interface import Backend
+from .geometry import accumulation_dtype
 from .injection import Injection, injected
 from .ops import LOSS, Op
 from .options import Activation, LossSpec, SubBatches
@@ -41,8 +42,10 @@ def activation_and_loss(x: Tensor, beta: Tensor | None, settings: ActivationSett
         return ops.activation(x, beta, spec, activation, False, False)[:2]
     scaled = injection is not None and injection.scaler is not None  # a graph cannot hold a GradScaler, and breaks here
     if _in_graph(backend) and not scaled:
-        inject = injection is not None
-        return torch.ops.vcl_kernels.activation_autograd.default(x, beta, *spec, *activation, inject)
+        upstream = None
+        if injection is not None:  # by a tensor, for an op's numbers are constants of the graph
+            upstream = x.new_ones((), dtype=accumulation_dtype(x.dtype)) * injection.factor
+        return torch.ops.vcl_kernels.activation_autograd.default(x, beta, *spec, *activation, upstream)
     return ActivationAndLoss.apply(x, beta, settings)[:2]
 
 
@@ -58,15 +61,16 @@ def _in_graph(backend: Backend) -> bool:
 
 
 def _activation(
-    x: Tensor, beta: Tensor | None, spec: LossSpec, activation: Activation, inject: bool
+    x: Tensor, beta: Tensor | None, spec: LossSpec, activation: Activation, upstream: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    settings = ActivationSettings(activation, spec, ops, Injection() if inject else None)
+    injection = None if upstream is None else Injection(given=upstream)
+    settings = ActivationSettings(activation, spec, ops, injection)
     return ActivationAndLoss.apply(x, beta, settings)[:2]
 
 
 for _op, _function in (
     (Op("loss_autograd", LOSS, "Tensor"), partial(autograd.loss, backend=ops)),
-    (Op("activation_autograd", (*LOSS, Activation, "bool inject"), "(Tensor y, Tensor loss)"), _activation),
+    (Op("activation_autograd", (*LOSS, Activation, "Tensor? upstream"), "(Tensor y, Tensor loss)"), _activation),
     (
         Op("moments_autograd", ("Tensor x", SubBatches), "(Tensor mean, Tensor var)"),
         lambda x, sub_batches: autograd.Moments.apply(x, sub_batches, ops),

@@ -16,10 +16,19 @@ class Injection(NamedTuple):
 
     scaler: torch.amp.GradScaler | None = None  # the objective's, if it has one
     accumulation: int = 1  # backward passes whose gradients are added before a step
+    weight: float = 1.0  # that of the loss changed by so much since it became a constant of a compiler's graph
+    given: Tensor | None = None  # the upstream gradient, if it is an input of the graph
+
+    @property
+    def factor(self) -> float:
+        """The loss's upstream gradient, without a scaler."""
+        return self.weight / self.accumulation
 
     def upstream(self, x: Tensor) -> Tensor:
-        """Return the loss's upstream gradient: 1 / accumulation, times the scaler's scale."""
-        g = torch.full((), 1 / self.accumulation, dtype=accumulation_dtype(x.dtype), device=x.device)
+        """Return the loss's upstream gradient: :attr:`factor` times the scaler's scale."""
+        if self.given is not None:
+            return self.given
+        g = torch.full((), self.factor, dtype=accumulation_dtype(x.dtype), device=x.device)
         return g if self.scaler is None else self.scaler.scale(g)
 
 
@@ -27,7 +36,10 @@ def injected(y: Tensor, loss: Tensor, injection: Injection) -> tuple[Tensor, Ten
     """Put ``loss`` into the graph of ``y``; return y and the loss detached."""
     if in_functorch():  # inside vmap a loss does not know whether it requires a gradient
         return InjectLossInFunctorch.apply(y, loss, injection), loss.detach()
-    return (InjectLoss.apply(y, loss, injection) if loss.requires_grad else y), loss.detach()
+    value = loss.detach()
+    if torch.compiler.is_compiling():  # as a factor of a tensor, a number may change without a recompilation
+        loss, injection = loss * injection.factor, Injection(injection.scaler)
+    return (InjectLoss.apply(y, loss, injection) if loss.requires_grad else y), value
 
 
 class InjectLoss(torch.autograd.Function):

@@ -12,6 +12,7 @@ ActivationName = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "i
 Approximate = Literal["none", "tanh"]
 BackendName = Literal["cpu", "triton", "reference"]
 
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 FORMS: tuple[Form, ...] = get_args(Form)
 UNITS: tuple[Unit, ...] = get_args(Unit)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)

@@ -76,7 +76,8 @@ def attach(  # noqa: PLR0913  # the public signature
         sub_batch_size, form, unit, num_sub_batches, learn_beta, beta_init, beta_min: as for :class:`vcl_kernels.VCL`.
         layers: other places than the activation modules: names or modules before which VCL is put, or a predicate of
             (name, module).
-        after: also these: names or modules whose output gets VCL, or a predicate. With ``layers=[]``, these alone.
+        after: also these: names or modules whose output gets VCL, or a predicate. With ``layers=[]``, these alone. An
+            activation that is named here has VCL of its output instead of its input.
         shared_beta: one beta for all calls of a module in a forward, whose losses are added: for a recurrent network
             of any length. Else each call that the example makes has its own.
         inject: the loss enters the graph through each layer's output, which must then not be changed in place, and
@@ -125,8 +126,7 @@ def attach(  # noqa: PLR0913  # the public signature
         check_not_wrapped(model)
         check_not_wrapped_outside(model)
     _check_not_attached(model)
-    steering = Steering(inject, attached=True)
-    steering.weight = weight
+    steering = Steering(inject, attached=True, weight=weight)
     choice = choose(model, layers, after)
     probed, functions = None, []
     if example_input is not None:
@@ -141,7 +141,7 @@ def attach(  # noqa: PLR0913  # the public signature
     if not made.calls:
         raise ValueError(_why_no_layers(model, made, functions))
     if probed is not None:
-        _tell(made, probed, functions if layers is None else [], list(choice.before))
+        _tell(made, probed, functions if layers is None else [], choice)
     tell_backend([*model.parameters(), *tensors_in(example_input)], backend, steering.warn)
     undo = [undo for put in made.put for undo in put()]
     return VCLHandle(model, made.calls, steering, made.rows, undo)
@@ -183,7 +183,7 @@ def _why_no_layers(model: nn.Module, made: Layout, functions: list[str]) -> str:
             f"model ({name}) has no activation modules: its activations are functions: {_few(functions)}. "
             f"{REMEDY_FOR_FUNCTIONS}"
         )
-    left_out = [f"{row.layer}: {row.units}" for row in made.rows]
+    left_out = [f"{row.activation if row.layer == '-' else row.layer}: {row.units}" for row in made.rows]
     if left_out:
         return f"model ({name}) has no activation that can have VCL; left out are {_few(left_out)}"
     return (
@@ -192,7 +192,7 @@ def _why_no_layers(model: nn.Module, made: Layout, functions: list[str]) -> str:
     )
 
 
-def _tell(made: Layout, probed: Probed, functions: list[str], before: list[str]) -> None:
+def _tell(made: Layout, probed: Probed, functions: list[str], choice: Choice) -> None:
     """Tell what VCL does not reach, though the example shows it or it is in the model."""
     tell = made.steering.warn
     if made.missed:
@@ -202,7 +202,7 @@ def _tell(made: Layout, probed: Probed, functions: list[str], before: list[str])
             "forward that does. layers= leaves places out",
         )
     if functions:
-        total = len(functions) + sum(len(made.reached.get(name, [])) for name in before)
+        total = len(functions) + sum(len(probed.calls.get(module, [])) for module in choice.before.values())
         tell(
             "functions",
             f"{len(functions)} of {total} activation calls are functions, and get no VCL: {_few(functions)}. "
@@ -287,8 +287,8 @@ class Layout:
             if call.owner in activations or is_activation(module):
                 activations.add(module)
                 if out_of_reach(call):
-                    self.strangers += written([call], names)
-        functions = written(list(filter(out_of_reach, probed.functions)), names)
+                    self.strangers += written([call], names, activations)
+        functions = written(list(filter(out_of_reach, probed.functions)), names, activations)
         self.rows += [Row("-", stranger, LEFT_OUT, "not in the model") for stranger in self.strangers]
         self.rows += [Row("-", function, LEFT_OUT, "a function") for function in functions]
         return functions

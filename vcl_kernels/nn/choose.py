@@ -59,7 +59,8 @@ def choose(model: nn.Module, layers: Layers | None, after: Layers | None) -> Cho
                 f"{name!r} has an attribute 'vcl' already, the name that attach sets: from another attach, perhaps. "
                 "Choose other modules with layers="
             )
-    return Choice(before, behind, {} if after is not None and not before else unknown, recognised)
+    unknown = {name: module for name, module in unknown.items() if name not in behind}
+    return Choice(before, behind, unknown, recognised)
 
 
 def _named(argument: str, modules: dict[str, nn.Module], layers: Layers) -> dict[str, nn.Module]:

@@ -18,13 +18,13 @@ __all__ = ["check_not_wrapped_outside", "tell_backend", "tell_rows", "written"]
 Tell = Callable[[str, str], None]  # kind and text of a warning
 
 
-def written(calls: list[FunctionCall], names: dict[nn.Module, str]) -> list[str]:
-    """Return each function call as text, with the remedy where it is known."""
+def written(calls: list[FunctionCall], names: dict[nn.Module, str], activations: set[nn.Module]) -> list[str]:
+    """Return each function call as text, with the remedy where it is known: a layer that is no activation itself."""
     found = []
     for call in calls:
         owner = names.get(call.owner) if call.owner is not None else None
         place = type(call.owner).__name__ if owner is None else repr(owner) if owner else "the model's forward"
-        source = names.get(call.sources[0]) if call.sources else None
+        source = next((names[s] for s in call.sources if names.get(s) and s not in activations), None)
         found.append(f"{call.function} in {place}" + (f" (after={source!r})" if source else ""))
     return found
 

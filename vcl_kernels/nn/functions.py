@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..torch_private import base_of
+from ..torch_private import base_of, version_of
 
 __all__ = ["FunctionCall", "FunctionCalls"]
 
@@ -27,7 +27,7 @@ class FunctionCall(NamedTuple):
 
     function: str  # as users write it: F.relu, torch.tanh, Tensor.sigmoid
     owner: nn.Module | None  # in whose forward it stands
-    sources: tuple[nn.Module, ...]  # whose output is its input or has it in it, innermost first
+    sources: list[nn.Module]  # that returned its input, or what that is a view of; the innermost first
 
 
 class FunctionCalls(TorchFunctionMode):
@@ -44,26 +44,32 @@ class FunctionCalls(TorchFunctionMode):
         self._sources = WeakTensorKeyDictionary()  # the modules that returned a tensor
 
     def returned(self, module: nn.Module, y: Any) -> None:
-        """Note that ``module`` returned ``y``."""
+        """Note that ``module`` returned y."""
         if isinstance(y, Tensor):
-            self._sources[y] = (*self._sources.get(y, ()), module)
+            self._sources.setdefault(y, []).append(module)
+            self._sources.setdefault(base_of(y), [module])
 
     def call(self, name: str, x: Any) -> FunctionCall:
         """Return the call of an activation on ``x`` that is made now."""
-        owner = self.running[-1] if self.running else None
-        is_tensor = isinstance(x, Tensor)
-        return FunctionCall(name, owner, self._sources.get(x) or self._sources.get(base_of(x), ()) if is_tensor else ())
+        sources = (self._sources.get(x) or self._sources.get(base_of(x)) or []) if isinstance(x, Tensor) else []
+        return FunctionCall(name, self.running[-1] if self.running else None, list(sources))
 
     def __torch_function__(
         self, func: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run ``func``; keep it if it is an activation function."""
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "").rstrip("_") in NAMES:
-            x = args[0] if args else kwargs.get("input")
-            if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) and x.dim() > 1:
-                self.found.append(self.call(_written(func), x))
-        return func(*args, **kwargs)
+        x = args[0] if args else kwargs.get("input")
+        if getattr(func, "__name__", "").rstrip("_") not in NAMES or not _may_have_vcl(x):
+            return func(*args, **kwargs)
+        call, version = self.call(_written(func), x), version_of(x)
+        y = func(*args, **kwargs)
+        self.found.append(call if version_of(x) == version else call._replace(sources=[]))  # VCL needs what x was
+        return y
+
+
+def _may_have_vcl(x: Any) -> TypeGuard[Tensor]:
+    return isinstance(x, Tensor) and not isinstance(x, nn.Parameter) and x.dim() > 1
 
 
 def _written(func: Callable[..., Any]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..torch_private import children, in_backward
 from .modules import VCLActivation
-from .recognise import matching, settings_of
+from .recognise import comparable, matching, settings_of
 from .steering import ENOUGH_FORWARDS, Steering
 
 __all__ = ["Calls", "first_input", "fuse", "put_before", "put_behind"]
@@ -163,7 +163,7 @@ def _fused_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     if not module.training or calls is None:
         return type(module).forward(module, *args, **kwargs)
     for name, value in calls.settings:
-        if module.__dict__.get(name) != value:
+        if comparable(module.__dict__.get(name)) != value:
             _match_again(module, calls)
     x = args[0] if args else first_input(args, kwargs)
     vcl = calls.take(x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -19,12 +20,13 @@ from ..options import Activation
 from ..reference import activate
 from .modules import VCLActivation
 
-__all__ = ["Recognised", "UnknownError", "is_activation", "matching", "recognise"]
+__all__ = ["Recognised", "UnknownError", "comparable", "is_activation", "matching", "recognise"]
 
 Function = Callable[[Tensor], Tensor]
 
 # What an attribute of a fused module may be: its function may change with it, so it is compared at each call
 SETTINGS = (bool, int, float, str, torch.dtype, FunctionType, BuiltinFunctionType, MethodType, partial)
+OF_EVERY_MODULE = {*vars(nn.Module()), "inplace"}
 
 
 class Recognised(NamedTuple):
@@ -36,6 +38,10 @@ class Recognised(NamedTuple):
 
 class UnknownError(Exception):
     """A module takes none of the tensors that were tried."""
+
+
+class _ShapeError(Exception):
+    """A module returned something else than a tensor of its input's shape."""
 
 
 def is_activation(module: nn.Module) -> bool:
@@ -66,11 +72,24 @@ def recognise(module: nn.Module, like: Tensor | None = None) -> Recognised | Non
     if any(is_lazy(t) or sum(size > 1 for size in t.shape) > 1 for t in tensors):
         return None
     channels = max([1, *(t.numel() for t in tensors)])
-    shapes = [(4, channels if channels > 1 else 6, *[3] * dims) for dims in range(4)]
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False):
+    shapes = [(4, channels if channels > 1 else 6, *[3] * dims) for dims in range(4 if channels < 1 << 16 else 0)]
+    may_be_fused = not tensors and settings_of(module) is not None
+    changes_shape = False
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+        torch.inference_mode(False),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
         for copied, x in _trials(module, shapes, like):
             with suppress(UnknownError):
-                return _recognise(copied, x, not tensors and settings_of(module) is not None)
+                try:
+                    return _recognise(copied, x, may_be_fused)
+                except _ShapeError:  # by broadcasting, perhaps: parameters (C, 1, 1) want images
+                    changes_shape = True
+    if changes_shape:
+        return None
     raise UnknownError
 
 
@@ -78,9 +97,15 @@ def settings_of(module: nn.Module) -> tuple[tuple[str, Any], ...] | None:
     """Return the attributes of ``module`` that may say what it computes; None if one of them cannot be compared."""
     if "forward" in vars(module):
         return None
-    own = [(name, value) for name, value in vars(module).items() if not name.startswith("_")]
-    settings = tuple((name, value) for name, value in own if name not in ("training", "inplace"))
-    return settings if all(value is None or isinstance(value, SETTINGS) for _, value in settings) else None
+    own = {name: value for name, value in vars(module).items() if name not in OF_EVERY_MODULE}
+    if not all(value is None or isinstance(value, SETTINGS) for value in own.values()):
+        return None
+    return tuple((name, comparable(value)) for name, value in own.items())
+
+
+def comparable(value: Any) -> Any:
+    """Return what says whether two settings are equal: under a compiler, a partial is not equal to itself."""
+    return (value.func, value.args, value.keywords) if isinstance(value, partial) else value
 
 
 def matching(module: nn.Module) -> Activation | None:
@@ -132,49 +157,56 @@ def _recognise(copied: nn.Module, like: Tensor, may_be_fused: bool) -> Recognise
     function: Function = copied.forward
     generator = torch.Generator().manual_seed(0)
     a, b = (sign * torch.rand(like.shape, generator=generator).to(like).mul(4).add(0.1) for sign in (1, -1))
+    chosen = (torch.rand(like.shape, generator=generator) < 0.5).to(like.device)
+    mixed = torch.where(chosen, a, b)
     with torch.no_grad():
         try:
             y = function(a.clone())
         except Exception as error:
             raise UnknownError from error
         if not isinstance(y, Tensor) or y.shape != a.shape or not y.is_floating_point():
-            return None
+            raise _ShapeError
         x = b.clone()
         try:
-            if not _is_elementwise(function, a, b, y, generator) or _is_affine(function, a, b, y, function(x)):
+            of_b, of_mixed = function(x), function(mixed.clone())
+            if not _is_elementwise(chosen, y, of_b, of_mixed) or _is_affine(function, a, b, y, of_b):
                 return None
-        except RuntimeError:  # of other values it makes something else
+        except Exception:  # it does not take other values, or makes another shape of them
             return None
-    if not _has_its_derivative(function, a):
+    if not _has_its_derivative(function, mixed):
         return None
     fused = _fused_like(copied, a.shape) if may_be_fused and a.dtype == torch.float64 else None
     return Recognised(fused, not torch.equal(x, b))
 
 
-def _is_elementwise(function: Function, a: Tensor, b: Tensor, y: Tensor, generator: torch.Generator) -> bool:
-    """Whether values of y stay when the others' inputs change, and when nothing changes."""
-    chosen = (torch.rand(a.shape, generator=generator) < 0.5).to(a.device)
-    mixed = function(torch.where(chosen, a, b))
-    return bool(y.isfinite().all()) and torch.equal(function(a.clone()), y) and torch.equal(mixed[chosen], y[chosen])
+def _is_elementwise(chosen: Tensor, of_a: Tensor, of_b: Tensor, of_mixed: Tensor) -> bool:
+    """Whether each value is finite, and stays when the inputs of others change from a's to b's."""
+    return bool(of_mixed.isfinite().all()) and torch.equal(of_mixed, torch.where(chosen, of_a, of_b))
 
 
 def _is_affine(function: Function, a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor) -> bool:
     """Whether the function at the middle of a and b is the mean of those at both."""
     middle, mean = function((a + b) / 2), (of_a + of_b) / 2
-    return bool(((middle - mean).abs() <= 4 * torch.finfo(a.dtype).eps ** 0.75 * (1 + mean.abs())).all())
+    return bool(((middle - mean).abs() <= 4 * _precision(a) ** 0.75 * (1 + mean.abs())).all())
+
+
+def _precision(x: Tensor) -> float:
+    """Return the rounding error of x's dtype, or of float32, in which some modules compute whatever they get."""
+    return max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)
 
 
 def _has_its_derivative(function: Function, x: Tensor) -> bool:
-    """Whether autograd gives the derivative of what is computed; a quantiser's is that of the identity."""
-    h = torch.finfo(x.dtype).eps ** (1 / 3)
+    """Whether autograd gives the derivative of what is computed; a quantiser's is that of the identity, or 0."""
+    h = max(torch.finfo(x.dtype).eps ** (1 / 3), 1e-4)  # float32's rounding over that is far below the tolerance
     try:
         dx = _derivative(function, x)
+        flat = not dx.any() and not _derivative(function, x / 8).any()
     except RuntimeError:  # y has no graph
         return False
     with torch.no_grad():
         difference = (function(x + h) - function(x - h)) / (2 * h)
     close = (dx - difference).abs() <= 30 * h * (1 + difference.abs())
-    return bool(close.double().mean() > 0.9)
+    return not flat and bool(close.double().mean() > 0.9)
 
 
 def _derivative(function: Function, x: Tensor) -> Tensor:
@@ -212,4 +244,4 @@ def _fused_like(copied: nn.Module, shape: torch.Size) -> Activation | None:
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b, rtol=1e-10, atol=1e-10)
+    return a.dtype == b.dtype and torch.allclose(a, b, rtol=1e-10, atol=1e-10)
