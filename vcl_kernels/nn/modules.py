@@ -25,7 +25,7 @@ from ..checks import (
 from ..functional import activation_and_loss
 from ..geometry import accumulation_dtype, unit_shape
 from ..injection import Injection, injected
-from ..options import FORMS, UNITS, ActivationName, Approximate, BackendName, Form, Unit
+from ..options import BACKENDS, FORMS, UNITS, ActivationName, Approximate, BackendName, Form, Unit
 from ..torch_private import in_functorch
 from .steering import Steering
 
@@ -88,8 +88,8 @@ class VCLActivation(nn.Module):
     Shape: any ``(N, C, *spatial)``, or with its channels at ``channel_dim``, kept.
 
     Raises:
-        TypeError, ValueError: an unknown activation, form or unit, sub_batch_size or num_sub_batches too small, a
-            channel_dim that x does not have or that is 0.
+        TypeError, ValueError: an unknown activation, form, unit or backend, sub_batch_size or num_sub_batches too
+            small, a channel_dim that x does not have or that is 0.
 
     >>> import torch
     >>> act = VCLActivation("elu", 16, weight=0.01)
@@ -122,6 +122,8 @@ class VCLActivation(nn.Module):
         self.activation = check_activation(activation, alpha, negative_slope, approximate)
         check_choice("form", form, FORMS)
         check_choice("unit", unit, UNITS)
+        if backend is not None:
+            check_choice("backend", backend, BACKENDS)
         check_count("sub_batch_size", sub_batch_size, 1)
         if num_sub_batches is not None:
             check_count("num_sub_batches", num_sub_batches, 2)
@@ -129,7 +131,8 @@ class VCLActivation(nn.Module):
             check_number(name, value)
         check_channel_dim(channel_dim)
         self.sub_batch_size, self.form, self.unit, self.num_sub_batches = sub_batch_size, form, unit, num_sub_batches
-        self.weight, self.beta_init, self.beta_min = weight, beta_init, beta_min
+        self.first_weight = self.weight = weight
+        self.beta_init, self.beta_min = beta_init, beta_min
         self.channel_dim, self.backend = channel_dim, backend
         self.steering = Steering(inject)
         self.place = ""  # its name in a model, told by attach
@@ -193,12 +196,16 @@ class VCLActivation(nn.Module):
         latest.had_rows, latest.short = True, 0
         view = channels_first(x, self.channel_dim)  # x itself where that is 1
         K = None if self.num_sub_batches is None else min(self.num_sub_batches, x.shape[0] // self.sub_batch_size)
-        weight = self.weight * steering.weight
+        weight, factor = self.weight * steering.weight, 1.0
+        if torch.compiler.is_compiling():  # an op's numbers are constants of the graph: a change is a factor beside it
+            first = self.first_weight * steering.first_weight or 1.0
+            weight, factor = first, weight / first
+            injection = None if injection is None else injection._replace(weight=factor)
         beta, spec = check_loss(
             view, self._beta_for(view), self.sub_batch_size, self.form, self.unit, K, "mean", weight, self.beta_min
         )
         y, loss = activation_and_loss(view, beta, spec, self.activation, self.backend, injection)
-        latest.record(loss, self.sums_calls)
+        latest.record(loss if factor == 1.0 else loss * factor, self.sums_calls)
         if view is x:
             return y
         return x if y is view else y.movedim(1, self.channel_dim)

@@ -18,10 +18,10 @@ ENOUGH_FORWARDS = 3  # an unread loss is told after so many training forwards
 class Steering:
     """Settings that may change at any time, and where the model's present forward stands."""
 
-    def __init__(self, inject: bool, *, attached: bool = False) -> None:
+    def __init__(self, inject: bool, *, attached: bool = False, weight: float = 1.0) -> None:
         self.inject = inject
         self.attached = attached  # by attach: a plain checkpoint loads, and betas start anew
-        self.weight = 1.0  # multiplies that of each layer
+        self.first_weight = self.weight = weight  # multiplies that of each layer
         self.accumulation = 1  # an injected loss is divided by it
         self.paused = False
         self.said: set[str] = set()  # kinds of warnings
@@ -82,5 +82,5 @@ class Steering:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one step or one training loop: a copy can be made at any time."""
         new = Steering(self.inject)
-        kept = ("attached", "weight", "accumulation")
+        kept = ("attached", "first_weight", "weight", "accumulation")
         return {**new.__dict__, **{name: self.__dict__[name] for name in kept}}
