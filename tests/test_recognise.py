@@ -83,6 +83,7 @@ TORCH = {
     **dict.fromkeys((nn.Sigmoid(), nn.LogSigmoid(), nn.Softshrink(), nn.Hardshrink(), nn.Hardshrink(3.0)), "hooked"),
     **dict.fromkeys((nn.ReLU6(), nn.Hardtanh(), nn.Hardtanh(0, 1), nn.Hardsigmoid(), nn.Hardswish()), "hooked"),
     **dict.fromkeys((nn.Threshold(0.1, 20), nn.Threshold(-1, 0), nn.PReLU(), nn.PReLU(5)), "hooked"),
+    **dict.fromkeys((nn.Hardtanh(-9, 9), nn.Threshold(9.0, 0.0)), "hooked"),
     nn.RReLU(): "hooked",  # in training it is random
 }
 
@@ -161,6 +162,7 @@ OTHERS = {
     "random relu": Function(lambda _, x: F.rrelu(x, training=True)),
     "identity": nn.Identity(),
     "slope of 1": nn.LeakyReLU(1.0),
+    "bounds of a dtype": nn.Hardtanh(-65504, 65504),
     "cast": Function(lambda _, x: x.float().double()),
     "scale": Function(lambda m, x: m.scale * x, scale=parameter(5)),
     "scale of images": Function(lambda m, x: m.scale * x, scale=parameter(5, 1, 1)),

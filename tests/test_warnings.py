@@ -142,6 +142,13 @@ def closures(t):
         lbfgs.step(closure)
 
 
+def losses_of_layers(t):
+    for _ in range(STEPS):
+        y = t.call(batch())
+        (y.square().mean() + sum(vcl.loss for vcl in t.handle.layers.values())).backward()
+        t.optimizer.step()
+
+
 def validated_before_backward(t):
     objective = t.objective(batch())
     t.validate()
@@ -165,6 +172,7 @@ RIGHT = {
     "paused between": repeated(paused_step),
     "parts alone": parts_alone,
     "closures": closures,
+    "losses of layers": losses_of_layers,
     "siamese": repeated(lambda t: ((t.objective(batch()) + t.objective(batch())).backward(), t.optimizer.step())),
     "a part in training": lambda t: (t.net.encode.eval(), t.steps()),
     "model under checkpoint": lambda t: t.steps(call=lambda x: checkpoint(t.net, x, use_reentrant=False)),
@@ -267,6 +275,11 @@ WRONG = {
         lambda t: (setattr(t.net, "checkpointing", "old"), t.steps()),
         {},
         "layer 'encode.1'.*reentrant=False",
+    ),
+    "frozen parts": (
+        lambda t: (t.net.requires_grad_(False).decode[2].requires_grad_(), t.steps(call=t.net.by_parts)),
+        {},
+        "no layer with VCL ran",
     ),
     "frozen": (
         lambda t: (t.net.requires_grad_(False).decode[2].requires_grad_(), t.steps()),

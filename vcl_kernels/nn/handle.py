@@ -146,7 +146,7 @@ class VCLHandle:
     @accumulation.setter
     def accumulation(self, accumulation: int) -> None:
         check_count("accumulation", accumulation, 1)
-        if not self._steering.inject:
+        if accumulation > 1 and not self._steering.inject:
             raise ValueError("accumulation is for inject=True; divide handle.loss() with the rest of the objective")
         self._steering.accumulation = accumulation
 

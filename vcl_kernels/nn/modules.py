@@ -152,6 +152,7 @@ class VCLActivation(nn.Module):
     @property
     def loss(self) -> Tensor | None:
         """``weight`` times the loss of the latest training forward."""
+        self.steering.ever_read = True
         return self.latest.loss
 
     @property

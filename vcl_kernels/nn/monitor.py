@@ -236,14 +236,14 @@ def _mean_of_varying(numerator: Tensor, variance: Tensor) -> Tensor:
 def _of_vcl(vcl: VCLActivation | None, like: Tensor) -> list[Tensor]:
     """Loss, mean beta and least beta, each a scalar of ``like``'s dtype on its device."""
     nan = torch.full_like(like, torch.nan)
-    if vcl is None or vcl.loss is None:
+    if vcl is None or vcl.latest.loss is None:
         return [nan, nan, nan]
     if vcl.beta is None:
         beta = nan if vcl.form == "variance" else like.new_full((), vcl.beta_init)
     else:
         beta = nan if is_lazy(vcl.beta) else vcl.beta.to(like)
     beta = torch.as_tensor(bounded_beta(beta, vcl.beta_min))
-    return [vcl.loss.detach().to(like), beta.mean(), beta.min()]
+    return [vcl.latest.loss.detach().to(like), beta.mean(), beta.min()]
 
 
 def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:

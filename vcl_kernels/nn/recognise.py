@@ -156,7 +156,8 @@ def _recognise(copied: nn.Module, like: Tensor, may_be_fused: bool) -> Recognise
     """Try tensors of the shape, dtype and device of one."""
     function: Function = copied.forward
     generator = torch.Generator().manual_seed(0)
-    a, b = (sign * torch.rand(like.shape, generator=generator).to(like).mul(4).add(0.1) for sign in (1, -1))
+    size = torch.where(torch.rand(like.shape, generator=generator) < 0.25, 30, 4)  # some are clipped far from 0
+    a, b = (sign * (torch.rand(like.shape, generator=generator) * size + 0.1).to(like) for sign in (1, -1))
     chosen = (torch.rand(like.shape, generator=generator) < 0.5).to(like.device)
     mixed = torch.where(chosen, a, b)
     with torch.no_grad():

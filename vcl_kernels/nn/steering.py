@@ -32,7 +32,7 @@ class Steering:
         self.was_paused = False
         self.began_in_grad_mode = True
         # Whether the loss was read and nothing ran since. Parts that run alone between two readings belong together
-        self.was_read = self.ever_read = False
+        self.was_read = self.ever_read = self.ran_part = False
         self.lost = False  # by a part that ran again since, so that its loss was replaced
 
     @property
@@ -56,6 +56,7 @@ class Steering:
 
     def begin_part(self) -> None:
         """Begin a call of a part of the model alone. The first since losses were read makes them old."""
+        self.ran_part = True
         if self.was_read:
             self.was_read = self.lost = False
 

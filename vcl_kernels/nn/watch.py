@@ -74,7 +74,7 @@ class Watch:
         steering.was_read = steering.ever_read = True
 
     def _reading_nothing(self, model: nn.Module, steering: Steering) -> None:
-        if self.latest == "" and not steering.ever_read and model.training:
+        if self.latest == "" and not steering.ever_read and not steering.ran_part and model.training:
             raise RuntimeError("handle.loss() wants a training forward of the model first (model.train())")
         if self.dropped:
             steering.warn(
@@ -91,7 +91,7 @@ class Watch:
                     "handle.loss() is 0, for the model runs in evaluation mode. Call model.train() before training "
                     "steps (and validate under torch.no_grad())",
                 )
-        elif self.latest == "training" and not steering.was_read:
+        elif (self.latest == "training" or (self.latest == "" and steering.ran_part)) and not steering.was_read:
             steering.warn(
                 "frozen",
                 "handle.loss() is 0: in the latest training forward no layer with VCL ran on an input that needs a "
