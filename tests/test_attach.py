@@ -294,8 +294,8 @@ def with_attribute():
         (Nested, {"layers": ["deep.0"]}, "container; 'deep.0' is one"),
         (with_attribute, {}, "'1' has an attribute 'vcl' already"),
         (lambda: attached(nn.Sequential(mlp(nn.Sigmoid()), nn.Tanh()))[0], {}, "'1' has an attribute 'vcl' already"),
-        (lambda: attached(mlp()), {}, "attached already, to it"),
-        (lambda: nn.Sequential(attached(mlp()), nn.Tanh()), {}, "attached already, to its submodule '0'"),
+        (lambda: attached(mlp()), {}, "attached already; call vk.handle_of"),
+        (lambda: nn.Sequential(attached(mlp()), nn.Tanh()), {}, "attached already in its submodule '0'"),
         (lambda: nn.Sequential(nn.Linear(2, 2)), {}, "no activation modules"),
         (network, {"form": "wrong"}, "form must be"),
     ],
@@ -352,5 +352,5 @@ def test_a_frozen_part_gets_no_vcl():
     assert list(handle.losses) == ["3"]
     net.requires_grad_(False)
     assert not net(torch.randn(20, 4)).requires_grad
-    with pytest.warns(vk.VCLWarning, match="no layer with VCL ran on an input that needs a gradient"):
+    with pytest.warns(vk.VCLWarning, match="no layer with VCL got an input that needs a gradient"):
         assert handle.loss() == 0

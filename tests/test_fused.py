@@ -48,7 +48,7 @@ def test_a_call_that_the_example_did_not_make_is_an_error(example, steps, has, i
     net, x = Repeated(nn.Tanh()), torch.randn(20, 4)
     vk.attach(net, example, inject=inject)
     net(x, has)
-    with pytest.raises(RuntimeError, match=f"'act' is called {steps} times .* VCL for {has}; .*example_input"):
+    with pytest.raises(RuntimeError, match=f"'act' is called {steps} times .* VCL for {has}. .*example_input"):
         net(x, steps)
 
 

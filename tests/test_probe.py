@@ -119,7 +119,7 @@ def test_a_model_that_reads_what_is_overwritten_is_refused(act, shared):
     x = torch.randn(20, 4)
     before, expected = x.clone(), net(x.clone())
     if shared:
-        with pytest.raises(ValueError, match="something else reads what they overwrite"):
+        with pytest.raises(ValueError, match="something else reads the tensor that they overwrite"):
             vk.attach(net, x)
         assert act.inplace
     else:
@@ -149,7 +149,7 @@ def test_the_example_and_the_mode_are_left_alone():
 def test_activations_that_the_example_does_not_show():
     net = Model(lambda m, x: m.act(m.up(x)) * m.soft(m.scale), never=nn.Tanh(), soft=nn.Softplus())
     net.scale = nn.Parameter(torch.zeros(()))
-    with pytest.warns(UserWarning, match="the example does not reach never;"):
+    with pytest.warns(UserWarning, match="the example does not reach never. Betas"):
         handle = vk.attach(net, torch.randn(2, 6))
     net(torch.randn(20, 6)).sum().backward()
     assert list(handle.losses) == ["act"]

@@ -1,5 +1,6 @@
 """The README's numbers are those of the committed results, and its code runs."""
 
+import ast
 import doctest
 import importlib
 import json
@@ -55,20 +56,36 @@ def test_the_picture_is_made_from_the_results():
 
 
 def test_the_readmes_code_runs():
-    use, equal = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    use, inject, equal = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
     images, labels = torch.randn(20, 3, 8, 8), torch.randint(10, (20,))
     names = {"model": model, "images": images, "labels": labels, "example_input": images[:1]}
     names |= {"criterion": nn.CrossEntropyLoss(), "beta": 0.7}
-    ours, inject = use.rsplit("\nvk.attach", 1)
-    exec(ours, names)
+    exec(use, names)
     names["objective"].backward()
     assert names["loss"].shape == ()
-    names["handle"].remove()  # the last line is the other way
-    exec("handle = vk.attach" + inject, names)
+    names["handle"].remove()
+    exec(inject, names)
     assert [m.inject for m in model.modules() if isinstance(m, vk.VCLActivation)] == [True]
     exec(equal, names)
     torch.testing.assert_close(names["loss"], vk.vcl_loss(names["x"], names["beta"]))
+
+
+def test_the_guide_has_each_warning():
+    """Each text in the guide's table is in one of the code, and each kind of warning has a row."""
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "vcl_kernels/nn").glob("*.py")]
+    calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call) and is_warning(node)]
+    parts = [getattr(call.args[1], "values", call.args[1:]) for call in calls]  # of an f-string, or the whole
+    texts = ["".join(part.value for part in p if isinstance(part, ast.Constant)) for p in parts]
+    table = (ROOT / "docs/attach.md").read_text().split("| it says |")[1]
+    phrases = [phrase.replace("\\", "") for phrase in re.findall(r"^\| \*(.*?)\* \|", table, re.MULTILINE)]
+    assert {text for text in texts if not any(phrase in text for phrase in phrases)} == set()
+    assert [phrase for phrase in phrases if not any(phrase in text for text in texts)] == []
+
+
+def is_warning(call):
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    return name in ("warn", "tell") and len(call.args) == 2 and isinstance(call.args[0], ast.Constant)
 
 
 MODULES = [module.name for module in pkgutil.walk_packages(vk.__path__, "vcl_kernels.")]

@@ -244,12 +244,14 @@ def float16(t):
 
 ROWS = r"layer 'encode.1' got an input of shape \(8, 8\).* fewer than 2 \* sub_batch_size = 10 rows.* Take larger"
 ROWS_COMPILED = ROWS.replace(r" of shape \(8, 8\)", "( of shape.*)?")
-UNREAD = r"handle.loss\(\) was never read.* Add handle.loss\(\) to the objective, or attach\(..., inject=True\)"
-SEVERAL = r"ran more than once.* Read it after each forward and add the results, or attach\(..., inject=True\)"
+UNREAD = r"handle.loss\(\) was never read.* Add handle.loss\(\) to the objective of each forward, or .*inject=True"
+SEVERAL = r"ran more than once.* Read it after each forward and add the results. .* `with handle.paused\(\):`"
 DROPPED = r"its loss is lost. Read handle.loss\(\) before the model runs in evaluation"
-BETAS = r"no beta of VCL.* have gradients: make the optimizer after attach, .* and add handle.loss\(\) to the objective"
-NO_GRADIENTS = BETAS.replace("gradients", "no gradient now", 1)
-SCALER = r"GradScaler.* divides the gradient of VCL by its scale.* Set handle.grad_scaler"
+BETAS = r"no beta of VCL. The optimizer does not hold them: make the optimizer after attach, or call .*add_param_group"
+NO_GRADIENTS = (
+    r"no beta of VCL. They have no gradient now: add handle.loss\(\) to the objective. If it is there, make the"
+)
+SCALER = r"With inject=True .* divides the gradient of VCL by the scale. Set handle.grad_scaler = scaler.*, or None"
 
 WRONG = {
     "rows": (lambda t: t.steps(batch(8)), {}, ROWS),
@@ -279,12 +281,12 @@ WRONG = {
     "frozen parts": (
         lambda t: (t.net.requires_grad_(False).decode[2].requires_grad_(), t.steps(call=t.net.by_parts)),
         {},
-        "no layer with VCL ran",
+        "no layer with VCL got an input",
     ),
     "frozen": (
         lambda t: (t.net.requires_grad_(False).decode[2].requires_grad_(), t.steps()),
         {},
-        "no layer with VCL ran",
+        "no layer with VCL got an input",
     ),
 }
 
@@ -318,7 +320,10 @@ def test_a_training_forward_without_gradients_before_the_loss_is_an_error():
         t.net(batch())
         with torch.no_grad():
             t.net(batch())
-        with pytest.raises(RuntimeError, match=r"ran without grad mode. Under torch.no_grad\(\), run it in evaluation"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"ran without grad mode, under torch.no_grad\(\).* Run a forward under no_grad in evaluation",
+        ):
             t.handle.loss()
         t.step()
 

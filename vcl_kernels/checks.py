@@ -192,12 +192,7 @@ def _loss_spec(
             check_number(name, value)
     if num_sub_batches is not None:
         check_count("num_sub_batches", num_sub_batches, 2)
-    per_activation = _sub_batches(x, sub_batch_size, unit, num_sub_batches).per_activation
-    if x.shape[0] < 2 * sub_batch_size:
-        raise ValueError(
-            f"x has {x.shape[0]} samples; a loss over two sub-batches of sub_batch_size={sub_batch_size} "
-            f"needs at least {2 * sub_batch_size}"
-        )
+    per_activation = _sub_batches(x, sub_batch_size, unit, num_sub_batches, of_loss=True).per_activation
     K = number_of_sub_batches(form, x.shape[0], sub_batch_size, num_sub_batches)
     value = _beta_value(x, beta, form, per_activation)
     factor = weight
@@ -210,7 +205,9 @@ def _loss_spec(
 _cached_spec = lru_cache(1024, typed=True)(_loss_spec)  # checks take longer than a small loss
 
 
-def _sub_batches(x: Metadata, sub_batch_size: int, unit: str, num_sub_batches: int | None) -> SubBatches:
+def _sub_batches(
+    x: Metadata, sub_batch_size: int, unit: str, num_sub_batches: int | None, *, of_loss: bool = False
+) -> SubBatches:
     """Check what all functions share; K is the number asked for, or all."""
     _check_layout("x", x.layout)
     check_dtype("x", x.dtype)
@@ -225,6 +222,11 @@ def _sub_batches(x: Metadata, sub_batch_size: int, unit: str, num_sub_batches: i
         raise ValueError(
             f"sub_batch_size={sub_batch_size} gives {M} value(s) to a sample variance for unit={unit!r} and x of shape "
             f"{tuple(x.shape)}; at least 2 are needed"
+        )
+    if of_loss and x.shape[0] < 2 * sub_batch_size:
+        raise ValueError(
+            f"x has {x.shape[0]} samples; a loss over two sub-batches of sub_batch_size={sub_batch_size} "
+            f"needs at least {2 * sub_batch_size}"
         )
     least = 1 if num_sub_batches is None else num_sub_batches
     if x.shape[0] < least * sub_batch_size:

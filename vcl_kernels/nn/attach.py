@@ -27,7 +27,10 @@ from .table import LEFT_OUT, Row
 __all__ = ["attach"]
 
 REMEDY_FOR_FUNCTIONS = (
-    "Make them modules (self.act = nn.GELU()), or name the layers whose outputs they take with after="
+    "Make them modules (self.act = nn.ReLU() in __init__). Where after= is shown, VCL of that layer's output does too"
+)
+REMEDY_FOR_STRANGERS = (
+    "Make them attributes of a module, put them into nn.ModuleList or nn.ModuleDict, or use after= where it is shown"
 )
 
 
@@ -74,19 +77,18 @@ def attach(  # noqa: PLR0913  # the public signature
             forward: make the optimizer after that.
         weight: multiplies the sum over layers; ``handle.weight`` may change it.
         sub_batch_size, form, unit, num_sub_batches, learn_beta, beta_init, beta_min: as for :class:`vcl_kernels.VCL`.
-        layers: other places than the activation modules: names or modules before which VCL is put, or a predicate of
-            (name, module).
-        after: also these: names or modules whose output gets VCL, or a predicate. With ``layers=[]``, these alone. An
-            activation that is named here has VCL of its output instead of its input.
+        layers: modules whose *input* gets VCL, instead of all activations: names (as ``handle.layers`` has them) or
+            modules, or a predicate of (name, module).
+        after: layers whose *output* gets VCL, in addition to ``layers`` or the activations; with ``layers=[]``, only
+            these. An activation that is named here has VCL of its output instead of its input.
         shared_beta: one beta for all calls of a module in a forward, whose losses are added: for a recurrent network
-            of any length. Else each call that the example makes has its own.
+            of any length. Otherwise each call in the example gets its own beta.
         inject: the loss enters the graph through each layer's output, which must then not be changed in place, and
-            the training loop needs no change. Under a ``torch.amp.GradScaler``, set ``handle.grad_scaler`` to it;
-            when gradients of k backward passes are added, set ``handle.accumulation = k``.
-        channel_dim: the dimension of channels; that of samples is 0. None: the last dimension of activations
-            ``(N, L, C)`` that, as ``example_input`` shows, come from a linear function or a norm over that dimension,
-            are made of such tensors without a change of shape, are a part of one (a gate), or enter a linear layer
-            that ``layers`` names; else dimension 1. The table shows it.
+            the training loop needs no change. Under a ``torch.amp.GradScaler``, set ``handle.grad_scaler`` to it. If
+            the objective is divided by k to add the gradients of k batches, set ``handle.accumulation = k``.
+        channel_dim: the dimension of channels; that of samples is 0. None: chosen by the example. -1 for
+            ``(N, L, C)`` that comes from a linear function or a norm over the last dimension, is made of such tensors
+            without a change of shape, or is a part of one (a gate); else 1. The table shows it.
         backend: as for :func:`vcl_kernels.vcl_loss`.
 
     Returns:
@@ -94,9 +96,9 @@ def attach(  # noqa: PLR0913  # the public signature
         of a model, a copy or a wrapper.
 
     Warns:
-        VCLWarning: VCL does nothing somewhere, or something else than is likely meant: now (activations that are
-            functions, or that the model holds outside of its children; a dimension 0 that is no batch) or in training
-            (too few rows; a loss that is never read; betas in no optimizer; …). Once for each handle and kind.
+        VCLWarning: VCL has no effect in some place, or one that is probably not wanted. Now: activations that are
+            functions, or modules outside of the model; a dimension 0 that is no batch. In training: too few rows, a
+            loss that is never read, betas in no optimizer, and others. Once for each handle and kind.
 
     Raises:
         ValueError: no activation module, a layer that does not exist or is a container, a model that has VCL attached
@@ -150,8 +152,8 @@ def attach(  # noqa: PLR0913  # the public signature
 def _check_not_attached(model: nn.Module) -> None:
     attached = next((name for name, module in model.named_modules() if hasattr(module, "vcl_handle")), None)
     if attached is not None:
-        where = f"its submodule {attached!r}" if attached else "it"
-        raise ValueError(f"model has VCL attached already, to {where}; remove() that first (model.vcl_handle)")
+        where = f" in its submodule {attached!r}" if attached else ""
+        raise ValueError(f"model has VCL attached already{where}; call vk.handle_of(model).remove() first")
 
 
 def _probe(model: nn.Module, choice: Choice, example: Any) -> tuple[Probed, Choice]:
@@ -178,6 +180,8 @@ def _probe(model: nn.Module, choice: Choice, example: Any) -> tuple[Probed, Choi
 
 def _why_no_layers(model: nn.Module, made: Layout, functions: list[str]) -> str:
     name = type(model).__name__
+    if next(model.children(), None) is None and is_activation(model):
+        return f"model is one activation ({name}); attach to the model around it, or use vcl_kernels.VCLActivation"
     if functions:
         return (
             f"model ({name}) has no activation modules: its activations are functions: {_few(functions)}. "
@@ -185,10 +189,11 @@ def _why_no_layers(model: nn.Module, made: Layout, functions: list[str]) -> str:
         )
     left_out = [f"{row.activation if row.layer == '-' else row.layer}: {row.units}" for row in made.rows]
     if left_out:
-        return f"model ({name}) has no activation that can have VCL; left out are {_few(left_out)}"
+        remedy = f". {REMEDY_FOR_STRANGERS}" if made.strangers else ""
+        return f"model ({name}) has no activation that can have VCL; left out are {_few(left_out)}{remedy}"
     return (
-        f"model ({name}) has no activation modules; an example_input shows those that are called as functions. Name "
-        "layers whose outputs get VCL with after=, or put vcl_kernels.VCL into its forward"
+        f"model ({name}) has no activation modules. Pass an example_input to find activations that are called as "
+        "functions, or name layers whose outputs get VCL with after="
     )
 
 
@@ -198,22 +203,21 @@ def _tell(made: Layout, probed: Probed, functions: list[str], choice: Choice) ->
     if made.missed:
         tell(
             "unreached",
-            f"the example does not reach {', '.join(made.missed)}; a beta there has no shape before the first training "
-            "forward that does. layers= leaves places out",
+            f"the example does not reach {', '.join(made.missed)}. Betas there get a shape in the first training "
+            "forward that does; make the optimizer after that. To leave them out, list the other layers in layers=",
         )
     if functions:
         total = len(functions) + sum(len(probed.calls.get(module, [])) for module in choice.before.values())
         tell(
             "functions",
             f"{len(functions)} of {total} activation calls are functions, and get no VCL: {_few(functions)}. "
-            f"{REMEDY_FOR_FUNCTIONS}",
+            f"{REMEDY_FOR_FUNCTIONS}. Name all layers in layers= to accept this",
         )
     if made.strangers:
         tell(
             "strangers",
             f"the forward calls activation modules that are not in the model: {_few(made.strangers)}. They get no VCL; "
-            "nor does the model move, save or switch them. Make them attributes of a module, put them into "
-            "nn.ModuleList or nn.ModuleDict, or name the layers whose outputs they take with after=",
+            f"nor do model.to(), state_dict() and train() reach them. {REMEDY_FOR_STRANGERS}",
         )
     tell_rows(made.reached, probed.rows, tell)
 

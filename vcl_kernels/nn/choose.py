@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -51,13 +52,13 @@ def choose(model: nn.Module, layers: Layers | None, after: Layers | None) -> Cho
     both = set(before.values()) & set(behind.values())
     for name, module in behind.items():
         if module in both and layers is not None:
-            raise ValueError(f"{name!r} is in layers and in after; a module has VCL of its input or of its output")
+            raise ValueError(f"{name!r} is in layers= and in after=; choose one, its input or its output")
     before = {name: module for name, module in before.items() if module not in both}
     for name, module in {**before, **behind}.items():
         if hasattr(module, "vcl"):
             raise ValueError(
-                f"{name!r} has an attribute 'vcl' already, the name that attach sets: from another attach, perhaps. "
-                "Choose other modules with layers="
+                f"{name!r} has an attribute 'vcl' already, the name that attach needs. Remove an earlier attach, or "
+                "leave the module out with layers="
             )
     unknown = {name: module for name, module in unknown.items() if name not in behind}
     return Choice(before, behind, unknown, recognised)
@@ -70,7 +71,8 @@ def _named(argument: str, modules: dict[str, nn.Module], layers: Layers) -> dict
     else:
         names = {module: name for name, module in modules.items()}
         for layer in [layers] if isinstance(layers, str) else layers:
-            name = layer if isinstance(layer, str) else names.get(layer, "")
+            # A name may be that of a call: "act:1"
+            name = re.sub(r":\d+$", "", layer) if isinstance(layer, str) else names.get(layer, "")
             if name not in modules:
                 raise ValueError(f"{argument} must name modules of the model; got {layer!r}")
             chosen[name] = modules[name]

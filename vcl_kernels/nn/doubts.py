@@ -43,7 +43,7 @@ def tell_rows(layers: dict[str, list[Call]], rows: set[int], tell: Tell) -> None
             tell(
                 "dimension 0",
                 f"layer {name!r} gets VCL of a tensor of shape {shape}, {why}. VCL takes dimension 0 for samples, and "
-                "would compare variances over something else. Leave the layer out with layers=, or make the batch the "
+                "its sub-batches would be something else. Leave the layer out with layers=, or make the batch the "
                 "first dimension",
             )
 
@@ -55,8 +55,8 @@ def tell_backend(tensors: list[Tensor], backend: str | None, tell: Tell) -> None
         if backend is None and on_device and choose(None, on_device[0]) == "reference":
             tell(
                 "backend",
-                f"VCL runs on the plain PyTorch reference here, several times slower: the {name!r} backend says "
-                f"{backends()[name]!r}. backend='reference' takes it without this warning",
+                f"VCL runs on the plain PyTorch reference, which is several times slower, because the {name!r} kernels "
+                f"cannot run: {backends()[name]}. Pass backend='reference' to accept that",
             )
 
 

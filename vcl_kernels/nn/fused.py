@@ -66,9 +66,9 @@ class Calls(nn.ModuleList):
         call = 0 if self.shared_beta else counter.count
         if call >= len(vcls):
             raise RuntimeError(
-                f"layer {self.name!r} is called {call + 1} times in one forward, and has VCL for {len(vcls)}; give "
-                "attach an example_input whose forward makes every call, so that each gets a beta of its own, or "
-                "shared_beta=True"
+                f"layer {self.name!r} is called {call + 1} times in one forward, and has VCL for {len(vcls)}. Use "
+                "shared_beta=True for a number of calls that varies, or attach with an example_input whose forward "
+                "makes every call"
             )
         counter.count = call + 1
         vcl = vcls[str(call)]
@@ -84,9 +84,9 @@ class Calls(nn.ModuleList):
             return None
         if len(vcls) > 1 and wanted:
             raise RuntimeError(
-                f"layer {self.name!r} is called more than once in a forward, and now outside one (by checkpointing, or "
-                "by a part of the model used alone): which beta is meant? Give each call a module of its own, or "
-                "attach with shared_beta=True"
+                f"layer {self.name!r} has a beta for each of its calls in a forward. Now it runs outside the model's "
+                "forward (in checkpointing, or in a part that is called alone), so that the call is unknown. Give each "
+                "call a module of its own, or attach with shared_beta=True"
             )
         vcl: VCLActivation = vcls["0"]
         if not recomputes:

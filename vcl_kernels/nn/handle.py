@@ -58,8 +58,8 @@ class VCLHandle:
         steering, watch = self._steering, self._watch
         if is_replica(model):
             raise RuntimeError(
-                "a model with VCL attached cannot run in nn.DataParallel: nobody reads the losses of its copies. Use "
-                "DistributedDataParallel"
+                "a model with VCL attached cannot run in nn.DataParallel: the losses of its replicas would be lost. "
+                "Use DistributedDataParallel"
             )
         if not in_backward():  # else a checkpoint of the whole model computes it anew
             training = model.training or any(calls.training for calls in self._calls.values())
@@ -88,12 +88,15 @@ class VCLHandle:
         """Return :attr:`weight` times the sum over layers of the latest training forward's losses.
 
         It is 0 after an evaluation forward, so that one criterion serves training and validation, and where VCL was
-        :meth:`paused`. Parts of the model that run by themselves, not in the model's own forward, count if they ran
-        since it was read last.
+        :meth:`paused`. If you call a submodule directly (``model.encoder(x)``), its loss counts too, until the loss is
+        read. With ``inject`` the loss is in the graph already: this value is detached, for logs.
 
         Raises:
-            RuntimeError: the model did not run yet, or only without grad mode, so that the loss has no gradient.
+            RuntimeError: the model is in training and did not run yet, or its latest training forward ran without grad
+                mode, so that the loss has no gradient; the handle was removed.
         """
+        if not self._undo:
+            raise RuntimeError("this handle was removed; call vcl_kernels.attach again")
         steering = self._steering
         ran = [vcl.latest for vcl in self._ran() if vcl.training or not steering.was_read]
         for vcl in self.layers.values():
@@ -105,9 +108,10 @@ class VCLHandle:
             return torch.zeros((), device=next((p.device for p in self.model.parameters()), None))
         if torch.is_grad_enabled() and not any(latest.in_grad_mode for latest in ran):
             raise RuntimeError(
-                "handle.loss() has no gradient: the latest training forward ran without grad mode. Under "
-                "torch.no_grad(), run it in evaluation or in handle.paused(), or read the loss before it "
-                "(handle.losses has the values). A checkpoint wants use_reentrant=False, or attach inject=True"
+                "handle.loss() has no gradient: the latest training forward ran without grad mode, under "
+                "torch.no_grad() or reentrant checkpointing. Run a forward under no_grad in evaluation or in "
+                "handle.paused(), or read the loss before it; handle.losses has values without gradients. For "
+                "checkpointing, use use_reentrant=False or attach(..., inject=True)"
             )
         if not steering.inject and not torch.compiler.is_compiling():
             self._watch_betas()
@@ -140,7 +144,10 @@ class VCLHandle:
 
     @property
     def accumulation(self) -> int:
-        """With ``inject``, divides what is injected: the number of backward passes before an optimizer's step."""
+        """With ``inject``, the number k by which the objective is divided to add the gradients of k batches.
+
+        What is injected is divided by it too. If the objective is not divided, leave it at 1.
+        """
         return self._steering.accumulation
 
     @accumulation.setter
@@ -152,7 +159,7 @@ class VCLHandle:
 
     @property
     def grad_scaler(self) -> torch.amp.GradScaler | None:
-        """With ``inject``, the GradScaler that scales the objective; None, once set, says that there is none."""
+        """With ``inject``, the GradScaler that scales the objective. Set None to say that there is none."""
         return self._steering.grad_scaler
 
     @grad_scaler.setter
@@ -161,9 +168,17 @@ class VCLHandle:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Run the model without VCL, in training too: a generator's step, a warm-up, a second forward of a pair.
+        """Run the model without VCL, also in training: for a generator's step, a warm-up, one of two forwards.
 
         A loss that was computed before and is not read yet can still be read.
+
+        >>> from vcl_kernels import attach
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ELU())
+        >>> handle = attach(net, torch.randn(2, 4))
+        >>> with handle.paused():
+        ...     y = net(torch.randn(32, 4))
+        >>> handle.losses
+        {}
         """
         before, self._steering.paused = self._steering.paused, True
         try:
@@ -192,7 +207,7 @@ class VCLHandle:
 
 
 def handle_of(model: nn.Module) -> VCLHandle:
-    """Return the handle of an attached model, of a copy or a loaded pickle of one, or of a wrapper around one.
+    """Return the handle of an attached model, a copy of one, or a wrapper (DistributedDataParallel, torch.compile).
 
     Raises:
         ValueError: no module of ``model`` has VCL attached.

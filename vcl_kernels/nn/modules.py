@@ -214,9 +214,9 @@ class VCLActivation(nn.Module):
     def _warn_of_scaler(self) -> None:
         self.steering.warn(
             "scaler",
-            f"{self._named()} has a float16 input and injects its loss, and knows no GradScaler: if one scales the "
-            "objective, it divides the gradient of VCL by its scale. Set handle.grad_scaler (of a VCL of its own, "
-            "vcl.grad_scaler) to the scaler, or to None if there is none",
+            f"{self._named()} has a float16 input, and handle.grad_scaler is not set. With inject=True the unscaling "
+            "of a GradScaler divides the gradient of VCL by the scale. Set handle.grad_scaler = scaler "
+            "(vcl.grad_scaler where there is no handle), or None if the objective is not scaled",
         )
 
     def _warn_of_rows(self, x: Tensor) -> None:
@@ -317,7 +317,8 @@ class VCLActivation(nn.Module):
         lazy = type(self.beta) is UninitializedParameter
         shape = "none" if self.beta is None else "from the first batch" if lazy else tuple(self.beta.shape)
         activation = "" if self.activation.name == "identity" else f"{self.activation.name}, "
-        settings = f"form={self.form}, n={self.sub_batch_size}, unit={self.unit}, weight={self.weight:g}"
+        weight = self.weight * self.steering.weight
+        settings = f"form={self.form}, n={self.sub_batch_size}, unit={self.unit}, weight={weight:g}"
         channel_dim = "" if self.channel_dim == 1 else f", channel_dim={self.channel_dim}"
         return f"{activation}{settings}, beta={shape}{channel_dim}"
 

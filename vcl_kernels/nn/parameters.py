@@ -33,7 +33,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def plain_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the state dict of an attached model without the betas: that of the plain model, which loads it strictly.
+    """Return a copy of ``state_dict`` without the betas of attach. The plain model loads it with ``strict=True``.
 
     The other way needs nothing: an attached model loads the state dict of a plain one, and its betas stay as they are.
 

@@ -95,8 +95,8 @@ def probe(
     for module, y, version in outputs:
         if version_of(y) != version:
             raise ValueError(
-                f"after names {names[module]!r}, whose output is overwritten later in the forward, by an in-place "
-                "function or module: VCL's gradient needs it. Let that run out of place"
+                f"after names {names[module]!r}, and a later in-place function or module overwrites its output, which "
+                "VCL's gradient needs. Use inplace=False there"
             )
     _check_out_of_place(model, example, in_place, output)
     shapes = [tensor.shape for tensor in tensors_in(dict(example) if isinstance(example, Mapping) else example)]
@@ -116,8 +116,8 @@ def _check_out_of_place(model: nn.Module, example: Any, in_place: list[nn.Module
         differs = bool(in_place) and not _equal(output, _evaluate(model, example))
     if differs and _equal(output, _evaluate(model, example)):  # a random model differs from itself
         raise ValueError(
-            f"model ({type(model).__name__}) does not compute the same with its activations out of place, as VCL runs "
-            "them in training: something else reads what they overwrite. Let it read what they return"
+            f"the output of model ({type(model).__name__}) changes when its activations run with inplace=False, as VCL "
+            "needs in training: something else reads the tensor that they overwrite. Let it read what they return"
         )
 
 
@@ -144,6 +144,7 @@ def _evaluate(model: nn.Module, example: Any) -> Any:
             module.training = False
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Using `torch.compile")  # that global hooks run for a wrapper too
+            warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # of reentrant checkpointing
             if isinstance(example, Mapping):
                 return model(**_copy(dict(example)))
             return model(*_copy(example)) if isinstance(example, tuple) else model(_copy(example))

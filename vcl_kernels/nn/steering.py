@@ -76,8 +76,9 @@ class Steering:
         """Tell that nobody reads the loss."""
         self.warn(
             "unread",
-            "the model runs in training, and handle.loss() was never read: VCL does nothing. Add handle.loss() to the "
-            "objective, or attach(..., inject=True)",
+            "the model ran several times in training, and handle.loss() was never read. Until its loss is in the "
+            "objective, VCL has no effect. Add handle.loss() to the objective of each forward, or attach with "
+            "inject=True",
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -35,4 +35,4 @@ def check_not_wrapped(model: nn.Module) -> None:
     """Raise ValueError if ``model`` is wrapped for distributed training, which would miss new parameters."""
     found = next(filter(None, map(wrapper_of, model.modules())), None)
     if found is not None:
-        raise ValueError(f"model is in {found}, which goes on with the parameters it knows; wrap it afterwards")
+        raise ValueError(f"model is in {found}, which does not see parameters that are added later; wrap it afterwards")

@@ -1,4 +1,4 @@
-"""Warnings of VCL that does nothing, or something else than meant."""
+"""The warning that VCL has no effect, or one that is probably not wanted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LIBRARIES = tuple(str(Path(file).parent) for file in (torch.__file__, Path(__fil
 
 
 class VCLWarning(UserWarning):
-    """VCL does nothing somewhere, or something else than is likely meant: what was seen, and the remedy."""
+    """VCL has no effect in some place, or one that is probably not wanted. The text says why, and what to do."""
 
 
 def _warn(text: str) -> bool:

@@ -66,8 +66,9 @@ class Watch:
             if self.several:  # the first time may be a forward that gave betas their shape
                 steering.warn(
                     "several",
-                    "the model ran more than once in training since handle.loss() was read last, and only the latest "
-                    "forward counts. Read it after each forward and add the results, or attach(..., inject=True)",
+                    "the model ran more than once in training since handle.loss() was last read, and handle.loss() "
+                    "covers only the latest forward. Read it after each forward and add the results. Wrap forwards "
+                    "that need no VCL, such as a generator's step, in `with handle.paused():`",
                 )
             self.several = True
         self.unread, self.dropped = 0, False
@@ -75,7 +76,7 @@ class Watch:
 
     def _reading_nothing(self, model: nn.Module, steering: Steering) -> None:
         if self.latest == "" and not steering.ever_read and not steering.ran_part and model.training:
-            raise RuntimeError("handle.loss() wants a training forward of the model first (model.train())")
+            raise RuntimeError("handle.loss() was called before the model ran; it wants a training forward first")
         if self.dropped:
             steering.warn(
                 "dropped",
@@ -88,15 +89,15 @@ class Watch:
             if self.evaluations.have_passed(model.parameters()):
                 steering.warn(
                     "evaluation",
-                    "handle.loss() is 0, for the model runs in evaluation mode. Call model.train() before training "
-                    "steps (and validate under torch.no_grad())",
+                    "handle.loss() is 0 because the model runs in evaluation mode. Call model.train() before training, "
+                    "and validate under torch.no_grad()",
                 )
         elif (self.latest == "training" or (self.latest == "" and steering.ran_part)) and not steering.was_read:
             steering.warn(
                 "frozen",
-                "handle.loss() is 0: in the latest training forward no layer with VCL ran on an input that needs a "
-                "gradient. Are the parameters before them frozen, or do they run under torch.no_grad() or reentrant "
-                "checkpointing (use_reentrant=False helps)?",
+                "handle.loss() is 0: in the latest training forward no layer with VCL got an input that needs a "
+                "gradient. Likely causes: the parameters before these layers are frozen, or the layers run under "
+                "torch.no_grad() or reentrant checkpointing (use use_reentrant=False)",
             )
 
     def training_step(self, model: nn.Module, betas: list[nn.Parameter], steering: Steering) -> None:
@@ -107,12 +108,15 @@ class Watch:
         betas = [beta for beta in betas if beta.requires_grad]
         self.betas.done = self.betas.done or not betas
         if self.betas.have_passed((p for p in model.parameters() if p not in of_betas), betas):
-            found = "have gradients" if any(beta.grad is not None for beta in betas) else "have no gradient now"
+            if steering.inject or any(beta.grad is not None for beta in betas):
+                cause = "The optimizer does not hold them: "
+            else:
+                cause = "They have no gradient now: add handle.loss() to the objective. If it is there, "
             steering.warn(
                 "betas",
-                f"{ENOUGH_STEPS} optimizer steps moved other parameters, and no beta of VCL. They {found}: make the "
-                "optimizer after attach, from model.parameters() or with handle.parameters(), and add handle.loss() to "
-                "the objective. attach(..., learn_beta=False) keeps betas where they are",
+                f"{ENOUGH_STEPS} optimizer steps changed other parameters, and no beta of VCL. {cause}make the "
+                'optimizer after attach, or call optimizer.add_param_group({"params": handle.parameters()}). To keep '
+                "betas fixed, use attach(..., learn_beta=False)",
             )
 
     def injected_forward(self, steering: Steering) -> None:
@@ -127,9 +131,9 @@ class Watch:
             self.scales = {}
             steering.warn(
                 "scaler",
-                "a torch.amp.GradScaler is in use, and this handle, whose losses are injected, knows none: if it "
-                "scales the objective, it divides the gradient of VCL by its scale. Set handle.grad_scaler to the "
-                "scaler, or to None if there is none",
+                "a torch.amp.GradScaler is in use, and handle.grad_scaler is not set. With inject=True its unscaling "
+                "divides the gradient of VCL by the scale. Set handle.grad_scaler = scaler, or None if the objective "
+                "is not scaled",
             )
 
 
