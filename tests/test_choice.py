@@ -182,7 +182,7 @@ def overwritten(m, x):
     (nn.Sequential(nn.ReLU()), {"after": lambda *_: False}, "after must choose at least one module"),
     (nn.Sequential(nn.ReLU()), {"after": ["1"]}, "after must name modules of the model; got '1'"),
     (nn.Sequential(nn.ModuleList([nn.ReLU()])), {"after": ["0"]}, "after must not name a container; '0' is one"),
-    (nn.Sequential(nn.LSTM(4, 4)), {"after": ["0"]}, "no activation that can have VCL; left out are 0: tuple where"),
+    (nn.Sequential(nn.LSTM(4, 4)), {"after": ["0"]}, "after names '0', which has tuple where"),
 ])  # fmt: skip
 def test_errors(net, options, message):
     names = list(net.state_dict())

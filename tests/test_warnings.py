@@ -247,9 +247,9 @@ ROWS_COMPILED = ROWS.replace(r" of shape \(8, 8\)", "( of shape.*)?")
 UNREAD = r"handle.loss\(\) was never read.* Add handle.loss\(\) to the objective of each forward, or .*inject=True"
 SEVERAL = r"ran more than once.* Read it after each forward and add the results. .* `with handle.paused\(\):`"
 DROPPED = r"its loss is lost. Read handle.loss\(\) before the model runs in evaluation"
-BETAS = r"no beta of VCL. The optimizer does not hold them: make the optimizer after attach, or call .*add_param_group"
+BETAS = r"no beta of VCL could change. It does not hold them: make it after attach, or call optimizer.add_param_group"
 NO_GRADIENTS = (
-    r"no beta of VCL. They have no gradient now: add handle.loss\(\) to the objective. If it is there, make the"
+    r"no beta of VCL could change. It has them, and they have no gradient: add handle.loss\(\) to the objective"
 )
 SCALER = r"With inject=True .* divides the gradient of VCL by the scale. Set handle.grad_scaler = scaler.*, or None"
 
@@ -267,7 +267,7 @@ WRONG = {
     "evaluation": (lambda t: (t.net.eval(), t.steps()), {}, r"runs in evaluation mode. Call model.train\(\)"),
     "optimizer first": (Training.steps, {"optimizer_first": True}, BETAS),
     "optimizer first, injected": (Training.steps, {"optimizer_first": True, "inject": True}, BETAS),
-    "optimizer first, zero_grad": (RIGHT["model's zero_grad"], {"optimizer_first": True}, NO_GRADIENTS),
+    "optimizer first, zero_grad": (RIGHT["model's zero_grad"], {"optimizer_first": True}, BETAS),
     "not added": (repeated(lambda t: (t.step(), t.handle.loss())), {"added": False}, NO_GRADIENTS),
     "float16": (float16, {"inject": True}, f"layer 'encode.1' has a float16 input.*{SCALER}"),
     "scaler": (scaled, {"inject": True}, SCALER),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -105,6 +106,17 @@ def version_of(x: Tensor) -> int:
 def scale_of(scaler: torch.amp.GradScaler) -> Tensor | None:
     """The scale of ``scaler`` on its device, if PyTorch tells; none before its first use."""
     return getattr(scaler, "_scale", None)
+
+
+def runs_inside_itself(module: nn.Module) -> bool:
+    """Whether the forward of ``module`` that begins now was called by one that runs. Fallback: no."""
+    if torch.compiler.is_compiling():
+        return False
+    frame, forwards = inspect.currentframe(), 0
+    while frame is not None:
+        forwards += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module
+        frame = frame.f_back
+    return forwards > 1
 
 
 def is_replica(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from ..checks import check_number
 from ..options import Activation, BackendName, Form, Unit
 from ..torch_private import tensors_in
 from .choose import Choice, Layers, choose
-from .doubts import check_not_wrapped_outside, tell_backend, tell_rows, written
+from .doubts import check_not_wrapped_outside, scripted_activations, tell_backend, tell_rows, written
 from .functions import FunctionCall
 from .fused import Calls, fuse, put_before, put_behind
 from .handle import VCLHandle
@@ -135,13 +135,21 @@ def attach(  # noqa: PLR0913  # the public signature
         probed, choice = _probe(model, choice, example_input)
     made = Layout(settings, channel_dim, shared_beta, steering)
     for name, module in choice.before.items():
-        made.add(name, module, probed, choice.recognised.get(module))
+        made.add(name, module, probed, choice.recognised.get(module), named=layers is not None)
     for name, module in choice.behind.items():
         made.add(name, module, probed, None, behind=True)
     if probed is not None:
         functions = made.add_unreachable(model, probed, choice)
+    scripted = {} if layers is not None else scripted_activations(model)
+    made.rows += [Row(name, kind, LEFT_OUT, "compiled by torch.jit") for name, kind in scripted.items()]
     if not made.calls:
         raise ValueError(_why_no_layers(model, made, functions))
+    if scripted:
+        steering.warn(
+            "scripted",
+            f"torch.jit compiled {_few(list(scripted))}, and activations in them get no VCL. Attach before "
+            "torch.jit.script, or name the layers whose outputs get VCL with after=",
+        )
     if probed is not None:
         _tell(made, probed, functions if layers is None else [], choice)
     tell_backend([*model.parameters(), *tensors_in(example_input)], backend, steering.warn)
@@ -242,12 +250,21 @@ class Layout:
         self.strangers: list[str] = []
 
     def add(
-        self, name: str, module: nn.Module, probed: Probed | None, recognised: Recognised | None, behind: bool = False
+        self,
+        name: str,
+        module: nn.Module,
+        probed: Probed | None,
+        recognised: Recognised | None,
+        *,
+        behind: bool = False,
+        named: bool = False,
     ) -> None:
         """Make the VCLs of ``module``, or a row that says why it gets none."""
         seen = [] if probed is None else probed.calls.get(module, [])
         kind = type(module).__name__
         why_not = next(filter(None, map(_why_not, seen)), None)
+        if why_not is not None and (behind or named):
+            raise ValueError(f"{'after' if behind else 'layers'} names {name!r}, which has {why_not}")
         if why_not is not None:
             self.rows.append(Row(name, kind, LEFT_OUT, why_not))
             return
@@ -310,9 +327,11 @@ def _why_not(call: Call) -> str | None:
 def _shared(name: str, vcls: list[VCLActivation]) -> VCLActivation:
     """Return one VCL for all calls of a module."""
     shapes = {tuple(vcl.beta.shape) for vcl in vcls if vcl.beta is not None}
-    if len({(vcl.channel_dim, *shapes) for vcl in vcls}) > 1 or len(shapes) > 1:
+    if len(shapes) > 1:
         raise ValueError(
             f"shared_beta wants the same units in each call; those of {name!r} have betas of shapes "
             f"{', '.join(map(str, sorted(shapes)))}"
         )
+    if len({vcl.channel_dim for vcl in vcls}) > 1:
+        raise ValueError(f"shared_beta wants channels in the same dimension in each call of {name!r}; set channel_dim=")
     return vcls[0]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .modules import VCLActivation
-from .recognise import Recognised, UnknownError, recognise
+from .recognise import Recognised, UnknownError, recognise, settings_of
 
 __all__ = ["Choice", "Layers", "choose"]
 
@@ -32,16 +32,7 @@ def choose(model: nn.Module, layers: Layers | None, after: Layers | None) -> Cho
         for name, module in model.named_modules()
         if name and not isinstance(module, VCLActivation) and "parametrizations" not in name.split(".")
     }
-    recognised: dict[nn.Module, Recognised] = {}
-    unknown: dict[str, nn.Module] = {}
-    for name, module in modules.items():
-        try:
-            found = recognise(module)
-        except UnknownError:
-            unknown[name] = module
-            continue
-        if found is not None:
-            recognised[module] = found
+    recognised, unknown = _recognised(modules)
     behind = {} if after is None else _named("after", modules, after)
     if layers is None:
         before = {name: module for name, module in modules.items() if module in recognised}
@@ -62,6 +53,25 @@ def choose(model: nn.Module, layers: Layers | None, after: Layers | None) -> Cho
             )
     unknown = {name: module for name, module in unknown.items() if name not in behind}
     return Choice(before, behind, unknown, recognised)
+
+
+def _recognised(modules: dict[str, nn.Module]) -> tuple[dict[nn.Module, Recognised], dict[str, nn.Module]]:
+    """Return the activation modules, and those that take no drawn tensor. Equal modules are tried once."""
+    recognised: dict[nn.Module, Recognised] = {}
+    unknown: dict[str, nn.Module] = {}
+    found: dict[str, Recognised | None] = {}
+    for name, module in modules.items():
+        settings = None if [*module.parameters(), *module.buffers()] else settings_of(module)
+        key = name if settings is None else repr((type(module), settings))
+        try:
+            if key not in found:
+                found[key] = recognise(module)
+        except UnknownError:
+            unknown[name] = module
+            continue
+        if found[key] is not None:
+            recognised[module] = found[key]  # type: ignore[assignment]
+    return recognised, unknown
 
 
 def _named(argument: str, modules: dict[str, nn.Module], layers: Layers) -> dict[str, nn.Module]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from ..backends import backends, choose
-from .functions import FunctionCall
+from .functions import NAMES, FunctionCall
 from .probe import Call
 from .surgery import wrapper_of
 
-__all__ = ["check_not_wrapped_outside", "tell_backend", "tell_rows", "written"]
+__all__ = ["check_not_wrapped_outside", "scripted_activations", "tell_backend", "tell_rows", "written"]
 
 Tell = Callable[[str, str], None]  # kind and text of a warning
 
@@ -26,6 +27,18 @@ def written(calls: list[FunctionCall], names: dict[nn.Module, str], activations:
         place = type(call.owner).__name__ if owner is None else repr(owner) if owner else "the model's forward"
         source = next((names[s] for s in call.sources if names.get(s) and s not in activations), None)
         found.append(f"{call.function} in {place}" + (f" (after={source!r})" if source else ""))
+    return found
+
+
+def scripted_activations(model: nn.Module) -> dict[str, str]:
+    """Return the modules of ``model`` that torch.jit compiled with an activation in them, by name, and their types."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") or outer == "" for outer in found)
+        if isinstance(module, torch.jit.ScriptModule) and not inside and hasattr(module, "forward"):
+            functions = re.findall(r"aten::(\w+)", str(module.inlined_graph))
+            if NAMES.intersection(function.rstrip("_") for function in functions):
+                found[name] = getattr(module, "original_name", type(module).__name__)
     return found
 
 

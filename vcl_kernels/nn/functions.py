@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..torch_private import base_of, version_of
 
-__all__ = ["FunctionCall", "FunctionCalls"]
+__all__ = ["NAMES", "FunctionCall", "FunctionCalls"]
 
 # fmt: off
 NAMES = frozenset((

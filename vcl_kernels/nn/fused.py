@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..torch_private import children, in_backward
+from ..torch_private import children, has_transform, in_backward
 from .modules import VCLActivation
 from .recognise import comparable, matching, settings_of
 from .steering import ENOUGH_FORWARDS, Steering
@@ -60,7 +60,7 @@ class Calls(nn.ModuleList):
         steering = self.steering
         if not steering.in_forward:
             return self._take_outside(x)
-        if steering.was_paused:
+        if steering.pauses:
             return None
         counter, vcls = self.counter, children(self)
         call = 0 if self.shared_beta else counter.count
@@ -72,15 +72,15 @@ class Calls(nn.ModuleList):
             )
         counter.count = call + 1
         vcl = vcls[str(call)]
-        if _wants_gradient(x) or not steering.began_in_grad_mode:
+        if not steering.began_in_grad_mode:
             return vcl
-        vcl.latest.in_grad_mode = torch.is_grad_enabled()
-        return None
+        vcl.latest.acts = acts = _wants_gradient(x)
+        return vcl if acts else None
 
     def _take_outside(self, x: Tensor) -> VCLActivation | None:
         """The same outside a forward of the whole model: in a checkpoint's recomputation, or a part that runs alone."""
         steering, vcls, recomputes, wanted = self.steering, children(self), in_backward(), _wants_gradient(x)
-        if steering.was_paused if recomputes else steering.paused:
+        if steering.forwards.run_again() if recomputes else steering.pauses_part():
             return None
         if len(vcls) > 1 and wanted:
             raise RuntimeError(
@@ -91,7 +91,9 @@ class Calls(nn.ModuleList):
         vcl: VCLActivation = vcls["0"]
         if not recomputes:
             self._begin_part(vcl, wanted)
-        elif wanted and vcl.latest.in_grad_mode:
+        elif vcl.latest.acts is False:  # of a part that is frozen
+            return None
+        elif vcl.latest.acts:
             vcl.latest.recomputes = True
         elif wanted and not steering.inject:
             steering.warn(
@@ -102,22 +104,25 @@ class Calls(nn.ModuleList):
             return None
         return vcl if wanted else None
 
-    def _begin_part(self, vcl: VCLActivation, wanted: bool) -> None:
+    def _begin_part(self, vcl: VCLActivation, wanted: bool | None) -> None:
         """Begin a call in a part of the model that runs alone."""
         latest, steering = vcl.latest, self.steering
         steering.begin_part()
         if latest.read:
             latest.read, latest.loss, latest.lost = False, None, 0
         latest.recomputes = False
-        if latest.loss is None:
-            latest.in_grad_mode = torch.is_grad_enabled()
-        elif wanted and not vcl.sums_calls:
+        if latest.loss is None or wanted:
+            latest.acts = wanted
+        if latest.loss is not None and wanted and not vcl.sums_calls:
             latest.lost = min(latest.lost + 1, ENOUGH_FORWARDS)
             steering.lose(latest.lost)
 
 
-def _wants_gradient(x: Any) -> bool:
-    return getattr(x, "requires_grad", True) and torch.is_grad_enabled()
+def _wants_gradient(x: Any) -> bool | None:
+    """Whether a gradient of ``x`` may be wanted. None without grad mode: a reentrant checkpoint may want it later."""
+    if not torch.is_grad_enabled():
+        return None
+    return getattr(x, "requires_grad", True) or has_transform(x, None)
 
 
 def fuse(module: nn.Module, calls: Calls) -> list[Callable[[], Any]]:

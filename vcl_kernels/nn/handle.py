@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..checks import check_count, check_number
-from ..torch_private import in_backward, is_replica
+from ..injection import Injection, injected
+from ..torch_private import in_backward, is_replica, map_tensors, runs_inside_itself, tensors_in
 from .fused import Calls
 from .modules import VCLActivation
 from .steering import Steering
 from .table import Row, summary, table
-from .watch import Watch
+from .watch import Watch, follow, unfollow
 
 __all__ = ["VCLHandle", "handle_of"]
 
@@ -53,6 +55,7 @@ class VCLHandle:
             after.remove,
             partial(delattr, model, "vcl_handle"),
         ]
+        follow(self)
 
     def _before_forward(self, model: nn.Module, _args: tuple[Any, ...]) -> None:
         steering, watch = self._steering, self._watch
@@ -61,20 +64,36 @@ class VCLHandle:
                 "a model with VCL attached cannot run in nn.DataParallel: the losses of its replicas would be lost. "
                 "Use DistributedDataParallel"
             )
+        if steering.in_forward and runs_inside_itself(model):
+            steering.nested += 1
+            return
+        training = model.training or any(calls.training for calls in self._calls.values())
         if not in_backward():  # else a checkpoint of the whole model computes it anew
-            training = model.training or any(calls.training for calls in self._calls.values())
             watch.forward(training, steering)
-            if steering.inject and watch.latest == "training" and not torch.compiler.is_compiling():
-                watch.injected_forward(steering)
-                self._watch_betas()
         keeps = steering.paused and not steering.was_read  # the forward before, to be read yet
-        steering.begin()
+        steering.begin(training)
         if not keeps:
             for calls in self._calls.values():
                 calls.begin()
 
-    def _after_forward(self, _model: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-        self._steering.in_forward = False
+    def _after_forward(self, _model: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        steering = self._steering
+        if steering.nested:
+            steering.nested -= 1
+            return None
+        steering.in_forward = False
+        if steering.trains and torch.distributed.is_available() and torch.distributed.is_initialized():
+            return _with_betas(output, self._idle_betas())
+        return None
+
+    def _idle_betas(self) -> list[nn.Parameter]:
+        """Return the betas that get no gradient from the present forward: DistributedDataParallel waits for all."""
+        idle = [v.beta for v in self.layers.values() if self._steering.pauses or v.latest.loss is None]
+        return [beta for beta in idle if beta is not None and beta.requires_grad and not is_lazy(beta)]
+
+    def optimizer_stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note a step of any optimizer: one of this model is to move betas. PyTorch calls it."""
+        self._watch.step(optimizer, self, self._steering)
 
     def __repr__(self) -> str:
         """Name the layers."""
@@ -113,14 +132,8 @@ class VCLHandle:
                 "handle.paused(), or read the loss before it; handle.losses has values without gradients. For "
                 "checkpointing, use use_reentrant=False or attach(..., inject=True)"
             )
-        if not steering.inject and not torch.compiler.is_compiling():
-            self._watch_betas()
         losses: list[Any] = [latest.loss for latest in ran]
         return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
-
-    def _watch_betas(self) -> None:
-        if not self._watch.betas.done and self._ran():
-            self._watch.training_step(self.model, list(self.parameters()), self._steering)
 
     def _ran(self) -> list[VCLActivation]:
         """Return the layers that ran since the loss was read, or, if none did, before that."""
@@ -200,10 +213,25 @@ class VCLHandle:
         for undo in self._undo:
             undo()
         self._calls, self._undo, self.layers, self._rows = {}, [], {}, []
+        unfollow(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Start a copy's watch anew."""
-        return {**self.__dict__, "_watch": Watch()}
+        return {**self.__dict__, "_watch": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _watch=Watch())
+        follow(self)
+
+
+def _with_betas(output: Any, betas: list[nn.Parameter]) -> Any:
+    """Put ``betas`` into the graph of the first tensor of ``output``, with gradients of 0."""
+    first = next((tensor for tensor in tensors_in(output) if tensor.is_floating_point()), None)
+    if first is None or not betas:
+        return None
+    nothing = torch.stack([beta.sum().to(first.device, torch.float32) for beta in betas]).sum() * 0
+    changed, _ = injected(first, nothing, Injection())
+    return map_tensors(lambda tensor: changed if tensor is first else tensor, output)
 
 
 def handle_of(model: nn.Module) -> VCLHandle:

@@ -42,6 +42,7 @@ class LatestForward:
 
     loss: Tensor | None = None
     in_grad_mode = True  # else the loss has no gradient
+    acts: bool | None = None  # whether the call had VCL; None: it ran without grad mode, in a reentrant checkpoint
     had_rows = False  # enough for two sub-batches
     short = 0  # calls in a row that had fewer
     read = False  # by the handle
@@ -265,8 +266,12 @@ class VCLActivation(nn.Module):
         return beta if beta.dtype in (wide, x.dtype) else beta.to(wide)  # x may be float32 in a bfloat16 model
 
     def materialize(self, x: Tensor) -> VCLActivation:
-        """Give a beta without a shape the one that a training forward of ``x`` would; return the module."""
-        self._beta_for(channels_first(x, self.channel_dim))
+        """Give a beta without a shape that of a training forward of ``x``, on x's device; return the module."""
+        if type(self.beta) is UninitializedParameter:
+            view = channels_first(x, self.channel_dim)
+            check_dimensions(view.shape)
+            shape = unit_shape(view.shape, self.unit == "activation")
+            self._make_beta(shape, accumulation_dtype(x.dtype), x.device)
         return self
 
     def reset_parameters(self) -> None:

@@ -99,8 +99,14 @@ def probe(
                 "VCL's gradient needs. Use inplace=False there"
             )
     _check_out_of_place(model, example, in_place, output)
-    shapes = [tensor.shape for tensor in tensors_in(dict(example) if isinstance(example, Mapping) else example)]
-    return Probed(calls, strangers, functions.found, {shape[0] for shape in shapes if shape})
+    arguments = list(
+        example.values() if isinstance(example, Mapping) else example if isinstance(example, tuple) else [example]
+    )
+    rows = {tensor.shape[0] for tensor in tensors_in(arguments) if tensor.dim()}
+    rows |= {
+        len(images) for images in arguments if isinstance(images, (list, tuple)) and images
+    }  # detectors take a list
+    return Probed(calls, strangers, functions.found, rows)
 
 
 def _attention_of(module: nn.Module) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,6 +19,7 @@ from ..checks import check_activation
 from ..options import Activation
 from ..reference import activate
 from .modules import VCLActivation
+from .trial import trial_copy
 
 __all__ = ["Recognised", "UnknownError", "comparable", "is_activation", "matching", "recognise"]
 
@@ -73,7 +74,7 @@ def recognise(module: nn.Module, like: Tensor | None = None) -> Recognised | Non
         return None
     channels = max([1, *(t.numel() for t in tensors)])
     shapes = [(4, channels if channels > 1 else 6, *[3] * dims) for dims in range(4 if channels < 1 << 16 else 0)]
-    may_be_fused = not tensors and settings_of(module) is not None
+    may_be_fused = not tensors and settings_of(module) is not None and _takes_one(module)
     changes_shape = False
     with (
         torch.random.fork_rng(devices=[]),
@@ -86,8 +87,10 @@ def recognise(module: nn.Module, like: Tensor | None = None) -> Recognised | Non
             with suppress(UnknownError):
                 try:
                     return _recognise(copied, x, may_be_fused)
-                except _ShapeError:  # by broadcasting, perhaps: parameters (C, 1, 1) want images
+                except _ShapeError:
                     changes_shape = True
+                    if not tensors:  # else by broadcasting, perhaps: parameters (C, 1, 1) want images
+                        break
     if changes_shape:
         return None
     raise UnknownError
@@ -117,6 +120,12 @@ def matching(module: nn.Module) -> Activation | None:
     return None if recognised is None else recognised.fused
 
 
+def _takes_one(module: nn.Module) -> bool:
+    """Whether the forward takes one argument: a fused module passes no others on."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())
+    return len(parameters) == 2 and parameters[1].kind == inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
 def _is_vcl(child: nn.Module) -> bool:
     return isinstance(child, nn.ModuleList) and all(isinstance(vcl, VCLActivation) for vcl in child)
 
@@ -125,36 +134,16 @@ def _trials(
     module: nn.Module, shapes: list[tuple[int, ...]], like: Tensor | None
 ) -> Iterator[tuple[nn.Module, Tensor]]:
     """Yield copies of ``module`` in evaluation, and a tensor to try."""
-    copied = _copied(module, torch.float64)
+    copied = trial_copy(module, torch.float64)
     yield from ((copied, torch.empty(shape, dtype=torch.float64, device="cpu")) for shape in shapes)
     if like is not None and not like.is_meta and like.is_floating_point():
-        yield _copied(module, None), like
-
-
-def _copied(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """Return a copy of ``module`` in evaluation on the CPU; one on meta gets drawn parameters."""
-    try:
-        copied = copy.deepcopy(module)
-    except Exception:  # a module may hold what cannot be copied
-        copied = copy.copy(module)
-        for name in ("_parameters", "_buffers"):
-            tensors = vars(module)[name].items()
-            copied.__dict__[name] = {name: None if t is None else t.detach().clone() for name, t in tensors}
-    for part in copied.modules():
-        part.training = False
-    if dtype is None:
-        return copied
-    if any(t.is_meta for t in (*copied.parameters(), *copied.buffers())):
-        copied = copied.to_empty(device="cpu")
-        for t in (*copied.parameters(), *copied.buffers()):
-            if t.is_floating_point():
-                t.data.uniform_(0.1, 0.9)
-    return copied.to("cpu", dtype)
+        yield trial_copy(module, None), like
 
 
 def _recognise(copied: nn.Module, like: Tensor, may_be_fused: bool) -> Recognised | None:
     """Try tensors of the shape, dtype and device of one."""
     function: Function = copied.forward
+    attributes = dict(vars(copied))
     generator = torch.Generator().manual_seed(0)
     size = torch.where(torch.rand(like.shape, generator=generator) < 0.25, 30, 4)  # some are clipped far from 0
     a, b = (sign * (torch.rand(like.shape, generator=generator) * size + 0.1).to(like) for sign in (1, -1))
@@ -176,7 +165,9 @@ def _recognise(copied: nn.Module, like: Tensor, may_be_fused: bool) -> Recognise
             return None
     if not _has_its_derivative(function, mixed):
         return None
-    fused = _fused_like(copied, a.shape) if may_be_fused and a.dtype == torch.float64 else None
+    changed = vars(copied).keys() != attributes.keys() or any(vars(copied)[k] is not v for k, v in attributes.items())
+    may_be_fused = may_be_fused and not changed and a.dtype == torch.float64  # fused, it would keep no notes
+    fused = _fused_like(copied, a.shape) if may_be_fused else None
     return Recognised(fused, not torch.equal(x, b))
 
 

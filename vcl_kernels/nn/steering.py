@@ -7,12 +7,45 @@ from typing import Any
 import torch
 
 from ..injection import Injection
+from ..torch_private import in_backward
 from .warn import warn
 
 __all__ = ["ENOUGH_FORWARDS", "Steering"]
 
 
 ENOUGH_FORWARDS = 3  # an unread loss is told after so many training forwards
+
+
+class Forwards:
+    """Whether the forwards since the latest recomputation were paused: a checkpoint will run some of them again."""
+
+    def __init__(self) -> None:
+        self.paused: set[bool] = set()
+        self.paused_without_grad: set[bool] = set()  # under torch.no_grad, or a reentrant checkpoint of the whole
+        self.ran_again = False
+
+    def note(self, paused: bool) -> None:
+        """Note a forward in training that begins. A compiler recomputes by itself, and would guard on this."""
+        if torch.compiler.is_compiling():
+            return
+        if self.ran_again:
+            self.paused, self.paused_without_grad, self.ran_again = set(), set(), False
+        (self.paused if torch.is_grad_enabled() else self.paused_without_grad).add(paused)
+
+    def run_again(self) -> bool:
+        """Note a recomputation that begins; return whether VCL was paused in its forward.
+
+        Raises:
+            RuntimeError: there were forwards of both kinds, and it could be of either.
+        """
+        kinds = self.paused or self.paused_without_grad
+        if len(kinds) > 1:
+            raise RuntimeError(
+                "a checkpoint runs a forward again, and forwards ran with and without handle.paused() since the last "
+                "backward: which of them it was is unknown. Call backward for each before the other runs"
+            )
+        self.ran_again = True
+        return True in kinds
 
 
 class Steering:
@@ -29,8 +62,11 @@ class Steering:
         self.grad_scaler_told = False  # set by the user, to None too
         # The latest forward of the model, not of a part of it or a recomputation
         self.in_forward = False
-        self.was_paused = False
+        self.nested = 0  # forwards of the model inside of it
+        self.trains = False  # in training and grad mode
+        self.pauses = False
         self.began_in_grad_mode = True
+        self.forwards = Forwards()
         # Whether the loss was read and nothing ran since. Parts that run alone between two readings belong together
         self.was_read = self.ever_read = self.ran_part = False
         self.lost = False  # by a part that ran again since, so that its loss was replaced
@@ -48,17 +84,27 @@ class Steering:
         """Return how injected losses enter the graph."""
         return Injection(self._grad_scaler, self.accumulation)
 
-    def begin(self) -> None:
-        """Begin a forward of the model."""
-        self.in_forward, self.was_paused = True, self.paused
+    def begin(self, training: bool) -> None:
+        """Begin a forward of the model, or a checkpoint's recomputation of it."""
+        recomputes = in_backward()
+        self.in_forward, self.nested = True, 0
         self.was_read = self.lost = False
         self.began_in_grad_mode = torch.is_grad_enabled()
+        self.trains = training and self.began_in_grad_mode and not recomputes
+        self.pauses = self.forwards.run_again() if recomputes else self.paused
+        if training and not recomputes:
+            self.forwards.note(self.paused)
 
     def begin_part(self) -> None:
         """Begin a call of a part of the model alone. The first since losses were read makes them old."""
         self.ran_part = True
         if self.was_read:
             self.was_read = self.lost = False
+
+    def pauses_part(self) -> bool:
+        """Note a call of a part of the model alone; return whether VCL is paused in it."""
+        self.forwards.note(self.paused)
+        return self.paused
 
     def lose(self, times: int) -> None:
         """Note that a part which runs alone replaces a loss that was not read, the ``times``-th in a row."""

@@ -1,22 +1,22 @@
-"""What a handle watches so as to say when VCL does nothing: which forwards run, whether losses are read, betas move."""
+"""What a handle watches so as to say when VCL does nothing: forwards, readings of the loss, steps of optimizers."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ..torch_private import scale_of, version_of
 from .steering import ENOUGH_FORWARDS, Steering
 
-__all__ = ["Watch"]
+__all__ = ["Watch", "follow", "unfollow"]
 
-LOOKS = (2, 4, 16)  # the training forwards at which GradScalers are looked for, which takes long
-LATEST_LOOK = LOOKS[-1]
-ENOUGH_STEPS = 5  # betas that stay are told after so many steps of other parameters
+ENOUGH_STEPS = 5  # betas without a step are told after so many of an optimizer
 
 
 class Watch:
@@ -28,14 +28,17 @@ class Watch:
         self.trained = False  # since the loss was read after an evaluation
         self.dropped = False  # an unread loss, by an evaluation
         self.several = False  # forwards before a reading, once
-        self.betas, self.evaluations = Steps(), Steps()
-        self.injected_forwards = 0
+        self.steps = self.steps_at_reading = 0  # of optimizers that hold parameters of the model
+        self.betas_move = False  # or were told not to
+        self.optimizers: WeakKeyDictionary[Optimizer, Held] = WeakKeyDictionary()
         self.scales: dict[Tensor, int] = {}  # of GradScalers in use, and how often they were updated
+
+    # Forwards
 
     def forward(self, training: bool, steering: Steering) -> None:
         """Note a forward that begins."""
         if steering.paused:
-            self.latest = "paused"
+            self.latest, self.trained = "paused", self.trained or training
         elif not training:
             warm_up = 0 if steering.ever_read else 1  # a forward of a training that did not begin yet
             if self.latest == "training" and self.unread > warm_up:
@@ -53,6 +56,8 @@ class Watch:
             self.unread += 1
         elif not steering.ever_read:
             steering.warn_unread()
+
+    # Readings
 
     def reading(self, any_ran: bool, model: nn.Module, steering: Steering) -> None:
         """Note that the loss is read; tell what it leaves out.
@@ -85,8 +90,8 @@ class Watch:
             )
         elif self.latest == "evaluation" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             if self.trained:  # between two validations
-                self.trained, self.evaluations = False, Steps()
-            if self.evaluations.have_passed(model.parameters()):
+                self.trained, self.steps_at_reading = False, self.steps
+            elif self.steps - self.steps_at_reading >= ENOUGH_STEPS:
                 steering.warn(
                     "evaluation",
                     "handle.loss() is 0 because the model runs in evaluation mode. Call model.train() before training, "
@@ -96,83 +101,78 @@ class Watch:
             steering.warn(
                 "frozen",
                 "handle.loss() is 0: in the latest training forward no layer with VCL got an input that needs a "
-                "gradient. Likely causes: the parameters before these layers are frozen, or the layers run under "
-                "torch.no_grad() or reentrant checkpointing (use use_reentrant=False)",
+                "gradient. Likely causes: the parameters before these layers are frozen, or the layers are in "
+                "evaluation mode, or run under torch.no_grad() or reentrant checkpointing (use use_reentrant=False)",
             )
 
-    def training_step(self, model: nn.Module, betas: list[nn.Parameter], steering: Steering) -> None:
-        """Look whether betas move when other parameters do. Once they did, nothing is looked at any more."""
-        if any(is_lazy(beta) for beta in betas):
+    # Steps of optimizers
+
+    def step(self, optimizer: Optimizer, handle: Any, steering: Steering) -> None:
+        """Note that ``optimizer`` made a step. Look at betas until one was seen to have a gradient in a step."""
+        held = self._held(optimizer, handle)
+        if not held.others:
             return
-        of_betas = set(betas)
-        betas = [beta for beta in betas if beta.requires_grad]
-        self.betas.done = self.betas.done or not betas
-        if self.betas.have_passed((p for p in model.parameters() if p not in of_betas), betas):
-            if steering.inject or any(beta.grad is not None for beta in betas):
-                cause = "The optimizer does not hold them: "
-            else:
-                cause = "They have no gradient now: add handle.loss() to the objective. If it is there, "
-            steering.warn(
-                "betas",
-                f"{ENOUGH_STEPS} optimizer steps changed other parameters, and no beta of VCL. {cause}make the "
-                'optimizer after attach, or call optimizer.add_param_group({"params": handle.parameters()}). To keep '
-                "betas fixed, use attach(..., learn_beta=False)",
+        self.steps += 1
+        if steering.inject and not steering.grad_scaler_told:
+            self._look_for_scaler(steering)
+        if self.betas_move or not (steering.inject or steering.ever_read):
+            return
+        learned = any(beta.requires_grad for beta in handle.parameters())
+        if not learned or any(beta.grad is not None for beta in held.betas):
+            self.betas_move = True
+            return
+        if not handle.losses:  # frozen, or paused
+            return
+        idle = self.optimizers[optimizer] = held._replace(idle_steps=held.idle_steps + 1)
+        if idle.idle_steps < ENOUGH_STEPS:
+            return
+        self.betas_move = True
+        if held.betas:
+            text = "has them, and they have no gradient: add handle.loss() to the objective"
+        else:
+            text = (
+                "does not hold them: make it after attach, or call "
+                'optimizer.add_param_group({"params": handle.parameters()})'
             )
+        steering.warn(
+            "betas",
+            f"an optimizer made {ENOUGH_STEPS} steps in which no beta of VCL could change. It {text}. To keep betas "
+            "fixed, use attach(..., learn_beta=False)",
+        )
 
-    def injected_forward(self, steering: Steering) -> None:
-        """Look for a GradScaler that is updated between forwards and that the handle does not know."""
-        if self.injected_forwards < LATEST_LOOK:
-            self.injected_forwards += 1
-            if self.injected_forwards in LOOKS and not steering.grad_scaler_told:
-                self.scales = {**{scale: version_of(scale) for scale in _scales_in_use()}, **self.scales}
-        if steering.grad_scaler_told:
-            self.scales = {}
-        elif any(version_of(scale) != version for scale, version in self.scales.items()):
-            self.scales = {}
+    def _held(self, optimizer: Optimizer, handle: Any) -> Held:
+        """Return what ``optimizer`` holds; looked up again when its number of parameters changes."""
+        number = sum(len(group["params"]) for group in optimizer.param_groups)
+        held = self.optimizers.get(optimizer)
+        if held is None or held.number != number:
+            parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            betas = {id(beta): beta for beta in handle.parameters()}
+            others = any(id(p) in parameters and id(p) not in betas for p in handle.model.parameters())
+            held = Held(number, others, [beta for key, beta in betas.items() if key in parameters])
+            self.optimizers[optimizer] = held
+        return held
+
+    def _look_for_scaler(self, steering: Steering) -> None:
+        """Look for a GradScaler that is updated between steps and that the handle does not know."""
+        if any(version_of(scale) != version for scale, version in self.scales.items()):
             steering.warn(
                 "scaler",
                 "a torch.amp.GradScaler is in use, and handle.grad_scaler is not set. With inject=True its unscaling "
                 "divides the gradient of VCL by the scale. Set handle.grad_scaler = scaler, or None if the objective "
                 "is not scaled",
             )
+            self.scales = {}
+        elif self.steps & (self.steps - 1) == 0 and "scaler" not in steering.said:  # 1, 2, 4, …: it takes long
+            self.scales = {scale: version_of(scale) for scale in _scales_in_use()}
 
 
-class Steps:
-    """Counts the optimizer steps that moved some parameters, while others stayed."""
+class Held(NamedTuple):
+    """What an optimizer holds of a model."""
 
-    def __init__(self) -> None:
-        self.done = False
-        self.moving: list[nn.Parameter] | None = None
-        self.staying: list[nn.Parameter] = []
-        self.versions = 0, 0
-        self.count = 0
-
-    def have_passed(self, moving: Iterable[nn.Parameter], staying: Iterable[nn.Parameter] = ()) -> bool:
-        """Look again; return True, once, when ENOUGH_STEPS were counted."""
-        if self.done:
-            return False
-        if self.moving is None:
-            self.moving, self.staying = _some(moving), list(staying)  # of a part that is frozen no beta moves
-            self.versions = _versions(self.moving), _versions(self.staying)
-        versions = _versions(self.moving), _versions(self.staying)
-        if versions[1] != self.versions[1]:
-            self.done = True
-        elif versions != self.versions:
-            self.versions = versions
-            self.count += 1
-            self.done = self.count == ENOUGH_STEPS
-            return self.done
-        return False
-
-
-def _some(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Return the first, middle and last of those that are learned."""
-    learned = [p for p in parameters if p.requires_grad]
-    return list({learned[i] for i in (0, len(learned) // 2, -1)}) if learned else []
-
-
-def _versions(parameters: list[nn.Parameter]) -> int:
-    return sum(map(version_of, parameters))
+    number: int  # of all its parameters
+    others: bool  # than betas
+    betas: list[nn.Parameter]
+    idle_steps: int = 0  # in which VCL acted and no beta had a gradient here
 
 
 def _scales_in_use() -> Iterator[Tensor]:
@@ -184,3 +184,26 @@ def _scales_in_use() -> Iterator[Tensor]:
         scale = scale_of(scaler) if type(scaler) in kinds else None
         if scale is not None and scaler.is_enabled():
             yield scale
+
+
+# One hook for all handles: a hook cannot be removed while hooks run, and handles end at any time.
+_followers: WeakSet[Any] = WeakSet()
+
+
+def follow(handle: Any) -> None:
+    """Call ``handle.optimizer_stepped(optimizer)`` after each step of any optimizer, as long as the handle lives."""
+    _followers.add(handle)
+
+
+def unfollow(handle: Any) -> None:
+    """Stop that."""
+    _followers.discard(handle)
+
+
+def _after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    if not torch.compiler.is_compiling():
+        for handle in list(_followers):
+            handle.optimizer_stepped(optimizer)
+
+
+register_optimizer_step_post_hook(_after_step)

@@ -1,0 +1,49 @@
+"""A copy of a module to try out, so that nothing of the module itself changes."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["trial_copy"]
+
+
+def trial_copy(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """Return a copy of ``module`` in evaluation, with tensors and containers of its own, and no hooks.
+
+    It is shallow otherwise: an attribute may hold a whole teacher network, or what cannot be copied.
+
+    Args:
+        module: a module without children.
+        dtype: its floating-point tensors become that, on the CPU; those on meta get drawn values. None: they stay.
+    """
+    copied = object.__new__(type(module))
+    copied.__dict__.update(nn.Module().__dict__)
+    for name, value in vars(module).items():
+        if name not in copied.__dict__:
+            copied.__dict__[name] = _own(value, module, copied)
+    for name in ("_parameters", "_buffers"):
+        copied.__dict__[name] = {key: _tensor(value, dtype) for key, value in vars(module)[name].items()}
+    copied.training = False
+    return copied
+
+
+def _own(value: Any, module: nn.Module, copied: nn.Module) -> Any:
+    if isinstance(value, MethodType) and value.__self__ is module:
+        return MethodType(value.__func__, copied)
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return value.copy() if type(value) in (list, dict, set) else value
+
+
+def _tensor(value: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    if value is None:
+        return None
+    if dtype is None or not value.is_floating_point():
+        return value.detach().clone()
+    if value.is_meta:
+        return torch.rand(value.shape, dtype=dtype, device="cpu") * 0.8 + 0.1
+    return value.detach().to("cpu", dtype, copy=True)
