@@ -298,6 +298,7 @@ def with_attribute():
         (lambda: nn.Sequential(attached(mlp()), nn.Tanh()), {}, "attached already in its submodule '0'"),
         (lambda: nn.Sequential(nn.Linear(2, 2)), {}, "no activation modules"),
         (network, {"form": "wrong"}, "form must be"),
+        (nn.ELU, {}, r"model is one activation \(ELU\); attach to the model around it"),
     ],
 )
 def test_errors(make, options, message):

@@ -288,6 +288,26 @@ def test_an_activation_that_gets_further_arguments_is_hooked():
     torch.testing.assert_close(handle.loss(), vk.vcl_loss(pre, 1.0))
 
 
+class Scripted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.relu(self.linear(x))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
+def test_activations_that_torch_jit_compiled_are_told():
+    scripted = [torch.jit.script(module) for module in (Scripted(), nn.GELU(), nn.Linear(4, 4))]
+    with pytest.warns(vk.VCLWarning, match=r"torch.jit compiled 2, 3, and activations in them get no VCL"):
+        handle = vk.attach(nn.Sequential(nn.Linear(4, 4), nn.ELU(), *scripted), X[:2])
+    assert repr(handle) == "VCLHandle(1)"
+    assert "Scripted    left out  compiled by torch.jit" in str(handle)
+    with pytest.raises(ValueError, match="left out are 0: compiled by torch.jit"):
+        vk.attach(nn.Sequential(scripted[0]), X[:2])
+
+
 def test_the_table():
     steps = lambda m, x: F.elu(m.act2(m.c(m.act1(m.b(m.act1(m.a(x)))))) + m.act3(x.mean()))  # noqa: E731
     net = Model(steps, **linears(act1=nn.CELU(), act2=nn.Softplus(), act3=nn.Mish()))

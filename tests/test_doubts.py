@@ -34,6 +34,22 @@ def test_a_model_inside_a_distributed_one_is_refused(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+class Detector(nn.Module):
+    """Takes a list of images, as detection models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 4, 3), nn.ReLU()
+
+    def forward(self, images):
+        return self.act(self.conv(torch.stack(images)))
+
+
+def test_a_list_of_images_is_a_batch():
+    handle = vk.attach(Detector(), ([torch.randn(3, 8, 8), torch.randn(3, 8, 8)],))
+    assert list(handle.layers) == ["act"]
+
+
 def test_a_missing_native_backend_is_told(monkeypatch):
     monkeypatch.setattr(cpu, "reason", lambda: "no compiler was found")
     with pytest.warns(vk.VCLWarning, match="reference.*'cpu' kernels cannot run: no compiler.*backend='reference'"):

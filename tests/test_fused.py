@@ -157,3 +157,33 @@ def test_a_function_that_a_module_keeps_is_compared_under_a_compiler_and_in_copi
         other[1].act = F.silu
         torch.testing.assert_close(other(x), F.silu(pre))
         torch.testing.assert_close(net(x), net[1].act(pre))
+
+
+class Scaled(nn.Module):
+    def forward(self, x, scale=None):
+        return x.relu() if scale is None else x.relu() * scale
+
+
+class Noting(nn.Module):
+    """Keeps its latest input, and counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.latest, self.calls = None, 0
+
+    def forward(self, x):
+        self.latest, self.calls = x, self.calls + 1
+        return x.relu()
+
+
+def test_a_forward_that_does_more_than_the_activation_runs():
+    scaled, noting, x = Scaled(), Noting(), torch.randn(20, 4)
+    net = nn.Sequential(nn.Linear(4, 8), scaled, nn.Linear(8, 8), noting)
+    handle = vk.attach(net, x, weight=1.0)
+    assert (noting.calls, noting.latest.shape) == (1, (20, 8))  # the example's run is one call
+    net(x)
+    pre = net[0](x)
+    torch.testing.assert_close(handle.losses["1"], vk.vcl_loss(pre, 1.0).detach())
+    torch.testing.assert_close(handle.losses["3"], vk.vcl_loss(net[2](pre.relu()), 1.0).detach())
+    assert noting.calls == 2
+    torch.testing.assert_close(scaled(pre, 3.0), 3 * pre.relu())

@@ -251,6 +251,13 @@ def initialise(net):
             module.reset_parameters()
 
 
+def test_an_example_on_meta_makes_betas_there():
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(4, 8), nn.ELU())
+    handle = vk.attach(net, torch.empty(2, 4, device="meta"))
+    assert [(beta.device.type, tuple(beta.shape)) for beta in handle.parameters()] == [("meta", (8,))]
+
+
 def on_meta(**settings):
     with torch.device("meta"):
         net = network()

@@ -304,3 +304,20 @@ def test_a_private_setting_that_changes_is_taken_over():
     vk.attach(net, torch.randn(2, 4))
     vars(act)["_slope"] = 0.6
     torch.testing.assert_close(act(x.requires_grad_()), F.leaky_relu(x, 0.6))
+
+
+class Teacher:
+    """Something large that a module refers to."""
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("copied")
+
+
+def test_a_trial_costs_little_and_changes_nothing():
+    module, values = Function(lambda m, x: m.seen.append(x.numel()) or x.tanh()), []
+    module.seen, module.teacher = values, Teacher()
+    assert recognise(module) is not None
+    assert values == []
+    large = Function(lambda _, x: values.append(x.numel()) or F.interpolate(x, size=9))
+    assert recognise(large) is None
+    assert sum(values) < 1000

@@ -142,6 +142,16 @@ def closures(t):
         lbfgs.step(closure)
 
 
+def paused(t):
+    with t.handle.paused():
+        t.step()
+
+
+def fused_optimizer(t):
+    held = [p for group in t.optimizer.param_groups for p in group["params"]]
+    t.optimizer = torch.optim.AdamW(held, lr=0.01, fused=True)
+
+
 def losses_of_layers(t):
     for _ in range(STEPS):
         y = t.call(batch())
@@ -173,6 +183,8 @@ RIGHT = {
     "parts alone": parts_alone,
     "closures": closures,
     "losses of layers": losses_of_layers,
+    "paused warm-up": lambda t: (repeated(lambda t: (paused(t), t.validate(gradients=True)))(t), t.steps()),
+    "fused optimizer": lambda t: (fused_optimizer(t), t.steps()),
     "siamese": repeated(lambda t: ((t.objective(batch()) + t.objective(batch())).backward(), t.optimizer.step())),
     "a part in training": lambda t: (t.net.encode.eval(), t.steps()),
     "model under checkpoint": lambda t: t.steps(call=lambda x: checkpoint(t.net, x, use_reentrant=False)),
@@ -268,6 +280,17 @@ WRONG = {
     "optimizer first": (Training.steps, {"optimizer_first": True}, BETAS),
     "optimizer first, injected": (Training.steps, {"optimizer_first": True, "inject": True}, BETAS),
     "optimizer first, zero_grad": (RIGHT["model's zero_grad"], {"optimizer_first": True}, BETAS),
+    "fused optimizer first": (lambda t: (fused_optimizer(t), t.steps()), {"optimizer_first": True}, BETAS),
+    "evaluation, fused optimizer": (
+        lambda t: (fused_optimizer(t), t.net.eval(), t.steps()),
+        {},
+        "runs in evaluation mode",
+    ),
+    "layers in evaluation": (
+        lambda t: (t.net.encode.eval(), t.net.decode[1].eval(), t.steps()),
+        {},
+        "no layer with VCL got an input .* or the layers are in evaluation mode",
+    ),
     "not added": (repeated(lambda t: (t.step(), t.handle.loss())), {"added": False}, NO_GRADIENTS),
     "float16": (float16, {"inject": True}, f"layer 'encode.1' has a float16 input.*{SCALER}"),
     "scaler": (scaled, {"inject": True}, SCALER),

@@ -270,8 +270,8 @@ class VCLActivation(nn.Module):
         if type(self.beta) is UninitializedParameter:
             view = channels_first(x, self.channel_dim)
             check_dimensions(view.shape)
-            shape = unit_shape(view.shape, self.unit == "activation")
-            self._make_beta(shape, accumulation_dtype(x.dtype), x.device)
+            shape, wide = unit_shape(view.shape, self.unit == "activation"), accumulation_dtype(x.dtype)
+            self.beta = nn.Parameter(torch.full(shape, float(self.beta_init), dtype=wide, device=x.device))
         return self
 
     def reset_parameters(self) -> None:

@@ -1,0 +1,180 @@
+"""Every way on which a forward runs: transforms, checkpoints with pauses, recursion, distributed training."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import vcl_kernels as vk
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 8), nn.ELU(), nn.Linear(8, 8), nn.Mish(), nn.Linear(8, 2))
+
+
+def attached(net, **options):
+    return net, vk.attach(net, torch.randn(20, 4), weight=1.0, **options)
+
+
+@pytest.mark.parametrize("inject", [True, False])
+def test_batched_by_vmap(inject):
+    net, handle = attached(mlp(), inject=inject)
+    x, gradients = torch.randn(3, 20, 4), []
+
+    def objective(x):
+        y = net(x).square().mean()
+        return y if inject else y + handle.loss()
+
+    for run in (lambda: torch.func.vmap(objective)(x).sum(), lambda: sum(map(objective, x))):
+        gradients.append(torch.autograd.grad(run(), list(net.parameters())))
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit.script, in torch's forward mode
+def test_forward_mode():
+    net, handle = attached(mlp())
+    net.double()
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+    tangents = {name: torch.randn_like(p) for name, p in parameters.items()}
+    x = torch.randn(20, 4, dtype=torch.float64)
+
+    def objective(parameters):
+        return torch.func.functional_call(net, parameters, (x,)).square().mean() + handle.loss()
+
+    _, tangent = torch.func.jvp(objective, (parameters,), (tangents,))
+    gradients = torch.func.grad(objective)(parameters)
+    torch.testing.assert_close(tangent, sum((gradients[name] * tangents[name]).sum() for name in parameters))
+
+
+class Checkpointed(nn.Module):
+    """Its second part is run again in backward: "new", or reentrant as in "old"."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.second, self.kind = nn.Linear(4, 8), nn.Sequential(nn.ELU(), nn.Linear(8, 2)), kind
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.second(x) if self.kind is None else checkpoint(self.second, x, use_reentrant=self.kind == "old")
+
+
+def gradients_of(steps, kind=None, whole=None, **options):
+    """Gradients of a list of backward passes, each over a list of forwards: "vcl", "paused", "no_grad"."""
+    net, handle = attached(Checkpointed(kind), **options)
+    x = torch.linspace(-1, 2, 80).view(20, 4).requires_grad_()
+    run = net if whole is None else lambda x: checkpoint(net, x, use_reentrant=whole == "old")
+    for step in steps:
+        objective = 0
+        for mode in step:
+            if mode == "paused":
+                with handle.paused():
+                    objective = objective + run(x).mean()
+            elif mode == "no_grad":
+                torch.no_grad()(net)(x)
+            else:
+                objective = objective + run(x).mean() + (0 if options.get("inject") else handle.loss())
+        objective.backward()
+    return [p.grad for p in net.parameters()]
+
+
+APART = [["vcl"], ["paused"], ["vcl"]], [["paused"], ["vcl", "no_grad"]], [["paused"]], [["vcl", "vcl"]]
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # under no_grad
+@pytest.mark.parametrize("steps", APART, ids=str)
+@pytest.mark.parametrize(("kind", "inject"), [("new", True), ("new", False), ("old", True)])
+def test_a_recomputation_does_what_its_forward_did(kind, inject, steps):
+    torch.testing.assert_close(gradients_of(steps, kind, inject=inject), gradients_of(steps, inject=inject))
+
+
+@pytest.mark.parametrize("steps", APART[:3], ids=str)
+@pytest.mark.parametrize("whole", ["new", "old"])
+def test_a_recomputation_of_the_model_does_what_its_forward_did(whole, steps):
+    steps = [[mode for mode in step if mode != "no_grad"] for step in steps]
+    torch.testing.assert_close(gradients_of(steps, whole=whole, inject=True), gradients_of(steps, inject=True))
+
+
+@pytest.mark.parametrize("steps", [[["vcl", "paused"]], [["paused", "vcl"]]], ids=str)
+@pytest.mark.parametrize("kind", ["new", "old"])
+def test_a_recomputation_of_an_unknown_forward_is_an_error(kind, steps):
+    with pytest.raises(RuntimeError, match="with and without handle.paused.*Call backward for each before"):
+        gradients_of(steps, kind, inject=True)
+
+
+class Recursive(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.act = nn.Linear(4, 4), nn.Tanh()
+
+    def forward(self, x, depth=2):
+        if isinstance(x, list):
+            return [self(one) for one in x]
+        x = self.act(self.linear(x))
+        return x if depth == 0 else self(x, depth - 1)
+
+
+def test_a_forward_that_calls_itself():
+    net, x = Recursive(), torch.randn(20, 4)
+    handle = vk.attach(net, x)
+    net(x)
+    losses = handle.losses
+    assert list(losses) == ["act", "act:1", "act:2"]
+    with torch.no_grad():
+        pre = net.linear(x)
+        torch.testing.assert_close(losses["act"], 0.01 * vk.vcl_loss(pre, 1.0))
+    handle.remove()
+    handle = vk.attach(net, ([x, x],))
+    net([x, x])
+    assert len(handle.losses) == 6
+    net(x)  # the next forward begins anew
+    assert len(handle.losses) == 3
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("inject", [True, False])
+@pytest.mark.parametrize("case", ["plain", "frozen", "paused", "input"])
+def test_distributed_training_finds_a_gradient_of_each_beta(case, inject):
+    """DistributedDataParallel raises in the second step if one was missing in the first."""
+    net = nn.Sequential(nn.Tanh(), *mlp()) if case == "input" else mlp()
+    net[1 if case == "input" else 0].requires_grad_(case != "frozen")
+    net, handle = attached(net, inject=inject)
+    wrapped, x = DistributedDataParallel(net), torch.randn(20, 4)
+    for _ in range(3):
+        net.zero_grad()
+        if case == "paused":
+            with handle.paused():
+                wrapped(x).mean().backward()
+            assert all(torch.equal(beta.grad, torch.zeros_like(beta)) for beta in handle.parameters())
+        y = wrapped(x).mean()
+        (y if inject else y + handle.loss()).backward()
+    moves = [bool(beta.grad.abs().sum() > 0) for beta in handle.parameters()]
+    assert moves == {"frozen": [False, True], "input": [False, True, True]}.get(case, [True, True])
+
+
+@pytest.mark.usefixtures("one_process")
+def test_outputs_of_every_kind_take_betas_without_a_gradient():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x):
+            return {"n": 3, "both": (x.long(), self.net(x))}
+
+    net, handle = attached(Net())
+    with handle.paused():
+        output = net(torch.randn(20, 4))
+    output["both"][1].sum().backward()
+    assert output["n"] == 3
+    assert all(torch.equal(beta.grad, torch.zeros_like(beta)) for beta in handle.parameters())
