@@ -156,6 +156,8 @@ def test_a_function_that_a_module_keeps_is_compared_under_a_compiler_and_in_copi
         torch.testing.assert_close(other.vcl_handle.loss(), 0.01 * vk.vcl_loss(pre, 1.0))
         other[1].act = F.silu
         torch.testing.assert_close(other(x), F.silu(pre))
+        other[1].act = other[1].by_hand
+        torch.testing.assert_close(other(x), F.gelu(pre))
         torch.testing.assert_close(net(x), net[1].act(pre))
 
 

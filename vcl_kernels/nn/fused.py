@@ -5,7 +5,6 @@ The module itself stays where it is, so that it is found on every way on which t
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from ..torch_private import children, has_transform, in_backward
 from .modules import VCLActivation
 from .recognise import comparable, matching, settings_of
 from .steering import ENOUGH_FORWARDS, Steering
+from .trial import trial_copy
 
 __all__ = ["Calls", "first_input", "fuse", "put_before", "put_behind"]
 
@@ -177,8 +177,7 @@ def _fused_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
 
 def _match_again(module: nn.Module, calls: Calls) -> None:
     """Take over settings that were changed since attach."""
-    plain = copy.copy(module)
-    plain.__dict__["_modules"] = {}
+    plain = trial_copy(module, None)
     del plain.__dict__["forward"]
     activation = matching(plain)
     if activation is None:

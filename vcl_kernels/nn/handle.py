@@ -122,7 +122,7 @@ class VCLHandle:
             if vcl.latest.read and not steering.was_read:  # and other parts ran since
                 vcl.latest.loss = None
             vcl.latest.read = True
-        self._watch.reading(bool(ran), self.model, steering)
+        self._watch.reading(len(ran) > 0, self.model, steering)
         if not ran:
             return torch.zeros((), device=next((p.device for p in self.model.parameters()), None))
         if torch.is_grad_enabled() and not any(latest.in_grad_mode for latest in ran):

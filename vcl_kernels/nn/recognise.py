@@ -101,13 +101,17 @@ def settings_of(module: nn.Module) -> tuple[tuple[str, Any], ...] | None:
     if "forward" in vars(module):
         return None
     own = {name: value for name, value in vars(module).items() if name not in OF_EVERY_MODULE}
-    if not all(value is None or isinstance(value, SETTINGS) for value in own.values()):
-        return None
+    for value in own.values():
+        of_another = isinstance(value, MethodType) and value.__self__ is not module
+        if of_another or not (value is None or isinstance(value, SETTINGS)):
+            return None
     return tuple((name, comparable(value)) for name, value in own.items())
 
 
 def comparable(value: Any) -> Any:
-    """Return what says whether two settings are equal: under a compiler, a partial is not equal to itself."""
+    """Return what says whether two settings are equal. A compiler compares no partials and no bound methods."""
+    if isinstance(value, MethodType):
+        return value.__func__
     return (value.func, value.args, value.keywords) if isinstance(value, partial) else value
 
 
