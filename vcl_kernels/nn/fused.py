@@ -35,6 +35,7 @@ class Calls(nn.ModuleList):
 
     def __init__(self, vcls: Iterable[VCLActivation], steering: Steering, name: str, shared_beta: bool) -> None:
         super().__init__(vcls)
+        self.in_order: tuple[VCLActivation, ...] = tuple(self)  # type: ignore[arg-type]  # a look-up takes longer
         self.counter = CallCounter()
         self.steering, self.name, self.shared_beta = steering, name, shared_beta
         self.settings: tuple[tuple[str, Any], ...] = ()  # of a fused module: by which its function may change
@@ -46,7 +47,7 @@ class Calls(nn.ModuleList):
     def begin(self) -> None:
         """Begin a forward of the model. Drop the losses of the previous one: a layer may be skipped this time."""
         self.counter.count = 0
-        for vcl in children(self).values():
+        for vcl in self.in_order:
             latest = vcl.latest
             latest.loss, latest.read = None, False
             latest.recomputes = False  # a recomputation may stop before its end
@@ -62,7 +63,7 @@ class Calls(nn.ModuleList):
             return self._take_outside(x)
         if steering.pauses:
             return None
-        counter, vcls = self.counter, children(self)
+        counter, vcls = self.counter, self.in_order
         call = 0 if self.shared_beta else counter.count
         if call >= len(vcls):
             raise RuntimeError(
@@ -71,7 +72,7 @@ class Calls(nn.ModuleList):
                 "makes every call"
             )
         counter.count = call + 1
-        vcl = vcls[str(call)]
+        vcl = vcls[call]
         if not steering.began_in_grad_mode:
             return vcl
         vcl.latest.acts = acts = _wants_gradient(x)
@@ -79,7 +80,7 @@ class Calls(nn.ModuleList):
 
     def _take_outside(self, x: Tensor) -> VCLActivation | None:
         """The same outside a forward of the whole model: in a checkpoint's recomputation, or a part that runs alone."""
-        steering, vcls, recomputes, wanted = self.steering, children(self), in_backward(), _wants_gradient(x)
+        steering, vcls, recomputes, wanted = self.steering, self.in_order, in_backward(), _wants_gradient(x)
         if steering.forwards.run_again() if recomputes else steering.pauses_part():
             return None
         if len(vcls) > 1 and wanted:
@@ -88,7 +89,7 @@ class Calls(nn.ModuleList):
                 "forward (in checkpointing, or in a part that is called alone), so that the call is unknown. Give each "
                 "call a module of its own, or attach with shared_beta=True"
             )
-        vcl: VCLActivation = vcls["0"]
+        vcl = vcls[0]
         if not recomputes:
             self._begin_part(vcl, wanted)
         elif vcl.latest.acts is False:  # of a part that is frozen
@@ -120,9 +121,7 @@ class Calls(nn.ModuleList):
 
 def _wants_gradient(x: Any) -> bool | None:
     """Whether a gradient of ``x`` may be wanted. None without grad mode: a reentrant checkpoint may want it later."""
-    if not torch.is_grad_enabled():
-        return None
-    return getattr(x, "requires_grad", True) or has_transform(x, None)
+    return (getattr(x, "requires_grad", True) or has_transform(x, None)) if torch.is_grad_enabled() else None
 
 
 def fuse(module: nn.Module, calls: Calls) -> list[Callable[[], Any]]:

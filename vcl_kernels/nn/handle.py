@@ -68,10 +68,11 @@ class VCLHandle:
             steering.nested += 1
             return
         training = model.training or any(calls.training for calls in self._calls.values())
-        if not in_backward():  # else a checkpoint of the whole model computes it anew
+        recomputes = in_backward()  # a checkpoint of the whole model computes it anew
+        if not recomputes:
             watch.forward(training, steering)
         keeps = steering.paused and not steering.was_read  # the forward before, to be read yet
-        steering.begin(training)
+        steering.begin(training, recomputes)
         if not keeps:
             for calls in self._calls.values():
                 calls.begin()

@@ -178,7 +178,8 @@ class VCLActivation(nn.Module):
         """Return the activation of x. In training, also compute the loss of x."""
         if not self.training:
             return reference.activate(x, self.activation)
-        if torch.compiler.is_compiling() and in_functorch():
+        compiling = torch.compiler.is_compiling()
+        if compiling and in_functorch():
             raise RuntimeError(
                 "a VCL module cannot be compiled inside a torch.func transform, for its loss outlives the transform; "
                 "compile vcl_loss or vcl_activation there, or transform the module in eager code"
@@ -195,11 +196,12 @@ class VCLActivation(nn.Module):
             y, loss = self._with_zero_loss(x, injection)
             latest.record(loss, self.sums_calls)
             return y
-        latest.had_rows, latest.short = True, 0
+        latest.had_rows = True
+        latest.short = 0
         view = channels_first(x, self.channel_dim)  # x itself where that is 1
         K = None if self.num_sub_batches is None else min(self.num_sub_batches, x.shape[0] // self.sub_batch_size)
         weight, factor = self.weight * steering.weight, 1.0
-        if torch.compiler.is_compiling():  # an op's numbers are constants of the graph: a change is a factor beside it
+        if compiling:  # an op's numbers are constants of the graph: a change is a factor beside it
             first = self.first_weight * steering.first_weight or 1.0
             weight, factor = first, weight / first
             injection = None if injection is None else injection._replace(weight=factor)

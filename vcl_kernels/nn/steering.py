@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from ..injection import Injection
-from ..torch_private import in_backward
 from .warn import warn
 
 __all__ = ["ENOUGH_FORWARDS", "Steering"]
@@ -84,9 +83,8 @@ class Steering:
         """Return how injected losses enter the graph."""
         return Injection(self._grad_scaler, self.accumulation)
 
-    def begin(self, training: bool) -> None:
+    def begin(self, training: bool, recomputes: bool) -> None:
         """Begin a forward of the model, or a checkpoint's recomputation of it."""
-        recomputes = in_backward()
         self.in_forward, self.nested = True, 0
         self.was_read = self.lost = False
         self.began_in_grad_mode = torch.is_grad_enabled()
