@@ -292,7 +292,7 @@ class Layout:
         if fused is None:
             return VCL(**self.settings, channel_dim=channel_dim)
         vcl = VCLActivation("identity", **self.settings, channel_dim=channel_dim)
-        vcl.activation = fused
+        vcl.activation = Activation(*fused)  # of its own: compiled code checks what is shared, and slowly
         return vcl
 
     def add_unreachable(self, model: nn.Module, probed: Probed, choice: Choice) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..torch_private import children, has_transform, in_backward
+from ..torch_private import has_transform, in_backward
 from .modules import VCLActivation
 from .recognise import comparable, matching, settings_of
 from .steering import ENOUGH_FORWARDS, Steering
@@ -37,8 +37,9 @@ class Calls(nn.ModuleList):
         super().__init__(vcls)
         self.in_order: tuple[VCLActivation, ...] = tuple(self)  # type: ignore[arg-type]  # a look-up takes longer
         self.counter = CallCounter()
-        self.steering, self.name, self.shared_beta = steering, name, shared_beta
-        self.settings: tuple[tuple[str, Any], ...] = ()  # of a fused module: by which its function may change
+        self.name, self.shared_beta = name, shared_beta
+        self.owner: tuple[nn.Module, ...] = ()  # the fused module, as no child
+        self.settings: tuple[tuple[str, Any], ...] = ()  # of it: by which its function may change
         for call, vcl in enumerate(self):
             vcl.steering = steering  # type: ignore[assignment]
             vcl.place = f"{name}:{call}" if call else name  # type: ignore[assignment]
@@ -58,7 +59,7 @@ class Calls(nn.ModuleList):
         VCL is paused, or x needs no gradient (a frozen part). Where the whole forward runs without grad mode, losses
         are still computed, to look at.
         """
-        steering = self.steering
+        steering = self.in_order[0].steering  # through a VCL: compiled code checks each way to an object, and slowly
         if not steering.in_forward:
             return self._take_outside(x)
         if steering.pauses:
@@ -80,7 +81,8 @@ class Calls(nn.ModuleList):
 
     def _take_outside(self, x: Tensor) -> VCLActivation | None:
         """The same outside a forward of the whole model: in a checkpoint's recomputation, or a part that runs alone."""
-        steering, vcls, recomputes, wanted = self.steering, self.in_order, in_backward(), _wants_gradient(x)
+        vcls, recomputes, wanted = self.in_order, in_backward(), _wants_gradient(x)
+        steering = vcls[0].steering
         if steering.forwards.run_again() if recomputes else steering.pauses_part():
             return None
         if len(vcls) > 1 and wanted:
@@ -107,7 +109,7 @@ class Calls(nn.ModuleList):
 
     def _begin_part(self, vcl: VCLActivation, wanted: bool | None) -> None:
         """Begin a call in a part of the model that runs alone."""
-        latest, steering = vcl.latest, self.steering
+        latest, steering = vcl.latest, vcl.steering
         steering.begin_part()
         if latest.read:
             latest.read, latest.loss, latest.lost = False, None, 0
@@ -126,8 +128,8 @@ def _wants_gradient(x: Any) -> bool | None:
 
 def fuse(module: nn.Module, calls: Calls) -> list[Callable[[], Any]]:
     """Give ``module`` a forward in which VCL and the activation are one in training; return what undoes it."""
-    calls.settings = settings_of(module) or ()
-    module.forward = partial(_fused_forward, module)
+    calls.settings, calls.owner = settings_of(module) or (), (module,)
+    module.forward = partial(_fused_forward, calls)
     return [*_add_calls(module, calls), partial(_delete_own, module, "forward", _fused_forward)]
 
 
@@ -152,7 +154,9 @@ def _add_calls(module: nn.Module, calls: Calls) -> list[Callable[[], Any]]:
 
 
 def _delete_calls(module: nn.Module) -> None:
-    if isinstance(getattr(module, "vcl", None), Calls):
+    calls = getattr(module, "vcl", None)
+    if isinstance(calls, Calls):
+        calls.eval()  # if others hold its forward, that is the module's own from now on
         del module.vcl
 
 
@@ -161,21 +165,24 @@ def _delete_own(module: nn.Module, name: str, function: Callable[..., Any]) -> N
         delattr(module, name)
 
 
-def _fused_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """The forward of a fused module, bound to it: a plain function, so that models can be copied."""
-    calls = children(module).get("vcl")
-    if not module.training or calls is None:
-        return type(module).forward(module, *args, **kwargs)
-    for name, value in calls.settings:
-        if comparable(module.__dict__.get(name)) != value:
-            _match_again(module, calls)
-    x = args[0] if args else first_input(args, kwargs)
-    vcl = calls.take(x)
-    return type(module).forward(module, *args, **kwargs) if vcl is None else vcl(x)
+def _fused_forward(calls: Calls, *args: Any, **kwargs: Any) -> Tensor:
+    """The forward of a fused module, bound to its Calls: a plain function, so that models can be copied."""
+    if calls.training:
+        if calls.settings:
+            _match_changed(calls)
+        x = args[0] if args else first_input(args, kwargs)
+        vcl = calls.take(x)
+        if vcl is not None:
+            return vcl(x)
+    module = calls.owner[0]
+    return type(module).forward(module, *args, **kwargs)
 
 
-def _match_again(module: nn.Module, calls: Calls) -> None:
+def _match_changed(calls: Calls) -> None:
     """Take over settings that were changed since attach."""
+    module = calls.owner[0]
+    if all(comparable(getattr(module, name, None)) == value for name, value in calls.settings):
+        return
     plain = trial_copy(module, None)
     del plain.__dict__["forward"]
     activation = matching(plain)
