@@ -112,13 +112,13 @@ class Calls(nn.ModuleList):
         latest, steering = vcl.latest, vcl.steering
         steering.begin_part()
         if latest.read:
-            latest.read, latest.loss, latest.lost = False, None, 0
+            latest.read, latest.loss, latest.replaced = False, None, 0
         latest.recomputes = False
         if latest.loss is None or wanted:
             latest.acts = wanted
         if latest.loss is not None and wanted and not vcl.sums_calls:
-            latest.lost = min(latest.lost + 1, ENOUGH_FORWARDS)
-            steering.lose(latest.lost)
+            latest.replaced = min(latest.replaced + 1, ENOUGH_FORWARDS)
+            steering.lose(latest.replaced)
 
 
 def _wants_gradient(x: Any) -> bool | None:

@@ -35,9 +35,10 @@ SHORT_CALLS = 4  # calls in a row that may be short after others: of the last ba
 
 
 class LatestForward:
-    """The loss of the latest training forward. An object of its own: an attribute of a module takes longer to set.
+    """The latest training forward: its loss, and what else a warning needs to know of it and of those before.
 
-    Copies, pickles and replicas of a module start with a new one.
+    An object of its own: an attribute of a module takes longer to set. Copies and pickles of a module start with a new
+    one.
     """
 
     loss: Tensor | None = None
@@ -46,7 +47,7 @@ class LatestForward:
     had_rows = False  # enough for two sub-batches
     short = 0  # calls in a row that had fewer
     read = False  # by the handle
-    lost = 0  # losses that the next call replaced before they were read, in a part that runs alone
+    replaced = 0  # losses in a row that the next call replaced before they were read, in a part that runs alone
     recomputes = False  # the present call is a checkpoint's: the loss of its forward stays, which has the graph
 
     def record(self, loss: Tensor, adds: bool) -> None:
