@@ -137,6 +137,8 @@ def test_remove_restores_only_what_attach_put_there_and_only_once():
     assert net[2].inplace
     second = vk.attach(net)
     first.remove()
+    with pytest.raises(RuntimeError, match="this handle was removed"):
+        first.loss()
     net(torch.randn(20, 4))
     assert second.loss().requires_grad
 

@@ -170,6 +170,11 @@ def test_after_stands_beside_the_activations_or_alone():
     torch.testing.assert_close(handle.loss(), vk.vcl_loss(pre, 1.0))
 
 
+def turned(m, x):  # channels last, then first
+    tokens = m.act(m.a(x[:, None].repeat(1, 4, 1)))
+    return m.act(tokens.mT.contiguous().clone().mT.unflatten(2, (4, 1)).flatten(2))
+
+
 def overwritten(m, x):
     return F.relu(m.a(x), inplace=True)
 
@@ -177,6 +182,8 @@ def overwritten(m, x):
 @pytest.mark.parametrize(("net", "options", "message"), [
     (Model(overwritten, **linears()), {"after": ["a"]}, "after names 'a', and a later .* overwrites its output"),
     (nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), {"after": ["0"]}, "after names '0', .* overwrites"),
+    (Model(lambda m, x: m.act((10 * x).int()), act=nn.ReLU()), {"layers": ["act"]}, "values of torch.int32"),
+    (Model(turned, **linears(act=nn.ELU())), {"shared_beta": True}, "channels in the same dimension"),
     (nn.Sequential(nn.ReLU()), {"after": ["0"], "layers": ["0"]}, "'0' is in layers= and in after="),
     (nn.Sequential(nn.ReLU()), {"after": []}, "after must choose at least one module"),
     (nn.Sequential(nn.ReLU()), {"after": lambda *_: False}, "after must choose at least one module"),

@@ -91,6 +91,22 @@ def test_a_recomputation_does_what_its_forward_did(kind, inject, steps):
     torch.testing.assert_close(gradients_of(steps, kind, inject=inject), gradients_of(steps, inject=inject))
 
 
+def test_a_frozen_part_is_recomputed_without_vcl():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part, self.rest = nn.Sequential(nn.ELU(), nn.Linear(4, 8)), nn.Sequential(nn.Tanh(), nn.Linear(8, 2))
+
+        def forward(self, x):
+            return self.rest(checkpoint(self.part, x, use_reentrant=False))
+
+    net, handle = attached(Net())
+    objective = net(torch.randn(20, 4)).sum() + handle.loss()
+    objective.backward()
+    assert list(handle.losses) == ["rest.0"]
+    assert [beta.grad is None for beta in handle.parameters()] == [True, False]
+
+
 @pytest.mark.parametrize("steps", APART[:3], ids=str)
 @pytest.mark.parametrize("whole", ["new", "old"])
 def test_a_recomputation_of_the_model_does_what_its_forward_did(whole, steps):
