@@ -333,3 +333,23 @@ a       Linear                        after     (4,), channel_dim=-1
 4 layers with VCL: 2 fused, 1 before, 1 after; 2 left out"""
     )
     assert repr(handle) == "VCLHandle(act1, act2, a)"
+
+
+def made(function):
+    class Act(nn.Module):
+        def forward(self, x):
+            x = function(x)
+            return self.soft(x) if hasattr(self, "soft") else x
+
+    return Act
+
+
+def test_modules_that_look_alike_are_told_apart():
+    kinds = [made(function) for function in (torch.relu, torch.tanh)]
+    acts = [kinds[0](), kinds[1](), kinds[0]()]
+    acts[2].soft = nn.Softmax(-1)
+    net = nn.Sequential(*(layer for act in acts for layer in (nn.Linear(4, 4), act)))
+    expected = net(X)
+    with pytest.warns(vk.VCLWarning, match="torch.relu in '5'"):  # relu and softmax: no activation
+        assert repr(vk.attach(net, X[:2])) == "VCLHandle(1, 3)"
+    torch.testing.assert_close(net(X), expected)

@@ -121,6 +121,54 @@ def test_a_recomputation_of_an_unknown_forward_is_an_error(kind, steps):
         gradients_of(steps, kind, inject=True)
 
 
+def test_a_step_ends_what_may_be_run_again():
+    net, handle = attached(Checkpointed("new"))
+    optimizer, x = torch.optim.SGD(net.parameters(), 0.1), torch.randn(20, 4)
+    with handle.paused():
+        net.kind = None  # without a checkpoint, nothing is run again
+        net(x).sum().backward()
+    optimizer.step()
+    net.kind = "new"
+    (net(x).sum() + handle.loss()).backward()
+    assert all(beta.grad.abs().sum() > 0 for beta in handle.parameters())
+
+
+@pytest.mark.parametrize("inject", [True, False])
+def test_a_call_without_a_gradient_beside_one_under_checkpointing(inject):
+    class Siamese(nn.Module):
+        def __init__(self, checkpoints):
+            super().__init__()
+            torch.manual_seed(1)
+            self.encoder, self.checkpoints = nn.Sequential(nn.Linear(4, 8), nn.ELU(), nn.Linear(8, 4)), checkpoints
+
+        def forward(self, x):
+            z = checkpoint(self.encoder, x, use_reentrant=False) if self.checkpoints else self.encoder(x)
+            with torch.no_grad():
+                target = self.encoder(x + 1)
+            return (z - target).square().mean()
+
+    gradients, x = [], torch.randn(20, 4)
+    for checkpoints in (True, False):
+        net, handle = attached(Siamese(checkpoints), inject=inject, shared_beta=True)
+        (net(x) + (0 if inject else handle.loss())).backward()
+        gradients.append([p.grad for p in net.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_an_optimizers_step_after_vmap():
+    net, handle = attached(mlp(), inject=True)
+    optimizer, x = torch.optim.SGD(net.parameters(), 0.1), torch.randn(3, 20, 4)
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+
+    def objective(parameters, x):
+        return torch.func.functional_call(net, parameters, (x,)).mean()
+
+    torch.func.vmap(torch.func.grad(objective), (None, 0))(parameters, x)
+    optimizer.step()
+    net(x[0]).mean().backward()
+    assert all(beta.grad.abs().sum() > 0 for beta in handle.parameters())
+
+
 class Recursive(nn.Module):
     def __init__(self):
         super().__init__()
@@ -186,11 +234,14 @@ def test_outputs_of_every_kind_take_betas_without_a_gradient():
             self.net = mlp()
 
         def forward(self, x):
-            return {"n": 3, "both": (x.long(), self.net(x))}
+            return {"n": 3, "both": (x, x.long(), self.net(x))}
 
     net, handle = attached(Net())
-    with handle.paused():
-        output = net(torch.randn(20, 4))
-    output["both"][1].sum().backward()
-    assert output["n"] == 3
-    assert all(torch.equal(beta.grad, torch.zeros_like(beta)) for beta in handle.parameters())
+    wrapped, x = DistributedDataParallel(net), torch.randn(20, 4)
+    for _ in range(2):
+        with handle.paused():
+            output = wrapped(x)
+        output["both"][2].mul_(2).sum().backward()
+        assert output["n"] == 3
+        assert not output["both"][0].requires_grad
+        assert all(torch.equal(beta.grad, torch.zeros_like(beta)) for beta in handle.parameters())

@@ -152,6 +152,17 @@ def fused_optimizer(t):
     t.optimizer = torch.optim.AdamW(held, lr=0.01, fused=True)
 
 
+def several_optimizers(t, every=1):
+    betas = list(t.handle.parameters())
+    others = [p for p in t.net.parameters() if not any(p is beta for beta in betas)]
+    t.optimizer, of_betas = (torch.optim.SGD(held, 0.1) for held in (others, betas))
+    for step in range(2 * STEPS):
+        t.step()
+        if step % every == 0:
+            of_betas.step()
+            of_betas.zero_grad()
+
+
 def losses_of_layers(t):
     for _ in range(STEPS):
         y = t.call(batch())
@@ -183,6 +194,8 @@ RIGHT = {
     "parts alone": parts_alone,
     "closures": closures,
     "losses of layers": losses_of_layers,
+    "an optimizer of betas": several_optimizers,
+    "an optimizer of betas, now and then": partial(several_optimizers, every=8),
     "paused warm-up": lambda t: (repeated(lambda t: (paused(t), t.validate(gradients=True)))(t), t.steps()),
     "fused optimizer": lambda t: (fused_optimizer(t), t.steps()),
     "siamese": repeated(lambda t: ((t.objective(batch()) + t.objective(batch())).backward(), t.optimizer.step())),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import NamedTuple
 
 from torch import nn
@@ -59,10 +59,9 @@ def _recognised(modules: dict[str, nn.Module]) -> tuple[dict[nn.Module, Recognis
     """Return the activation modules, and those that take no drawn tensor. Equal modules are tried once."""
     recognised: dict[nn.Module, Recognised] = {}
     unknown: dict[str, nn.Module] = {}
-    found: dict[str, Recognised | None] = {}
+    found: dict[Hashable, Recognised | None] = {}
     for name, module in modules.items():
-        settings = None if [*module.parameters(), *module.buffers()] else settings_of(module)
-        key = name if settings is None else repr((type(module), settings))
+        key = _what_it_computes(module) or name
         try:
             if key not in found:
                 found[key] = recognise(module)
@@ -72,6 +71,18 @@ def _recognised(modules: dict[str, nn.Module]) -> tuple[dict[nn.Module, Recognis
         if found[key] is not None:
             recognised[module] = found[key]  # type: ignore[assignment]
     return recognised, unknown
+
+
+def _what_it_computes(module: nn.Module) -> Hashable | None:
+    """Return what modules that compute the same have in common; None if that is not known."""
+    parts = (*module.children(), *module.parameters(), *module.buffers())
+    settings = None if parts else settings_of(module)
+    key = (type(module), getattr(module, "inplace", None), settings)
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return None if settings is None else key
 
 
 def _named(argument: str, modules: dict[str, nn.Module], layers: Layers) -> dict[str, nn.Module]:

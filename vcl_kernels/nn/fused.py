@@ -65,7 +65,8 @@ class Calls(nn.ModuleList):
         if steering.pauses:
             return None
         counter, vcls = self.counter, self.in_order
-        call = 0 if self.shared_beta else counter.count
+        call_before = counter.count
+        call = 0 if self.shared_beta else call_before
         if call >= len(vcls):
             raise RuntimeError(
                 f"layer {self.name!r} is called {call + 1} times in one forward, and has VCL for {len(vcls)}. Use "
@@ -76,7 +77,9 @@ class Calls(nn.ModuleList):
         vcl = vcls[call]
         if not steering.began_in_grad_mode:
             return vcl
-        vcl.latest.acts = acts = _wants_gradient(x)
+        acts, latest = _wants_gradient(x), vcl.latest
+        if not (self.shared_beta and call_before and latest.acts):  # one of its calls will be run again
+            latest.acts = acts
         return vcl if acts else None
 
     def _take_outside(self, x: Tensor) -> VCLActivation | None:

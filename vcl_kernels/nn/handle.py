@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..checks import check_count, check_number
-from ..injection import Injection, injected
-from ..torch_private import in_backward, is_replica, map_tensors, runs_inside_itself, tensors_in
+from ..torch_private import in_backward, is_replica, map_tensors, runs_inside_itself
 from .fused import Calls
 from .modules import VCLActivation
 from .steering import Steering
@@ -94,7 +93,7 @@ class VCLHandle:
 
     def optimizer_stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """Note a step of any optimizer: one of this model is to move betas. PyTorch calls it."""
-        self._watch.step(optimizer, self, self._steering)
+        self._watch.step(optimizer, self, self._steering, self._ran)
 
     def __repr__(self) -> str:
         """Name the layers."""
@@ -226,13 +225,15 @@ class VCLHandle:
 
 
 def _with_betas(output: Any, betas: list[nn.Parameter]) -> Any:
-    """Put ``betas`` into the graph of the first tensor of ``output``, with gradients of 0."""
-    first = next((tensor for tensor in tensors_in(output) if tensor.is_floating_point()), None)
-    if first is None or not betas:
-        return None
-    nothing = torch.stack([beta.sum().to(first.device, torch.float32) for beta in betas]).sum() * 0
-    changed, _ = injected(first, nothing, Injection())
-    return map_tensors(lambda tensor: changed if tensor is first else tensor, output)
+    """Put ``betas`` into the graph of each tensor of ``output``, with gradients of 0."""
+
+    def added(tensor: Tensor) -> Tensor:
+        if not (tensor.is_floating_point() and tensor.requires_grad):
+            return tensor
+        sums = torch.stack([beta.sum().to(tensor.device, tensor.dtype) for beta in betas])
+        return tensor + 0 * sums.sum()
+
+    return map_tensors(added, output) if betas else None
 
 
 def handle_of(model: nn.Module) -> VCLHandle:

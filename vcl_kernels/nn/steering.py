@@ -41,7 +41,8 @@ class Forwards:
         if len(kinds) > 1:
             raise RuntimeError(
                 "a checkpoint runs a forward again, and forwards ran with and without handle.paused() since the last "
-                "backward: which of them it was is unknown. Call backward for each before the other runs"
+                "backward: which of them it was is unknown. Call backward for each before the other runs, or run "
+                "one whose gradient is not wanted under torch.no_grad()"
             )
         self.ran_again = True
         return True in kinds

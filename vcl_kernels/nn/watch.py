@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -107,28 +107,33 @@ class Watch:
 
     # Steps of optimizers
 
-    def step(self, optimizer: Optimizer, handle: Any, steering: Steering) -> None:
+    def step(self, optimizer: Optimizer, handle: Any, steering: Steering, ran: Callable[[], Any]) -> None:
         """Note that ``optimizer`` made a step. Look at betas until one was seen to have a gradient in a step."""
         held = self._held(optimizer, handle)
+        if any(beta.grad is not None for beta in held.betas):
+            self.betas_move = True
         if not held.others:
             return
         self.steps += 1
+        steering.forwards.ran_again = True  # what ran before a step is not run again
         if steering.inject and not steering.grad_scaler_told:
             self._look_for_scaler(steering)
         if self.betas_move or not (steering.inject or steering.ever_read):
             return
-        learned = any(beta.requires_grad for beta in handle.parameters())
-        if not learned or any(beta.grad is not None for beta in held.betas):
+        if not any(beta.requires_grad for beta in handle.parameters()):
             self.betas_move = True
-            return
-        if not handle.losses:  # frozen, or paused
-            return
+        elif ran():  # else frozen, or paused
+            self._step_without_beta(optimizer, held, handle, steering)
+
+    def _step_without_beta(self, optimizer: Optimizer, held: Held, handle: Any, steering: Steering) -> None:
         idle = self.optimizers[optimizer] = held._replace(idle_steps=held.idle_steps + 1)
         if idle.idle_steps < ENOUGH_STEPS:
             return
         self.betas_move = True
         if held.betas:
             text = "has them, and they have no gradient: add handle.loss() to the objective"
+        elif _held_elsewhere(handle):
+            return
         else:
             text = (
                 "does not hold them: make it after attach, or call "
@@ -173,6 +178,13 @@ class Held(NamedTuple):
     others: bool  # than betas
     betas: list[nn.Parameter]
     idle_steps: int = 0  # in which VCL acted and no beta had a gradient here
+
+
+def _held_elsewhere(handle: Any) -> bool:
+    """Whether any optimizer of this process holds a beta: one that steps less often. Asked once."""
+    betas = {id(beta) for beta in handle.parameters()}
+    optimizers = [o for o in gc.get_objects() if issubclass(type(o), Optimizer)]
+    return any(id(p) in betas for o in optimizers for group in o.param_groups for p in group["params"])
 
 
 def _scales_in_use() -> Iterator[Tensor]:
