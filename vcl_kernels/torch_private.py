@@ -72,14 +72,6 @@ def _has_tangent(t: Tensor) -> bool:
 # Modules
 
 
-def children(module: nn.Module) -> Mapping[str, Any]:
-    """The children of ``module`` by name. Faster than ``getattr``, which tries parameters and buffers first."""
-    try:
-        return module.__dict__["_modules"]
-    except KeyError:
-        return dict(module.named_children())
-
-
 def hooks_of(module: nn.Module) -> dict[str, Any]:
     """The attributes that hold the hooks of ``module``, as far as this version has them: dictionaries, and a flag."""
     return {name: value for name, value in vars(module).items() if "hook" in name}

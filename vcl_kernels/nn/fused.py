@@ -173,7 +173,7 @@ def _fused_forward(calls: Calls, *args: Any, **kwargs: Any) -> Tensor:
     if calls.training:
         if calls.settings:
             _match_changed(calls)
-        x = args[0] if args else first_input(args, kwargs)
+        x = first_input(args, kwargs)
         vcl = calls.take(x)
         if vcl is not None:
             return vcl(x)

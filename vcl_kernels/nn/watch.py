@@ -150,7 +150,7 @@ class Watch:
         number = sum(len(group["params"]) for group in optimizer.param_groups)
         held = self.optimizers.get(optimizer)
         if held is None or held.number != number:
-            parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            parameters = _parameters_of(optimizer)
             betas = {id(beta): beta for beta in handle.parameters()}
             others = any(id(p) in parameters and id(p) not in betas for p in handle.model.parameters())
             held = Held(number, others, [beta for key, beta in betas.items() if key in parameters])
@@ -180,22 +180,31 @@ class Held(NamedTuple):
     idle_steps: int = 0  # in which VCL acted and no beta had a gradient here
 
 
+def _parameters_of(optimizer: Optimizer) -> set[int]:
+    """Return the ids of its parameters."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
 def _held_elsewhere(handle: Any) -> bool:
     """Whether any optimizer of this process holds a beta: one that steps less often. Asked once."""
     betas = {id(beta) for beta in handle.parameters()}
-    optimizers = [o for o in gc.get_objects() if issubclass(type(o), Optimizer)]
-    return any(id(p) in betas for o in optimizers for group in o.param_groups for p in group["params"])
+    return any(not betas.isdisjoint(_parameters_of(optimizer)) for optimizer in _living(Optimizer))
 
 
 def _scales_in_use() -> Iterator[Tensor]:
     """Yield the scales of the GradScalers of this process that were used; each changes its own in place."""
-    kinds = [torch.amp.GradScaler]
-    for kind in kinds:
-        kinds += kind.__subclasses__()
-    for scaler in gc.get_referrers(*kinds):
-        scale = scale_of(scaler) if type(scaler) in kinds else None
+    for scaler in _living(torch.amp.GradScaler):
+        scale = scale_of(scaler)
         if scale is not None and scaler.is_enabled():
             yield scale
+
+
+def _living(kind: type) -> Iterator[Any]:
+    """Yield the objects of ``kind`` and its subclasses in this process."""
+    kinds = [kind]
+    for known in kinds:
+        kinds += known.__subclasses__()
+    return (found for found in gc.get_referrers(*kinds) if type(found) in kinds)
 
 
 # One hook for all handles: a hook cannot be removed while hooks run, and handles end at any time.
