@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 from conftest import GPU
-from torch import Tensor
+from torch import Tensor, nn
 
 import vcl_kernels as vk
 from vcl_kernels import reference
@@ -37,6 +37,19 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "samples_inside": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
 }
+
+
+class Model(nn.Module):
+    """Any forward, ``steps(model, x)``, with attributes by name."""
+
+    def __init__(self, steps: Callable, **attributes: Any) -> None:
+        super().__init__()
+        self.__dict__["steps"] = steps
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Any) -> Any:
+        return self.steps(self, x)
 
 
 def check(function: Callable, x: Tensor, backend: str, *, beta: Any = "units", g: Tensor | None = None, **options):

@@ -6,22 +6,10 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from common import Model
 from torch import nn
 
 import vcl_kernels as vk
-
-
-class Model(nn.Module):
-    """A forward by name: ``steps(model, x)``."""
-
-    def __init__(self, steps, **layers):
-        super().__init__()
-        self.__dict__["steps"] = steps
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x):
-        return self.steps(self, x)
 
 
 class Gated(nn.Module):

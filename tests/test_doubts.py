@@ -15,23 +15,18 @@ def network():
     return nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.ELU()), nn.Linear(8, 2))
 
 
-def test_a_model_inside_a_distributed_one_is_refused(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    try:
-        wrapped, sharded = DistributedDataParallel(network()), network()
-        torch.distributed.fsdp.fully_shard(sharded, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
-        for model in (wrapped, wrapped.module, wrapped.module[0], sharded, sharded[0]):
-            with pytest.raises(
-                ValueError, match="DistributedDataParallel|FSDPModule.*[Aa]ttach first|wrap it afterwards"
-            ):
-                vk.attach(model)
-        assert not list(vk.attach(wrapped.module, learn_beta=False).parameters())
-        net, x = network(), torch.randn(20, 4)
-        handle = vk.attach(net, x)
-        (DistributedDataParallel(net)(x).sum() + handle.loss()).backward()
-        assert all(beta.grad.abs().sum() > 0 for beta in handle.parameters())
-    finally:
-        torch.distributed.destroy_process_group()
+@pytest.mark.usefixtures("one_process")
+def test_a_model_inside_a_distributed_one_is_refused():
+    wrapped, sharded = DistributedDataParallel(network()), network()
+    torch.distributed.fsdp.fully_shard(sharded, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    for model in (wrapped, wrapped.module, wrapped.module[0], sharded, sharded[0]):
+        with pytest.raises(ValueError, match="DistributedDataParallel|FSDPModule.*[Aa]ttach first|wrap it afterwards"):
+            vk.attach(model)
+    assert not list(vk.attach(wrapped.module, learn_beta=False).parameters())
+    net, x = network(), torch.randn(20, 4)
+    handle = vk.attach(net, x)
+    (DistributedDataParallel(net)(x).sum() + handle.loss()).backward()
+    assert all(beta.grad.abs().sum() > 0 for beta in handle.parameters())
 
 
 class Detector(nn.Module):

@@ -280,13 +280,6 @@ def test_attached_on_meta_it_is_as_attached_on_a_device(inject, beta_init):
     torch.testing.assert_close(step(net, handle, x), step(other, of_other, x))
 
 
-@pytest.fixture
-def one_process(tmp_path):
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
-
-
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.filterwarnings("ignore:DTensor random operators")
 @pytest.mark.parametrize("inject", [False, True])

@@ -198,13 +198,6 @@ def test_a_forward_that_calls_itself():
     assert len(handle.losses) == 3
 
 
-@pytest.fixture
-def one_process(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("inject", [True, False])
 @pytest.mark.parametrize("case", ["plain", "frozen", "paused", "input"])

@@ -3,6 +3,7 @@
 import collections
 import warnings
 
+import common
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,17 +12,11 @@ from torch import nn
 import vcl_kernels as vk
 
 
-class Model(nn.Module):
-    """A linear layer, an activation, other layers by name, and a forward that uses them."""
+class Model(common.Model):
+    """With a linear layer and an activation, if not others of their names."""
 
-    def __init__(self, forward, **layers):
-        super().__init__()
-        self.steps = forward
-        for name, layer in {"up": nn.Linear(6, 12), "act": nn.GELU(), **layers}.items():
-            setattr(self, name, layer)
-
-    def forward(self, x):
-        return self.steps(self, x)
+    def __init__(self, steps, **layers):
+        super().__init__(steps, **{"up": nn.Linear(6, 12), "act": nn.GELU(), **layers})
 
 
 class NormOfImages(nn.LayerNorm):

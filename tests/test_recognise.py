@@ -6,23 +6,11 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from common import Model
 from torch import nn
 
 import vcl_kernels as vk
 from vcl_kernels.nn.recognise import UnknownError, recognise
-
-
-class Function(nn.Module):
-    """Any function of itself and x, with attributes by name."""
-
-    def __init__(self, function, **attributes):
-        super().__init__()
-        self.__dict__["function"] = function
-        for name, value in attributes.items():
-            setattr(self, name, value)
-
-    def forward(self, x):
-        return self.function(self, x)
 
 
 def found(module, like=None):
@@ -101,30 +89,30 @@ def test_what_works_in_place_is_seen_as_the_same(kind):
 
 
 BY_HAND = {
-    "silu": (Function(lambda _, x: x * x.sigmoid()), "silu"),
-    "quick gelu": (Function(lambda _, x: x * (1.702 * x).sigmoid()), "hooked"),
-    "gelu": (Function(lambda _, x: 0.5 * x * (1 + (x / 2**0.5).erf())), "gelu"),
-    "clipped gelu": (Function(lambda _, x: F.gelu(x).clamp(max=10)), "hooked"),
-    "gelu in float32": (Function(lambda _, x: F.gelu(x.float()).type_as(x)), "hooked"),
-    "relu to float32": (Function(lambda _, x: F.relu(x.float())), "hooked"),
-    "relu": (Function(lambda _, x: x.clamp(min=0)), "relu"),
-    "relu in training": (Function(lambda m, x: F.leaky_relu(x, 0.1) if m.training else x.relu()), "hooked"),
-    "squared relu": (Function(lambda _, x: x.relu().square()), "hooked"),
-    "sine": (Function(lambda _, x: (30 * x).sin()), "hooked"),
-    "soft cap": (Function(lambda _, x: 30 * (x / 30).tanh()), "hooked"),
-    "backward by hand": (Function(lambda _, x: MishByHand.apply(x)), "hooked"),
-    "gradient of another": (Function(lambda _, x: F.relu(x).detach() + F.gelu(x) - F.gelu(x).detach()), None),
-    **{f"snake {s}": (Function(snake, a=parameter(*s)), "hooked") for s in ((5,), (1, 4, 1), (5, 1, 1), (1, 1, 1, 1))},
-    "snake viewed": (Function(lambda m, x: x + (m.a.view(1, -1, 1, 1) * x).sin() ** 2, a=parameter(5)), "hooked"),
+    "silu": (Model(lambda _, x: x * x.sigmoid()), "silu"),
+    "quick gelu": (Model(lambda _, x: x * (1.702 * x).sigmoid()), "hooked"),
+    "gelu": (Model(lambda _, x: 0.5 * x * (1 + (x / 2**0.5).erf())), "gelu"),
+    "clipped gelu": (Model(lambda _, x: F.gelu(x).clamp(max=10)), "hooked"),
+    "gelu in float32": (Model(lambda _, x: F.gelu(x.float()).type_as(x)), "hooked"),
+    "relu to float32": (Model(lambda _, x: F.relu(x.float())), "hooked"),
+    "relu": (Model(lambda _, x: x.clamp(min=0)), "relu"),
+    "relu in training": (Model(lambda m, x: F.leaky_relu(x, 0.1) if m.training else x.relu()), "hooked"),
+    "squared relu": (Model(lambda _, x: x.relu().square()), "hooked"),
+    "sine": (Model(lambda _, x: (30 * x).sin()), "hooked"),
+    "soft cap": (Model(lambda _, x: 30 * (x / 30).tanh()), "hooked"),
+    "backward by hand": (Model(lambda _, x: MishByHand.apply(x)), "hooked"),
+    "gradient of another": (Model(lambda _, x: F.relu(x).detach() + F.gelu(x) - F.gelu(x).detach()), None),
+    **{f"snake {s}": (Model(snake, a=parameter(*s)), "hooked") for s in ((5,), (1, 4, 1), (5, 1, 1), (1, 1, 1, 1))},
+    "snake viewed": (Model(lambda m, x: x + (m.a.view(1, -1, 1, 1) * x).sin() ** 2, a=parameter(5)), "hooked"),
     "dynamic tanh": (
-        Function(lambda m, x: (m.a * x).tanh() * m.w + m.b, a=parameter(1), w=parameter(5), b=0),
+        Model(lambda m, x: (m.a * x).tanh() * m.w + m.b, a=parameter(1), w=parameter(5), b=0),
         "hooked",
     ),
-    "images": (Function(only_images), "relu"),
-    "a setting": (Function(lambda m, x: F.leaky_relu(x, m.slope), slope=0.2), ("leaky_relu", 0.2)),
-    "a list of settings": (Function(lambda m, x: F.leaky_relu(x, m.slopes[0]), slopes=[0.2]), "hooked"),
-    "a constant tensor": (Function(lambda m, x: F.leaky_relu(x) * m.one, one=torch.ones(())), "hooked"),
-    "no copy": (Function(lambda _, x: x.relu(), lock=threading.Lock()), "hooked"),
+    "images": (Model(only_images), "relu"),
+    "a setting": (Model(lambda m, x: F.leaky_relu(x, m.slope), slope=0.2), ("leaky_relu", 0.2)),
+    "a list of settings": (Model(lambda m, x: F.leaky_relu(x, m.slopes[0]), slopes=[0.2]), "hooked"),
+    "a constant tensor": (Model(lambda m, x: F.leaky_relu(x) * m.one, one=torch.ones(())), "hooked"),
+    "no copy": (Model(lambda _, x: x.relu(), lock=threading.Lock()), "hooked"),
 }
 
 
@@ -157,19 +145,19 @@ OTHERS = {
     "dropout": nn.Dropout(),
     "dropout 2d": nn.Dropout2d(),  # warns of 2-D tensors
     "alpha dropout": nn.AlphaDropout(),
-    "dropout always": Function(lambda _, x: F.dropout(x, 0.5, True)),
-    "noise": Function(lambda _, x: x.relu() + torch.rand_like(x)),
-    "random relu": Function(lambda _, x: F.rrelu(x, training=True)),
+    "dropout always": Model(lambda _, x: F.dropout(x, 0.5, True)),
+    "noise": Model(lambda _, x: x.relu() + torch.rand_like(x)),
+    "random relu": Model(lambda _, x: F.rrelu(x, training=True)),
     "identity": nn.Identity(),
     "slope of 1": nn.LeakyReLU(1.0),
     "bounds of a dtype": nn.Hardtanh(-65504, 65504),
-    "cast": Function(lambda _, x: x.float().double()),
-    "scale": Function(lambda m, x: m.scale * x, scale=parameter(5)),
-    "scale of images": Function(lambda m, x: m.scale * x, scale=parameter(5, 1, 1)),
-    "exponential scale": Function(lambda m, x: m.scale.exp() * x, scale=parameter()),
-    "bias": Function(lambda m, x: m.bias + x, bias=parameter(5)),
-    "mask": Function(masked, mask=torch.rand(100) < 0.5),
-    "mask in place": Function(lambda _, x: x.masked_fill_(torch.ones(x.shape[1:]).tril().bool(), 0.0)),
+    "cast": Model(lambda _, x: x.float().double()),
+    "scale": Model(lambda m, x: m.scale * x, scale=parameter(5)),
+    "scale of images": Model(lambda m, x: m.scale * x, scale=parameter(5, 1, 1)),
+    "exponential scale": Model(lambda m, x: m.scale.exp() * x, scale=parameter()),
+    "bias": Model(lambda m, x: m.bias + x, bias=parameter(5)),
+    "mask": Model(masked, mask=torch.rand(100) < 0.5),
+    "mask in place": Model(lambda _, x: x.masked_fill_(torch.ones(x.shape[1:]).tril().bool(), 0.0)),
     "softmax": nn.Softmax(1),
     "log softmax": nn.LogSoftmax(-1),
     "layer norm": nn.LayerNorm(6),
@@ -179,24 +167,24 @@ OTHERS = {
     "group norm": nn.GroupNorm(2, 6),
     "instance norm": nn.InstanceNorm1d(6),  # warns of a wrong number of features
     "response norm": nn.LocalResponseNorm(2),
-    "length 1": Function(lambda _, x: F.normalize(x, dim=1)),
+    "length 1": Model(lambda _, x: F.normalize(x, dim=1)),
     "maximum": nn.MaxPool2d(3, 1, 1),
     "pooling": nn.AdaptiveAvgPool2d(1),
     "stub": torch.ao.quantization.QuantStub(),
     "fake quantisation": torch.ao.quantization.FakeQuantize(),
     "observer": torch.ao.quantization.MinMaxObserver(),
-    "straight through": Function(quantised),
-    "sign straight through": Function(sign_through),
-    "sign": Function(lambda _, x: x.sign()),
-    "round": Function(lambda _, x: x.round()),
-    "roll": Function(lambda _, x: x.relu().roll(1, 1)),
-    "sum over rows": Function(lambda _, x: x.relu().cumsum(0)),
+    "straight through": Model(quantised),
+    "sign straight through": Model(sign_through),
+    "sign": Model(lambda _, x: x.sign()),
+    "round": Model(lambda _, x: x.round()),
+    "roll": Model(lambda _, x: x.relu().roll(1, 1)),
+    "sum over rows": Model(lambda _, x: x.relu().cumsum(0)),
     "shuffle": nn.ChannelShuffle(2),
-    "positive": Function(only_positive),
-    "logarithm": Function(lambda _, x: x.log()),
-    "integers": Function(lambda _, x: x.long()),
-    "a tuple": Function(lambda _, x: (x.relu(),)),
-    "two halves": Function(lambda _, x: torch.cat([x.relu(), (-x).relu()], 1)),
+    "positive": Model(only_positive),
+    "logarithm": Model(lambda _, x: x.log()),
+    "integers": Model(lambda _, x: x.long()),
+    "a tuple": Model(lambda _, x: (x.relu(),)),
+    "two halves": Model(lambda _, x: torch.cat([x.relu(), (-x).relu()], 1)),
     "gated": nn.GLU(),
     "flatten": nn.Flatten(),
     "children": nn.Sequential(nn.ReLU()),
@@ -210,12 +198,12 @@ OTHERS = {
 }
 UNKNOWN = {
     "two arguments": nn.L1Loss(),
-    "raises": Function(lambda *_: 1 // 0),
-    "own size": Function(lambda _, x: x.view(2, 3, 7).relu().view(2, 21)),
+    "raises": Model(lambda *_: 1 // 0),
+    "own size": Model(lambda _, x: x.view(2, 3, 7).relu().view(2, 21)),
     "linear of 1": nn.Linear(1, 1),
     "an embedding of one": nn.Embedding(1, 1),
     "no forward": nn.ModuleDict(),
-    "a long vector": Function(lambda m, x: m.w * x, w=torch.ones(1 << 16)),
+    "a long vector": Model(lambda m, x: m.w * x, w=torch.ones(1 << 16)),
 }
 
 
@@ -237,9 +225,9 @@ def counting(m, x):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_recognition_leaves_no_trace(training):
-    modules = nn.ModuleList([Function(counting, count=0), nn.BatchNorm1d(6), nn.RReLU(inplace=True), nn.PReLU(3)])
+    modules = nn.ModuleList([Model(counting, count=0), nn.BatchNorm1d(6), nn.RReLU(inplace=True), nn.PReLU(3)])
     modules[0].register_buffer("total", torch.zeros((), dtype=torch.float16))
-    modules.append(Function(lambda m, x: x.relu() if m.training else -x, lock=threading.Lock()))  # has no copy
+    modules.append(Model(lambda m, x: x.relu() if m.training else -x, lock=threading.Lock()))  # has no copy
     modules.train(training)
     before, attributes, drawn = copy.deepcopy(modules.state_dict()), vars(modules[0]).copy(), torch.get_rng_state()
     assert [found(module) for module in modules] == ["hooked", None, "hooked", "hooked", None]
@@ -261,7 +249,7 @@ class OwnSizeInPlace(nn.Module):
         return x.view(-1, 3, 7).relu_().view(-1, 21)
 
 
-@pytest.mark.parametrize("act", [Function(own_size), OwnSizeInPlace()])
+@pytest.mark.parametrize("act", [Model(own_size), OwnSizeInPlace()])
 def test_one_that_takes_its_real_shape_alone_is_found_by_the_example(act):
     net, x = nn.Sequential(nn.Linear(4, 21), act, nn.Linear(21, 1), nn.Linear(1, 1)), torch.randn(20, 4)
     pre = net[0](x)
@@ -280,8 +268,8 @@ def test_one_that_takes_its_real_shape_alone_is_found_by_the_example(act):
 
 def test_one_whose_parameter_is_on_meta():
     with torch.device("meta"):
-        net = nn.Sequential(nn.Linear(4, 6), Function(snake, a=parameter(6)), nn.Linear(6, 6), nn.GELU())
-        scale = Function(lambda m, x: m.scale * x, scale=parameter(5))
+        net = nn.Sequential(nn.Linear(4, 6), Model(snake, a=parameter(6)), nn.Linear(6, 6), nn.GELU())
+        scale = Model(lambda m, x: m.scale * x, scale=parameter(5))
         assert found(scale) is None
         assert found(net[1]) == "hooked"
         assert repr(vk.attach(net, torch.empty(2, 4))) == "VCLHandle(1, 3)"
@@ -290,15 +278,15 @@ def test_one_whose_parameter_is_on_meta():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_one_in_another_precision(dtype):
-    assert found(Function(snake, a=parameter(5)).to(dtype)) == "hooked"
-    assert found(Function(lambda m, x: m.a * x, a=parameter(5)).to(dtype)) is None
+    assert found(Model(snake, a=parameter(5)).to(dtype)) == "hooked"
+    assert found(Model(lambda m, x: m.a * x, a=parameter(5)).to(dtype)) is None
     like = torch.randn(6, 21).to(dtype)
-    assert found(Function(own_size), like) == "hooked"
-    assert found(Function(lambda _, x: 3 * x.view(-1, 3, 7).view(-1, 21)), like) is None
+    assert found(Model(own_size), like) == "hooked"
+    assert found(Model(lambda _, x: 3 * x.view(-1, 3, 7).view(-1, 21)), like) is None
 
 
 def test_a_private_setting_that_changes_is_taken_over():
-    act, x = Function(lambda m, x: F.leaky_relu(x, vars(m)["_slope"]), _slope=0.2), torch.randn(20, 8)
+    act, x = Model(lambda m, x: F.leaky_relu(x, vars(m)["_slope"]), _slope=0.2), torch.randn(20, 8)
     assert found(act) == ("leaky_relu", 0.2)
     net = nn.Sequential(nn.Linear(4, 8), act)
     vk.attach(net, torch.randn(2, 4))
@@ -314,10 +302,10 @@ class Teacher:
 
 
 def test_a_trial_costs_little_and_changes_nothing():
-    module, values = Function(lambda m, x: m.seen.append(x.numel()) or x.tanh()), []
+    module, values = Model(lambda m, x: m.seen.append(x.numel()) or x.tanh()), []
     module.seen, module.teacher = values, Teacher()
     assert recognise(module) is not None
     assert values == []
-    large = Function(lambda _, x: values.append(x.numel()) or F.interpolate(x, size=9))
+    large = Model(lambda _, x: values.append(x.numel()) or F.interpolate(x, size=9))
     assert recognise(large) is None
     assert sum(values) < 1000
