@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -148,3 +149,31 @@ def map_tensors(function: Callable[[Tensor], Tensor], values: Any) -> Any:
         mapped = [map_tensors(function, value) for value in values]
         return type(values)(*mapped) if hasattr(values, "_fields") else type(values)(mapped)
     return function(values) if isinstance(values, Tensor) else values
+
+
+# Ops
+
+
+dispatch_mode: Any = getattr(getattr(torch.utils, "_python_dispatch", None), "TorchDispatchMode", None)
+
+
+def watching_ops(callback: Callable[[list[Tensor]], None]) -> AbstractContextManager[Any]:
+    """While entered, calls ``callback`` with the tensors that each op takes.
+
+    Raises:
+        NotImplementedError: torch has no dispatch modes; there is no fallback, and nothing is seen.
+    """
+    if dispatch_mode is None:
+        raise NotImplementedError("this torch does not tell which ops run (torch.utils._python_dispatch)")
+
+    class Watching(dispatch_mode):
+        def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            callback(tensors_in((args, kwargs or {})))
+            return func(*args, **(kwargs or {}))
+
+    return Watching()
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside of what ``torch.compile`` returned; ``model`` itself if it is not that."""
+    return getattr(model, "_orig_mod", model)

@@ -21,8 +21,8 @@ from .modules import VCL, VCLActivation
 from .probe import Call, Probed, probe
 from .recognise import Recognised, UnknownError, is_activation, recognise
 from .steering import Steering
-from .surgery import check_not_wrapped
 from .table import LEFT_OUT, Row
+from .wrappers import check_not_wrapped
 
 __all__ = ["attach"]
 

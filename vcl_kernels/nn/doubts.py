@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..backends import backends, choose
 from .functions import NAMES, FunctionCall
 from .probe import Call
-from .surgery import wrapper_of
+from .wrappers import wrapper_of
 
 __all__ = ["check_not_wrapped_outside", "scripted_activations", "tell_backend", "tell_rows", "written"]
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from ..torch_private import map_tensors, tensors_in, version_of
+from ..torch_private import tensors_in, version_of
+from .example import copied, evaluate
 from .features import FeaturesLast, acts_on_last_dim
 from .functions import FunctionCall, FunctionCalls
 from .fused import first_input
 
 __all__ = ["Call", "Probed", "probe"]
-
-_copy = partial(map_tensors, torch.clone)
 
 
 class Call(NamedTuple):
@@ -90,7 +86,7 @@ def probe(
     hooks += [module.register_forward_hook(behind_hook) for module in behind]
     hooks += [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
     with features, functions, _removing(hooks):
-        output = _evaluate(model, example)
+        output = evaluate(model, example)
     names = {module: name for name, module in model.named_modules()}
     for module, y, version in outputs:
         if version_of(y) != version:
@@ -119,8 +115,8 @@ def _attention_of(module: nn.Module) -> nn.Module:
 def _check_out_of_place(model: nn.Module, example: Any, in_place: list[nn.Module], output: Any) -> None:
     hooks = [module.register_forward_pre_hook(_copy_inputs, with_kwargs=True) for module in in_place]
     with _removing(hooks):
-        differs = bool(in_place) and not _equal(output, _evaluate(model, example))
-    if differs and _equal(output, _evaluate(model, example)):  # a random model differs from itself
+        differs = bool(in_place) and not _equal(output, evaluate(model, example))
+    if differs and _equal(output, evaluate(model, example)):  # a random model differs from itself
         raise ValueError(
             f"the output of model ({type(model).__name__}) changes when its activations run with inplace=False, as VCL "
             "needs in training: something else reads the tensor that they overwrite. Let it read what they return"
@@ -136,32 +132,8 @@ def _removing(hooks: list[Any]) -> Iterator[None]:
             hook.remove()
 
 
-def _evaluate(model: nn.Module, example: Any) -> Any:
-    """Return the evaluation output of ``model`` for a copy of ``example``.
-
-    Modes are set by attribute: a model may define ``eval()`` itself (an adapter merges its weights there). A
-    transformer layer's fast path calls no module.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Using `torch.compile")  # that global hooks run for a wrapper too
-            warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # of reentrant checkpointing
-            if isinstance(example, Mapping):
-                return model(**_copy(dict(example)))
-            return model(*_copy(example)) if isinstance(example, tuple) else model(_copy(example))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, mode in modes:
-            module.training = mode
-
-
 def _copy_inputs(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    return _copy(args), _copy(kwargs)
+    return copied(args), copied(kwargs)
 
 
 def _equal(output: Any, other: Any) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch.nn.parameter import is_lazy
 
 from .modules import VCLActivation
 
-__all__ = ["LEFT_OUT", "Row", "summary", "table"]
+__all__ = ["LEFT_OUT", "Row", "aligned", "summary", "table"]
 
 LEFT_OUT = "left out"
 
@@ -25,7 +26,12 @@ class Row(NamedTuple):
 def table(rows: list[Row], layers: dict[str, VCLActivation]) -> str:
     """Return the rows as aligned columns under their names."""
     lines = [Row._fields, *(row if row.vcl == LEFT_OUT else (*row[:3], _units(layers[row.layer])) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(Row._fields) - 1)]
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Return lines of cells as aligned columns."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]) - 1)]
     return "\n".join(
         "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
         for line in lines

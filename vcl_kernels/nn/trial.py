@@ -1,14 +1,17 @@
-"""A copy of a module to try out, so that nothing of the module itself changes."""
+"""Copies of modules to try out, so that nothing of the modules themselves changes."""
 
 from __future__ import annotations
 
+import copy
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["trial_copy"]
+from ..torch_private import tensors_in
+
+__all__ = ["model_copy", "trial_copy"]
 
 
 def trial_copy(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
@@ -47,3 +50,18 @@ def _tensor(value: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     if value.is_meta:
         return torch.rand(value.shape, dtype=dtype, device="cpu") * 0.8 + 0.1
     return value.detach().to("cpu", dtype, copy=True)
+
+
+def model_copy(model: nn.Module, *, shares_parameters: bool) -> nn.Module:
+    """Return a deep copy of ``model``.
+
+    Args:
+        model: any module. A tensor that a forward left in an attribute loses its graph in the copy, where it could
+            not be copied.
+        shares_parameters: the copy has the parameters themselves.
+    """
+    memo: dict[int, Any] = {id(p): p for p in model.parameters()} if shares_parameters else {}
+    for module in model.modules():
+        left = (t for name, value in vars(module).items() if not name.startswith("_") for t in tensors_in(value))
+        memo |= {id(t): t.detach() for t in left if not t.is_leaf}
+    return copy.deepcopy(model, memo)
