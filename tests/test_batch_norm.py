@@ -1,4 +1,4 @@
-"""remove_batch_norm: the function stays, the batch goes; what is folded, what becomes affine, what is refused."""
+"""remove_batch_norm: the function stays, the batch goes; what is folded, what becomes affine, and the report."""
 
 import copy
 import pickle
@@ -6,347 +6,12 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from common import Model
+from normed import CASES, Dynamic, NormAct, Residual, X, cnn, pre_activation, randomised, with_norm
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import vcl_kernels as vk
 from vcl_kernels.nn.affine import ChannelAffine
 from vcl_kernels.nn.norms import BATCH_NORMS
-
-X = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
-def cnn():
-    first = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8, eps=1e-3), nn.ReLU(inplace=True)
-    second = nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True)
-    return nn.Sequential(*first, nn.MaxPool2d(2), *second, nn.Flatten(), nn.Linear(24, 10), nn.BatchNorm1d(10))
-
-
-class Residual(nn.Module):
-    """Two convolutions, two batch norms, and the forward of the subclass."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
-        self.conv2, self.bn2 = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        h = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(h)) + x)
-
-
-def variant(forward):
-    """A residual network with another forward."""
-    return type("Variant", (Residual,), {"forward": forward})
-
-
-pre_activation = variant(lambda m, x: x + m.conv2(m.relu(m.bn2(m.conv1(m.relu(m.bn1(x)))))))
-
-
-def shared_weight():
-    net = variant(lambda m, x: m.bn1(m.conv1(x)) + m.conv2(m.bn2(x)))()
-    net.conv2.weight = net.conv1.weight
-    return net
-
-
-def with_vcl():
-    """What VCL does in training depends on the batch, and does not matter here."""
-    net = variant(lambda m, x: m.bn2(m.conv2(m.vcl(m.bn1(m.conv1(x))).relu())))()
-    net.vcl = vk.VCL(3)
-    return net
-
-
-def used_twice(m, x, use=1):
-    h = m.conv1(x)
-    y = m.bn2(m.conv2(m.bn1(h).relu()))
-    return y if use is None else y + h
-
-
-def used_twice_by_default(m, x, skip=None):
-    return used_twice(m, x) if skip is None else used_twice(m, x, None) + skip
-
-
-class Dynamic(nn.Module):
-    """Its forward depends on values, so that it cannot be traced."""
-
-    def __init__(self, *layers):
-        super().__init__()
-        self.seq = nn.Sequential(*layers)
-        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
-
-    def forward(self, x):
-        h = self.seq(x)
-        return self.bn(self.conv(h)) if h.sum() != 0 else h
-
-
-def repeated():
-    relu, conv = nn.ReLU(), nn.Conv2d(3, 3, 3)
-    return Dynamic(relu, conv, relu, nn.BatchNorm2d(3), conv, nn.BatchNorm2d(3))
-
-
-def shared_block():
-    block = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))
-    return Dynamic(block, nn.ReLU(), block)
-
-
-def between():
-    relu = nn.ReLU()
-    return Dynamic(relu, nn.Conv2d(3, 3, 3), relu, nn.BatchNorm2d(3))
-
-
-def with_norm(layer, norm=nn.BatchNorm2d, **options):
-    """A network of a layer and a batch norm of its output's channels."""
-    return nn.Sequential(layer, norm(getattr(layer, "out_channels", None) or layer.out_features, **options))
-
-
-def without_statistics():
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4, track_running_stats=False))
-
-
-def with_given_statistics():
-    net = without_statistics()
-    net[2].running_mean, net[2].running_var = torch.zeros(4), torch.ones(4)
-    return net
-
-
-def hooked(net, index):
-    net[index].register_forward_hook(lambda _module, _args, output: 2 * output)
-    return net
-
-
-def old_weight_norm():
-    with pytest.warns(FutureWarning):
-        return with_norm(nn.utils.weight_norm(nn.Conv2d(3, 4, 3)))
-
-
-def parts(**more):
-    """A convolution, a batch norm, and what else."""
-    return {"conv": nn.Conv2d(3, 3, 3, padding=1), "bn": nn.BatchNorm2d(3), **more}
-
-
-def steps(forward, **more):
-    """A model of these parts and any forward, which can be traced."""
-    return lambda: Model(forward, **parts(**more))
-
-
-def dynamic(forward, **more):
-    """The same with a forward that depends on values."""
-    return steps(lambda m, x: forward(m, x) if x.abs().max() < 100 else forward(m, x / 100), **more)
-
-
-def each(m, x):
-    """Run what is in a container that is no module."""
-    for module in m.parts:
-        x = module(x)
-    return x
-
-
-def in_a(container):
-    def make():
-        net = Model(each, **parts())
-        net.parts = container([net.conv, net.bn])
-        return net
-
-    return make
-
-
-def in_a_dict():
-    net = Model(lambda m, x: m.parts["all"][1](m.parts["all"][0](x)), **parts())
-    net.parts = {"all": (net.conv, net.bn)}
-    return net
-
-
-def in_a_closure():
-    net = Model(lambda m, x: m.call(x), **parts())
-    net.call = lambda x: net.bn(net.conv(x))
-    return net
-
-
-def checkpointed(m, x):
-    return checkpoint(m.block, x, use_reentrant=False)
-
-
-def intermediate_results(m, x):
-    outputs = []
-    if x.abs().max() > 100:
-        x = x / 100
-    for module in m.enc:
-        x = module(x)
-        outputs.append(x)
-    return x + outputs[0]
-
-
-def encoder():
-    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
-
-
-def kept(m, x):
-    m.features = m.conv(x)
-    return m.bn(m.features)
-
-
-def two_weights_in_one_memory():
-    net = Model(lambda m, x: m.bn(m.conv(x)) + m.other(x), **parts(other=nn.Conv2d(3, 3, 3, padding=1))).double()
-    net.other.weight.data = net.conv.weight.data
-    return net
-
-
-def a_view_of_a_weight():
-    net = Model(lambda m, x: m.bn(m.conv(x)) + m.view.mean(), **parts()).double()
-    net.view = net.conv.weight.detach()[0]
-    return net
-
-
-def one_memory_for_all():
-    net = cnn().double()
-    flat = torch.cat([p.detach().flatten() for p in net.parameters()])
-    begin = 0
-    for p in net.parameters():
-        p.data = flat[begin : begin + p.numel()].view_as(p)
-        begin += p.numel()
-    return net
-
-
-def lazy():
-    net = with_norm(nn.LazyConv2d(4, 3))
-    net(X)
-    return net
-
-
-class Standardised(nn.Conv2d):
-    def forward(self, x):
-        return F.conv2d(x, self.weight / self.weight.std((1, 2, 3), keepdim=True))
-
-
-class Checked(nn.BatchNorm2d):
-    def _check_input_dim(self, input):
-        assert input.dim() == 4
-
-
-class AlwaysEvaluates(nn.BatchNorm2d):
-    def train(self, mode=True):
-        return super().train(mode and False)
-
-
-class NormAct(nn.BatchNorm2d):
-    """A batch norm with children that follow, as those of timm are, and a forward of its own."""
-
-    def __init__(self, channels):
-        super().__init__(channels)
-        self.drop, self.act = nn.Identity(), nn.SiLU()
-
-    def forward(self, x):
-        return self.act(self.drop(super().forward(x)))
-
-
-class Own(nn.BatchNorm2d):
-    def forward(self, x):
-        return super().forward(x).relu()
-
-
-GROUPS = torch.cat((X, -2 * X), 1)
-VOLUMES = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(2))
-spectral_norm = nn.utils.parametrizations.spectral_norm
-
-# name: network, its input, and what becomes of each batch norm ("I": folded, "A": affine), in the network's order, by a
-# trace alone; where an example_input shows more (or less), by that behind a "/"
-CASES = {
-    "cnn": (cnn, X, "IIA/III"),
-    "residual": (Residual, X, "II"),
-    "pre-activation": (pre_activation, X, "AI"),
-    "in a block": (lambda: nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1)), nn.BatchNorm2d(3), Residual()), X, "III"),
-    "first": (lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3)), X, "A"),
-    "alone": (lambda: nn.BatchNorm2d(3), X, "A"),
-    "twice": (lambda: nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.BatchNorm2d(3)), X, "IA"),
-    "channels_last": (lambda: cnn().to(memory_format=torch.channels_last), X, "IIA/III"),
-    # Kinds of batch norm
-    "sync": (lambda: nn.SyncBatchNorm.convert_sync_batchnorm(cnn()), X, "IIA/III"),
-    "momentum=None": (lambda: with_norm(nn.Conv2d(3, 4, 3), momentum=None), X, "I"),
-    "affine=False": (lambda: with_norm(nn.Conv2d(3, 6, 3), affine=False), X, "I"),
-    "affine=False, affine": (lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3, affine=False)), X, "A"),
-    "3-D affine": (lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm3d(3)), VOLUMES, "A"),
-    "statistics by hand": (with_given_statistics, X, "IA"),
-    "subclass with a check": (lambda: with_norm(nn.Conv2d(3, 4, 3), Checked), X, "I"),
-    "subclass with a mode": (lambda: with_norm(nn.Conv2d(3, 4, 3), AlwaysEvaluates), X, "I"),
-    "activation inside": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), NormAct(4), NormAct(4)), X, "IA"),
-    # Layers before it
-    "conv1d": (lambda: with_norm(nn.Conv1d(3, 6, 3), nn.BatchNorm1d), X[..., 0], "I"),
-    "conv3d": (lambda: with_norm(nn.Conv3d(3, 6, 3), nn.BatchNorm3d), VOLUMES, "I"),
-    "padded": (lambda: with_norm(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")), X, "I"),
-    "before a padded one": (lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)), X, "A"),
-    "grouped": (lambda: with_norm(nn.Conv2d(6, 4, 3, groups=2)), GROUPS, "I"),
-    "depthwise": (lambda: with_norm(nn.Conv2d(3, 6, 3, groups=3)), X, "I"),
-    "transposed": (lambda: with_norm(nn.ConvTranspose2d(3, 4, 3)), X, "I"),
-    "transposed 1d": (lambda: with_norm(nn.ConvTranspose1d(3, 4, 3), nn.BatchNorm1d), X[..., 0], "I"),
-    "transposed, groups": (lambda: with_norm(nn.ConvTranspose2d(6, 4, 3, groups=2, bias=False)), GROUPS, "I"),
-    "lazy, has run": (lazy, X, "I"),
-    "spectral_norm": (lambda: with_norm(spectral_norm(nn.Conv2d(3, 4, 3))), X, "A"),
-    "weight_norm": (lambda: with_norm(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))), X, "A"),
-    "old weight_norm": (old_weight_norm, X, "A"),
-    "own subclass": (lambda: with_norm(Standardised(3, 4, 3)), X, "A"),
-    "hooks": (lambda: hooked(with_norm(nn.Conv2d(3, 4, 3)), 0), X, "A"),
-    # Linear layers: (N, C) only
-    "linear": (lambda: with_norm(nn.Linear(8, 6, bias=False), nn.BatchNorm1d), X[:, 0, 0], "A/I"),
-    "linear, (N, L, C) with L = C": (lambda: with_norm(nn.Linear(8, 3), nn.BatchNorm1d), X[:, :, 0], "A"),
-    "linear, (N, L, C) with another L": (lambda: nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(3)), X[..., 0], "A"),
-    "linear, images": (lambda: with_norm(nn.Linear(8, 3)), X, "A"),
-    "linear, sync": (lambda: with_norm(nn.Linear(8, 3), nn.SyncBatchNorm), X[:, :, 0], "A"),
-    # Other uses of the layer's output, parameters or memory
-    "used twice": (variant(used_twice), X, "AI"),
-    "used in place": (variant(lambda m, x: m.bn2(m.conv2(m.bn1(m.conv1(x).add_(x))))), X, "AI"),
-    "used in training": (variant(lambda m, x: used_twice(m, x, 1 if m.training else None)), X, "AI"),
-    "used without an option": (variant(used_twice_by_default), X, "AI"),
-    "returned": (steps(lambda m, x: (m.bn(y := m.conv(x)), y)), X, "A"),
-    "viewed": (steps(lambda m, x: m.bn(m.conv(x)[:]) + m.conv(x)), X, "A"),
-    "kept": (steps(kept), X, "I/A"),
-    "weight used": (variant(lambda m, x: m.bn2(m.conv2(m.bn1(m.conv1(x)))) + m.conv1.weight.mean()), X, "AI"),
-    "shared convolution": (variant(lambda m, x: m.bn2(m.conv2(m.conv1(m.bn1(m.conv1(x)))))), X, "AI"),
-    "shared weight": (shared_weight, X, "AA"),
-    "shared memory": (two_weights_in_one_memory, X, "A"),
-    "shared memory, a view": (a_view_of_a_weight, X, "A"),
-    "one memory, not shared": (one_memory_for_all, X, "IIA/III"),
-    "shared norm": (variant(lambda m, x: m.bn1(m.conv1(x)) + m.bn1(m.conv2(x))), X, "AA"),
-    "called twice": (variant(lambda m, x: m.bn1(m.conv1(m.bn1(m.conv1(x))))), X, "IA"),
-    "forwards called": (steps(lambda m, x: m.bn.forward(m.conv.forward(x))), X, "I"),
-    "in a list": (in_a(list), X, "I"),
-    "in a tuple": (in_a(tuple), X, "I"),
-    "in a dict": (in_a_dict, X, "I"),
-    "in a closure": (in_a_closure, X, "A"),
-    "vcl inside": (with_vcl, X, "II"),
-    "checkpointed": (lambda: Model(checkpointed, block=Residual()), X, "II"),
-    # Forwards that cannot be traced
-    "dynamic": (lambda: Dynamic(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3)), X, "AAA/IAI"),
-    "dynamic, repeated": (repeated, X, "AAA/AAI"),
-    "dynamic, shared block": (shared_block, X, "AA/II"),
-    "dynamic, something between": (between, X, "AA/AI"),
-    "dynamic, intermediate results": (lambda: Model(intermediate_results, enc=encoder()), X, "A"),
-    "dynamic, other use in training": (dynamic(lambda m, x: m.bn(y := m.conv(x)) + m.training * y), X, "A"),
-    "dynamic, used in place": (dynamic(lambda m, x: m.bn(m.conv(x).relu_())), X, "A"),
-    "dynamic, kept": (dynamic(kept), X, "A"),
-    "dynamic, returned": (dynamic(lambda m, x: (m.bn(y := m.conv(x)), y)), X, "A"),
-    "dynamic, weight used": (dynamic(lambda m, x: m.bn(m.conv(x)) + m.conv.weight.mean()), X, "A"),
-    "dynamic, class asked for": (
-        dynamic(lambda m, x: m.bn(m.conv(x)) if isinstance(m.conv, nn.Conv2d) else x),
-        X,
-        "A/I",
-    ),
-}
-
-
-def randomised(net):
-    """Running statistics and weights as after a training that went far."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for module in net.modules():
-            if isinstance(module, BATCH_NORMS):
-                module.running_mean.normal_(generator=generator)
-                module.running_var.uniform_(0.1, 4, generator=generator)
-                if module.affine:
-                    module.weight.normal_(generator=generator)
-                    module.bias.normal_(generator=generator)
-    return net
 
 
 @pytest.mark.parametrize("shown", [False, True], ids=["traced", "shown"])
@@ -387,14 +52,14 @@ def test_names_and_parameters_stay():
     assert all(after[name] is before[name] for name in after if name in before)
     assert [name for name in net.state_dict() if "bn" not in name and name in kept] == ["conv1.weight", "conv2.weight"]
     assert (net.training, net.bn1.training, net.bn2.training) == (True, False, True)
-    other = vk.remove_batch_norm(Residual())
+    other = vk.remove_batch_norm(Residual()).model
     other.load_state_dict(net.state_dict())
     torch.testing.assert_close(other(X), net(X), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dtype_and_memory_format_stay(dtype):
-    net = vk.remove_batch_norm(pre_activation().to(dtype))
+    net = vk.remove_batch_norm(pre_activation().to(dtype)).model
     assert {tensor.dtype for tensor in net.state_dict().values()} == {dtype}
     assert net(X.to(dtype)).dtype == dtype
     y = ChannelAffine(3)(X.to(dtype, memory_format=torch.channels_last))
@@ -418,7 +83,7 @@ def test_what_was_not_learned_is_not_learned():
     assert isinstance(layers_frozen.bn2, nn.Identity)
 
 
-def test_tracing_leaves_no_mark():
+def test_following_a_forward_leaves_no_mark():
     class Counts(Residual):
         def __init__(self):
             super().__init__()
@@ -427,45 +92,104 @@ def test_tracing_leaves_no_mark():
         def forward(self, x):
             self.calls += 1
             self.last = self.conv1(x)
-            return self.bn1(self.last.relu())
+            return self.bn1(F.dropout(self.last, training=self.training))
 
-    net = vk.remove_batch_norm(Counts())
-    assert net.calls == 0
-    assert not hasattr(net, "last")
+    for example in (None, X):
+        net, x, state = Counts(), X.clone(), torch.get_rng_state()
+        vk.remove_batch_norm(net, None if example is None else x)
+        assert net.calls == 0
+        assert not hasattr(net, "last")
+        assert torch.equal(x, X)
+        assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_compiled_model_compiles_itself_again():
+@pytest.mark.parametrize("given", ["inside", "compiled"])
+def test_a_compiled_model_compiles_itself_again(given):
     net = randomised(cnn()).eval()
     compiled = torch.compile(net, backend="eager")
     before = compiled(X)
-    vk.remove_batch_norm(net)
+    removal = vk.remove_batch_norm(net if given == "inside" else compiled, X)
+    assert removal.model is net
+    assert all(row.folded_into for row in removal.rows)
     torch.testing.assert_close(compiled(X), before, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(compiled.train()(X), before, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), "model .Sequential. has no batch norm"),
-        (without_statistics, "BatchNorm2d, '2', without running statistics .*zeros and ones"),
-        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyBatchNorm2d()), "LazyBatchNorm2d, '1', that has not seen"),
-        (lambda: with_norm(nn.Linear(3, 4), Own), "Own, '1', with a forward of its own"),
-        (lambda: hooked(cnn(), 5), "BatchNorm2d, '5', with hooks"),
-    ],
-)
-def test_refused_and_unchanged(make, message):
+def test_the_report_tells_what_became_of_each():
+    net = nn.Sequential(Residual(), nn.BatchNorm2d(3), nn.Flatten(), *with_norm(nn.Linear(192, 4), nn.BatchNorm1d))
+    removal = vk.remove_batch_norm(net)
+    assert repr(removal).splitlines() == [
+        "batch norm  type         became             because",
+        "0.bn1       BatchNorm2d  part of '0.conv1'",
+        "0.bn2       BatchNorm2d  part of '0.conv2'",
+        "1           BatchNorm2d  ChannelAffine      its input is not the output of a convolution or linear layer",
+        "4           BatchNorm1d  ChannelAffine      Linear '3' may return (N, L, C); an example_input shows it",
+        "4 batch norms removed: 2 folded, 2 affine",
+    ]
+    unknown = vk.remove_batch_norm(Dynamic())
+    assert [row.reason for row in unknown.rows] == ["the forward could not be followed; an example_input may show it"]
+    assert repr(unknown).splitlines()[-1].startswith("The forward could not be followed: tracing it raised TraceError")
+
+
+# What keeps a batch norm from being folded, and how it is said: by a trace, or on an example
+REASONS = {
+    ("first", "traced"): "its input is not the output of a convolution or linear layer",
+    ("weight_norm", "shown"): "ParametrizedConv2d '0' is parametrized",
+    ("own subclass", "shown"): "Standardised '0' is a Standardised, which may compute its weight in each forward",
+    ("hooks", "traced"): "Conv2d '0' has hooks or a forward of its own",
+    ("linear, images", "shown"): "Linear '0' has its channels in another dimension than BatchNorm2d",
+    ("linear, (N, L, C) with L = C", "shown"): "Linear '0' returns what is not (N, C)",
+    ("linear", "traced"): "Linear '0' may return (N, L, C); an example_input shows it",
+    ("returned", "shown"): "the output of Conv2d 'conv' has other uses",
+    ("dynamic, weight used", "shown"): "a forward reads the parameters of Conv2d 'conv'",
+    ("shared memory", "traced"): "Conv2d 'conv' shares memory with another module",
+    ("shared norm", "shown"): "its inputs come from several layers",
+    ("in a closure", "shown"): "no forward that was followed calls it",
+}
+
+
+@pytest.mark.parametrize(("case", "shown"), REASONS)
+def test_reasons(case, shown):
+    make, x, _ = CASES[case]
     net = make()
-    modules, state = list(net.modules()), {k: v for k, v in net.state_dict().items() if not nn.parameter.is_lazy(v)}
-    state = copy.deepcopy(state)
-    with pytest.raises(ValueError, match=message):
-        vk.remove_batch_norm(net)
-    assert list(net.modules()) == modules
-    for name, value in state.items():
-        torch.testing.assert_close(net.state_dict()[name], value, rtol=0, atol=0)
+    removal = vk.remove_batch_norm(net, x.to(next(net.parameters()).dtype) if shown == "shown" else None)
+    assert removal.rows[0].reason == REASONS[case, shown]
+
+
+def test_layers_that_keep_a_batch_norm_out():
+    lazy_layer = with_norm(nn.Conv2d(3, 4, 3))
+    lazy_layer[0] = nn.LazyConv2d(4, 3)
+    frozen = with_norm(nn.Conv2d(3, 4, 3))
+    frozen[0].requires_grad_(False)
+    elsewhere = with_norm(nn.Conv2d(3, 4, 3, device="meta"))
+    for net, reason in (
+        (lazy_layer, "has no shape yet"),
+        (frozen, "is frozen, and the batch norm learns"),
+        (elsewhere, "is on meta, not cpu"),
+    ):
+        (row,) = vk.remove_batch_norm(net).rows
+        assert row.reason.endswith(reason)
+
+
+def test_other_models_keep_their_values():
+    net, other = with_norm(nn.Conv2d(3, 4, 3)), nn.Conv2d(3, 4, 3)
+    other.weight.data, before = net[0].weight.data, net[0].weight.detach().clone()
+    assert vk.remove_batch_norm(randomised(net)).rows[0].folded_into == "0"
+    assert torch.equal(other.weight, before)
+    assert not torch.equal(net[0].weight, before)
+
+
+def test_meta():
+    net = with_norm(nn.Conv2d(3, 4, 3)).to("meta")
+    assert vk.remove_batch_norm(net).rows[0].folded_into == "0"
+    net = with_norm(nn.Conv2d(3, 4, 3)).to("meta")
+    vk.remove_batch_norm(net, X.to("meta"))
+    assert net(X.to("meta")).shape == (5, 4, 6, 6)
 
 
 def test_copies_and_attach():
-    net = vk.remove_batch_norm(randomised(nn.Sequential(nn.BatchNorm2d(3), *with_norm(nn.Conv2d(3, 4, 3)))))
+    net = randomised(nn.Sequential(nn.BatchNorm2d(3), *with_norm(nn.Conv2d(3, 4, 3)), NormAct(4)))
+    vk.remove_batch_norm(net)
     x = torch.randn(20, 3, 8, 8)
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         torch.testing.assert_close(other(x), net(x), rtol=0, atol=0)

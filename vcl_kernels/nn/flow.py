@@ -109,7 +109,7 @@ class Watch:
         self.taken: list[tuple[nn.Module, int | None]] = []  # norms that run, and the addresses of their inputs
         for copied, own in zip(self.model.modules(), model.modules(), strict=True):
             copied.training = training and own not in norms  # a batch of one sample has no statistics
-            if own in norms or isinstance(own, layers):
+            if own in norms or (isinstance(own, layers) and not any(inside in norms for inside in own.modules())):
                 self.followed[copied] = own
         for copied, own in self.followed.items():
             self._follow(copied, own, own_names(own) if own in norms else {"weight", "bias"})
@@ -231,7 +231,7 @@ class _Tracer(fx.Tracer):
         self.followed = followed
 
     def is_leaf_module(self, m: nn.Module, _name: str) -> bool:
-        return not any(inside in self.followed for inside in m.modules() if inside is not m)
+        return m in self.followed or not any(inside in self.followed for inside in m.modules())
 
 
 def _read_graph(graph: fx.Graph, watch: Watch) -> None:

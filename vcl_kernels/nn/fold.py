@@ -46,7 +46,7 @@ def why_not_into(layer: Any, norm: Any, dims: set[int], sharing: set[nn.Module])
     if not issubclass(type(norm), (FOLDABLE[type(layer)], nn.SyncBatchNorm)):
         return f"has its channels in another dimension than {type(norm).__name__}"
     if isinstance(layer, nn.Linear) and dims != {2}:
-        return "may have an output (N, L, C), whose features are not the channels; an example_input shows it"
+        return "returns what is not (N, C)" if dims else "may return (N, L, C); an example_input shows it"
     if layer in sharing:
         return "shares memory with another module"
     if any(type(p) is not nn.Parameter for p in layer.parameters()):

@@ -1,0 +1,186 @@
+"""remove_batch_norm: what it refuses, with the model unchanged."""
+
+import itertools
+import threading
+import warnings
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import Model
+from normed import NormAct, Own, Residual, X, cnn, dynamic, each, hooked, parts, steps, with_norm, without_statistics
+from torch import nn
+
+import vcl_kernels as vk
+
+
+class OwnCall(nn.BatchNorm2d):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class OwnBuffer(nn.BatchNorm2d):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.register_buffer("centres", torch.zeros(channels))
+
+
+class Slots(nn.BatchNorm2d):
+    __slots__ = ("more",)
+
+
+class ActThenNorm(NormAct):
+    def forward(self, x):
+        return nn.BatchNorm2d.forward(self, self.act(x))
+
+
+def with_state_hook():
+    net = cnn()
+    net[1].register_state_dict_pre_hook(lambda *_: None)
+    return net
+
+
+def quantisation_aware():
+    qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
+    return nn.Sequential(torch.ao.nn.intrinsic.qat.ConvBn2d(3, 4, 3, qconfig=qconfig))
+
+
+def unregistered(container):
+    net = Model(each, conv=nn.Conv2d(3, 3, 3), bn=nn.BatchNorm2d(3))
+    net.parts = container([net.conv, nn.BatchNorm2d(3)])
+    return net
+
+
+def stored_forward():
+    net = Model(lambda m, x: m.call(m.conv(x)), **parts())
+    net.call = net.bn.forward
+    return net
+
+
+def scripted():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net[1] = torch.jit.script(net[1])
+    return net
+
+
+def by_class(m, x):
+    for module in m.children():
+        if isinstance(module, nn.BatchNorm2d):
+            x = 2 * module(x)
+        elif isinstance(module, nn.Conv2d):
+            x = module(x)
+    return x
+
+
+def all_parameters(m, x):
+    return m.bn(m.conv(x)) * sum(p.sum() for p in m.parameters())
+
+
+def asks_in_training(m, x):
+    return m.bn(m.conv(x)) + (m.bn.weight.sum() if m.training else 0)
+
+
+def functional(m, x):
+    return F.batch_norm(m.conv(x), m.bn.running_mean, m.bn.running_var)
+
+
+def in_a_loop(m, x):
+    for bn in [m.bn]:
+        x = (x - bn.running_mean.view(1, -1, 1, 1)) if x.abs().max() < 100 else x
+    return x
+
+
+def times_weight(m, x):
+    return m.bn(m.conv(x)) * m.bn.weight.view(1, -1, 1, 1)
+
+
+WITH_EXAMPLE, BOTH = [X], [None, X]
+REFUSED = {
+    "none": (lambda: nn.Sequential(nn.Linear(8, 3), nn.LayerNorm(3)), BOTH, "model .Sequential. has no batch norm"),
+    "no statistics": (without_statistics, BOTH, "BatchNorm2d, '2', without running statistics .*zeros and ones"),
+    "lazy": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyBatchNorm2d()),
+        [None],
+        "LazyBatchNorm2d, '1', that has not seen any input",
+    ),
+    "own forward": (lambda: with_norm(nn.Conv2d(3, 4, 3), Own), BOTH, "Own, '1', with a forward of its own"),
+    "own call": (lambda: with_norm(nn.Conv2d(3, 4, 3), OwnCall), BOTH, "OwnCall, '1', with a call of its own"),
+    "own buffer": (lambda: with_norm(nn.Conv2d(3, 4, 3), OwnBuffer), BOTH, r"buffers of its own \(centres\)"),
+    "slots": (lambda: with_norm(nn.Conv2d(3, 4, 3), Slots), BOTH, "Slots, '1', with a forward of its own"),
+    "other order": (lambda: with_norm(nn.Conv2d(3, 4, 3), ActThenNorm), BOTH, "children that do not simply follow it"),
+    "hooks": (lambda: hooked(cnn(), 5), BOTH, "BatchNorm2d, '5', with hooks"),
+    "state hooks": (with_state_hook, BOTH, "BatchNorm2d, '1', with hooks"),
+    "scripted": (scripted, BOTH, "scripted batch norm, '1'; remove it before"),
+    "in a list alone": (partial(unregistered, list), BOTH, "BatchNorm2d in parts, and not among its modules"),
+    "in a dict alone": (partial(unregistered, lambda x: {"a": x}), BOTH, "BatchNorm2d in parts, and not among"),
+    "weight": (steps(times_weight), BOTH, "reads 'weight' of BatchNorm2d 'bn', and not only calls it"),
+    "eps": (steps(lambda m, x: m.bn(m.conv(x)) * m.bn.eps), BOTH, "reads 'eps'"),
+    "in training": (steps(asks_in_training), BOTH, "reads 'weight'"),
+    "functional": (steps(functional), BOTH, "reads 'running_mean'"),
+    "a method": (steps(lambda m, x: m.bn.reset_running_stats() or m.bn(x)), BOTH, "reads 'reset_running_stats'"),
+    "stored forward": (stored_forward, BOTH, "reads '_check_input_dim'"),
+    "qat": (quantisation_aware, BOTH, "reads 'running_var' of BatchNorm2d '0.bn'"),
+    "dynamic, weight": (dynamic(times_weight), WITH_EXAMPLE, "reads 'weight'"),
+    "dynamic, in training": (dynamic(asks_in_training), WITH_EXAMPLE, "reads 'weight'"),
+    "by class": (steps(by_class), WITH_EXAMPLE, "moves by .* of its largest value after its batch norms were removed"),
+    "all parameters": (steps(all_parameters), WITH_EXAMPLE, "moves by"),
+    "random": (steps(lambda m, x: m.bn(x) * next(NUMBERS)), WITH_EXAMPLE, "differs from one call to the next"),
+    "no copies": (
+        steps(lambda m, x: m.bn(x), lock=threading.Lock()),
+        WITH_EXAMPLE,
+        "cannot be copied .TypeError: .*Leave it out",
+    ),
+}
+NUMBERS = itertools.count()
+
+
+@pytest.mark.parametrize(("case", "i"), [(case, i) for case in REFUSED for i in range(len(REFUSED[case][1]))])
+def test_refused_and_unchanged(case, i):
+    make, examples, message = REFUSED[case]
+    net = make()
+    modules = [(module, type(module), dict(vars(module))) for module in net.modules()]
+    state = {name: (t, None if nn.parameter.is_lazy(t) else t.clone()) for name, t in net.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        vk.remove_batch_norm(net, examples[i])
+    assert [(module, type(module), dict(vars(module))) for module in net.modules()] == modules
+    for name, (tensor, value) in state.items():
+        now = net.state_dict()[name]
+        assert now is tensor if value is None else now.data_ptr() == tensor.data_ptr()
+        assert value is None or torch.equal(now, value)
+
+
+def hidden(m, x):
+    return m.inner(x) if x.sum() else x
+
+
+@pytest.mark.parametrize(
+    ("methods", "found"),
+    [
+        ({"forward": lambda m, x: m.bn(x) * m.bn.weight if x.sum() else x}, "forward names 'bn.weight'"),
+        (
+            {"forward": lambda m, x: m.bn(x) if x.sum() and isinstance(m.bn, nn.BatchNorm2d) else x},
+            "forward names .*BatchNorm2d",
+        ),
+        ({"forward": in_a_loop}, "forward names 'bn.running_mean'"),
+        ({"forward": hidden, "inner": lambda m, x: (lambda: m.bn.eps * x)()}, "inner names 'bn.eps'"),
+    ],
+)
+def test_code_that_cannot_be_followed_is_looked_at(methods, found):
+    def unrelated(m):
+        return m.bn.weight
+
+    net = type("Coded", (Residual,), {**methods, "unrelated": unrelated})()
+    net.conv, net.bn = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+    with pytest.raises(ValueError, match=f"could not be followed .*, and Coded.{found}.*Pass an example_input"):
+        vk.remove_batch_norm(net)
+    assert isinstance(net.bn, nn.BatchNorm2d)
+
+
+def test_an_example_that_does_not_fit_is_told_by_the_model():
+    net = cnn()
+    with pytest.raises(RuntimeError, match="expected input.* to have 3 channels"):
+        vk.remove_batch_norm(net, X[:, :2])
+    assert isinstance(net[1], nn.BatchNorm2d)
