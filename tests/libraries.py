@@ -267,3 +267,43 @@ CASES = {
         last=ALL,
     ),
 }
+
+
+class Normed(NamedTuple):
+    """A model with batch norms."""
+
+    make: Callable[[], nn.Module]
+    inputs: Callable[[int], Any]
+    count: int  # of batch norms
+    folded: int  # with an example
+    traced: int  # of these without one
+
+
+STAGES = {"num_channels": 3, "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 1]}
+MONAI = {"in_channels": 3, "norm": "batch"}
+
+NORMED = {
+    "ResNet of transformers": Normed(
+        transformers("ResNetForImageClassification", "ResNetConfig", **STAGES), pixels(32), 11, 11, 0
+    ),
+    "RegNet of transformers": Normed(
+        transformers("RegNetForImageClassification", "RegNetConfig", groups_width=4, **STAGES), pixels(32), 12, 12, 0
+    ),
+    "MobileNetV2 of transformers": Normed(
+        transformers("MobileNetV2ForImageClassification", "MobileNetV2Config", depth_multiplier=0.35, min_depth=4),
+        pixels(32),
+        52,
+        52,
+        0,
+    ),
+    "ResNet of timm": Normed(timm("resnet10t"), images(32), 14, 14, 14),
+    "EfficientNet of timm, activations inside": Normed(timm("efficientnet_b0"), images(32), 49, 49, 49),
+    "its port, layers with paddings of their own": Normed(timm("tf_efficientnet_b0"), images(32), 49, 44, 44),
+    "LeViT of timm, linear layers on (N, L, C)": Normed(timm("levit_128s"), images(224), 52, 4, 4),
+    "DenseNet of torchvision, norms first": Normed(vision("densenet121"), images(32), 121, 59, 59),
+    "MobileNetV3 of torchvision": Normed(vision("mobilenet_v3_small"), images(32), 34, 34, 34),
+    "UNet of monai": Normed(
+        monai("UNet", out_channels=2, channels=(4, 8), strides=(2,), num_res_units=1, **MONAI), images(16), 3, 3, 3
+    ),
+    "SegResNet of monai, norms first": Normed(monai("SegResNet", out_channels=2, **MONAI), images(16), 25, 12, 12),
+}

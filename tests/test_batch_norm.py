@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from normed import CASES, Dynamic, NormAct, Residual, X, cnn, pre_activation, randomised, with_norm
+from normed import CASES, Dynamic, NormAct, Residual, X, cnn, dynamic, pre_activation, randomised, steps, with_norm
 from torch import nn
 
 import vcl_kernels as vk
@@ -128,7 +128,24 @@ def test_the_report_tells_what_became_of_each():
     ]
     unknown = vk.remove_batch_norm(Dynamic())
     assert [row.reason for row in unknown.rows] == ["the forward could not be followed; an example_input may show it"]
-    assert repr(unknown).splitlines()[-1].startswith("The forward could not be followed: tracing it raised TraceError")
+    assert repr(unknown).splitlines()[-1].startswith("Tracing the forward raised TraceError: symbolically")
+
+
+def test_a_forward_that_fails_in_training_proves_nothing_in_evaluation():
+    def forward(m, x):
+        return m.bn(m.conv(x if not m.training else x["images"]))
+
+    traced, dynamic_one = steps(forward)(), dynamic(forward)()
+    removal = vk.remove_batch_norm(traced, X)
+    assert removal.rows[0].folded_into == "conv"
+    (note,) = removal.notes
+    assert note.startswith("Following the forward on example_input, in both modes, raised IndexError")
+    removal = vk.remove_batch_norm(dynamic_one, X)
+    assert removal.rows[0].reason == "the forward could not be followed"
+    assert [note.split(" raised ")[0] for note in removal.notes] == [
+        "Tracing the forward",
+        "Following the forward on example_input, in both modes,",
+    ]
 
 
 # What keeps a batch norm from being folded, and how it is said: by a trace, or on an example

@@ -174,7 +174,7 @@ def test_code_that_cannot_be_followed_is_looked_at(methods, found):
 
     net = type("Coded", (Residual,), {**methods, "unrelated": unrelated})()
     net.conv, net.bn = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
-    with pytest.raises(ValueError, match=f"could not be followed .*, and Coded.{found}.*Pass an example_input"):
+    with pytest.raises(ValueError, match=f"cannot be traced .*, and Coded.{found}.*Pass an example_input"):
         vk.remove_batch_norm(net)
     assert isinstance(net.bn, nn.BatchNorm2d)
 
@@ -184,3 +184,10 @@ def test_an_example_that_does_not_fit_is_told_by_the_model():
     with pytest.raises(RuntimeError, match="expected input.* to have 3 channels"):
         vk.remove_batch_norm(net, X[:, :2])
     assert isinstance(net[1], nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize(("model", "what"), [(nn.BatchNorm2d, "the class BatchNorm2d"), ([], "a list")])
+@pytest.mark.parametrize("change", [vk.attach, vk.remove_batch_norm])
+def test_what_is_no_module(change, model, what):
+    with pytest.raises(TypeError, match=f"model must be a torch.nn.Module; got {what}"):
+        change(model)

@@ -106,6 +106,30 @@ def test_batch_norms_are_known(monkeypatch, exists):
     assert not isinstance(nn.InstanceNorm1d(2), types)
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_ops_are_watched(monkeypatch, exists):
+    if not exists:
+        monkeypatch.setattr(torch_private, "dispatch_mode", None)
+        with pytest.raises(NotImplementedError, match="which ops run"):
+            torch_private.watching_ops(print)
+        net, x = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), torch.randn(2, 3)
+        (note,) = vk.remove_batch_norm(net, x).notes
+        assert "NotImplementedError" in note
+        return
+    seen = []
+    x, y = torch.ones(2), torch.ones(2)
+    with torch_private.watching_ops(seen.append):
+        z = torch.cat([x, y])
+    assert [t is wanted for t, wanted in zip(seen[0], (x, y), strict=True)] == [True, True]
+    assert z.sum() == 4
+
+
+def test_compiled_models_are_opened():
+    net = nn.ReLU()
+    assert torch_private.uncompiled(torch.compile(net, backend="eager")) is net
+    assert torch_private.uncompiled(net) is net
+
+
 # Nested containers
 
 Pair = collections.namedtuple("Pair", "first second")

@@ -22,7 +22,7 @@ from .probe import Call, Probed, probe
 from .recognise import Recognised, UnknownError, is_activation, recognise
 from .steering import Steering
 from .table import LEFT_OUT, Row
-from .wrappers import check_not_wrapped
+from .wrappers import check_module, check_not_wrapped
 
 __all__ = ["attach"]
 
@@ -101,6 +101,7 @@ def attach(  # noqa: PLR0913  # the public signature
             loss that is never read, betas in no optimizer, and others. Once for each handle and kind.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: no activation module, a layer that does not exist or is a container, a model that has VCL attached
             already, is wrapped for distributed training (wrap it afterwards, so that its betas take part), or relies
             on what in-place activations leave in their inputs.
@@ -115,6 +116,7 @@ def attach(  # noqa: PLR0913  # the public signature
     >>> objective = net(torch.randn(32, 4)).square().mean() + handle.loss()
     >>> objective.backward()
     """
+    check_module(model)
     check_number("weight", weight)
     settings: dict[str, Any] = {
         "sub_batch_size": sub_batch_size,

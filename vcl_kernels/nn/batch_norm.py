@@ -15,7 +15,7 @@ from .fold import LAYERS, Change, change_of, modules_that_share, why_not_into
 from .norms import batch_norms
 from .same import check_same
 from .table import aligned
-from .wrappers import check_not_wrapped
+from .wrappers import check_module, check_not_wrapped
 
 __all__ = ["BatchNormRemoval", "RemovedBatchNorm", "remove_batch_norm"]
 
@@ -82,6 +82,7 @@ def remove_batch_norm(model: nn.Module, example_input: Any = None) -> BatchNormR
         What became of each batch norm, and why one was not folded: a :class:`BatchNormRemoval`, to be printed.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: the model has no batch norm, or is wrapped for distributed training (the wrapper would go on with
             the old parameters). A batch norm has no running statistics (``track_running_stats=False``, or lazy and
             never run), or hooks, a forward or tensors of its own, which would be lost. Something else reads its
@@ -101,6 +102,7 @@ def remove_batch_norm(model: nn.Module, example_input: Any = None) -> BatchNormR
       (3): ChannelAffine(8)
     )
     """
+    check_module(model)
     check_not_wrapped(model)
     model = uncompiled(model)
     norms = batch_norms(model)
@@ -111,7 +113,7 @@ def remove_batch_norm(model: nn.Module, example_input: Any = None) -> BatchNormR
     plan: dict[Any, Any] = {}  # norms, each with the layer into which it is folded
     rows = []
     for norm, name in norms.items():
-        layer, reason = _layer_for(norm, flow, sharing, names)
+        layer, reason = _layer_for(norm, flow, sharing, names, example_input is not None)
         plan[norm] = layer
         kind = type(norm).__name__
         rows.append(RemovedBatchNorm(name or kind, kind, None if layer is None else names[layer], reason))
@@ -122,8 +124,13 @@ def remove_batch_norm(model: nn.Module, example_input: Any = None) -> BatchNormR
 
         check_same(model, example_input, change, "its batch norms were removed")
     _carry_out(plan)
-    notes = [] if flow.known else [f"The forward could not be followed: {reason}" for reason in flow.unknown]
-    return BatchNormRemoval(model, rows, notes)
+    return BatchNormRemoval(model, rows, _notes(flow, example_input))
+
+
+def _notes(flow: Flow, example: Any) -> list[str]:
+    """Return why forwards could not be followed. A trace does not matter where an example tells."""
+    failed = [f"{way} raised {error}" for way, error in flow.unknown.items()]
+    return failed if example is None or not flow.known else [note for note in failed if "example_input" in note]
 
 
 def _check_reads(model: nn.Module, norms: Mapping[nn.Module, str], flow: Flow, example: Any) -> None:
@@ -136,18 +143,18 @@ def _check_reads(model: nn.Module, norms: Mapping[nn.Module, str], flow: Flow, e
     found = None if flow.known or example is not None else norm_in_code(model, norms.items())
     if found:
         raise ValueError(
-            f"the forward of model ({type(model).__name__}) could not be followed ({'; '.join(flow.unknown)}), and "
-            f"{found}. Pass an example_input, on which it is tried. The model is unchanged"
+            f"the forward of model ({type(model).__name__}) cannot be traced ({'; '.join(flow.unknown.values())}), "
+            f"and {found}. Pass an example_input, on which it is tried. The model is unchanged"
         )
 
 
 def _layer_for(
-    norm: nn.Module, flow: Flow, sharing: set[nn.Module], names: Mapping[nn.Module, str]
+    norm: nn.Module, flow: Flow, sharing: set[nn.Module], names: Mapping[nn.Module, str], shown: bool
 ) -> tuple[nn.Module | None, str]:
-    """Return the layer into which ``norm`` is folded, or None and the reason."""
+    """Return the layer into which ``norm`` is folded, or None and the reason. ``shown``: there was an example."""
     inputs = flow.inputs.get(norm, set())
     if not flow.known:
-        return None, "the forward could not be followed; an example_input may show it"
+        return None, "the forward could not be followed" + ("" if shown else "; an example_input may show it")
     if not inputs:
         return None, "no forward that was followed calls it"
     if OTHER in inputs:

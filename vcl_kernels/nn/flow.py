@@ -38,7 +38,7 @@ class Flow:
         self.dims: defaultdict[nn.Module, set[int]] = defaultdict(set)  # of a norm's inputs, in an example's run
         self.reads: dict[nn.Module, str] = {}  # an attribute of a norm that something else reads
         self.known = False  # whether forwards could be followed
-        self.unknown: list[str] = []  # why some could not
+        self.unknown: dict[str, str] = {}  # why some could not
 
     def add(self, other: Flow) -> None:
         """Take over what another one showed."""
@@ -60,9 +60,9 @@ def flow_of(model: nn.Module, norms: Mapping[nn.Module, str], layers: Layers, ex
         example: a tensor, or tuple or mapping of arguments.
     """
     flow = Flow()
-    ways: dict[str, Callable[..., Iterator[Watch]]] = {"tracing it": _traces}
+    ways: dict[str, Callable[..., Iterator[Watch]]] = {"Tracing the forward": _traces}
     if example is not None:
-        ways["a forward on example_input"] = partial(_runs, example)
+        ways["Following the forward on example_input, in both modes,"] = partial(_runs, example)
     for name, way in ways.items():
         found = Flow()
         try:
@@ -72,7 +72,7 @@ def flow_of(model: nn.Module, norms: Mapping[nn.Module, str], layers: Layers, ex
                     found.add(watch.flow)
         except Exception as error:  # the user's code runs, on fx proxies too
             lines = str(error).splitlines() or [""]
-            flow.unknown.append(f"{name} raised {type(error).__name__}: {lines[0][:120]}")
+            flow.unknown[name] = f"{type(error).__name__}: {lines[0][:120]}"
         else:
             flow.known = True
             flow.add(found)
