@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +12,11 @@ from normed import CASES, Dynamic, NormAct, Residual, X, cnn, dynamic, pre_activ
 from torch import nn
 
 import vcl_kernels as vk
+from vcl_kernels.nn import batch_norm
 from vcl_kernels.nn.affine import ChannelAffine
 from vcl_kernels.nn.norms import BATCH_NORMS
+
+GUIDE = Path(__file__).parent.parent / "docs/batch_norm.md"
 
 
 @pytest.mark.parametrize("shown", [False, True], ids=["traced", "shown"])
@@ -173,17 +178,34 @@ def test_reasons(case, shown):
     assert removal.rows[0].reason == REASONS[case, shown]
 
 
+def test_the_guide_has_each_reason():
+    guide = GUIDE.read_text()
+    reasons, refusals = (guide.split(title)[1].split("\n## ")[0] for title in ("not folded\n", "is refused\n"))
+    phrases = phrases_of(reasons)
+    texts = [*REASONS.values(), *OF_LAYERS, "the forward could not be followed"]
+    assert [text for text in texts if not any(phrase in text for phrase in phrases)] == []
+    assert [phrase for phrase in phrases if not any(phrase in text for text in texts)] == []
+    code = "".join(path.read_text() for path in Path(batch_norm.__file__).parent.glob("*.py"))
+    code = re.sub(r'"\s+f?"', "", code)  # texts over several lines
+    assert [phrase for phrase in phrases_of(refusals) if phrase not in code] == []
+    assert len(phrases_of(refusals)) > 10
+
+
+def phrases_of(table):
+    rows = re.findall(r"^\| (\*.*?\*) \|", table, re.MULTILINE)
+    return [phrase for row in rows for phrase in row.strip("*").split("*, *")]
+
+
+OF_LAYERS = "has no shape yet", "is frozen, and the batch norm learns", "is on meta, not cpu"
+
+
 def test_layers_that_keep_a_batch_norm_out():
     lazy_layer = with_norm(nn.Conv2d(3, 4, 3))
     lazy_layer[0] = nn.LazyConv2d(4, 3)
     frozen = with_norm(nn.Conv2d(3, 4, 3))
     frozen[0].requires_grad_(False)
     elsewhere = with_norm(nn.Conv2d(3, 4, 3, device="meta"))
-    for net, reason in (
-        (lazy_layer, "has no shape yet"),
-        (frozen, "is frozen, and the batch norm learns"),
-        (elsewhere, "is on meta, not cpu"),
-    ):
+    for net, reason in zip((lazy_layer, frozen, elsewhere), OF_LAYERS, strict=True):
         (row,) = vk.remove_batch_norm(net).rows
         assert row.reason.endswith(reason)
 
