@@ -165,6 +165,7 @@ def hidden(m, x):
             "forward names .*BatchNorm2d",
         ),
         ({"forward": in_a_loop}, "forward names 'bn.running_mean'"),
+        ({"forward": lambda m, x: [norm.reset_running_stats() for norm in m.norms] if x.sum() else x}, "forward names"),
         ({"forward": hidden, "inner": lambda m, x: (lambda: m.bn.eps * x)()}, "inner names 'bn.eps'"),
     ],
 )

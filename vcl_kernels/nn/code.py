@@ -13,6 +13,8 @@ from .norms import BUFFERS, own_names
 
 __all__ = ["norm_in_code"]
 
+OF_NORMS_ONLY = {*BUFFERS, "track_running_stats", "reset_running_stats"}  # whatever the object is called
+
 
 def norm_in_code(model: nn.Module, norms: Iterable[tuple[nn.Module, str]]) -> str | None:
     """Return a phrase on code that reads attributes of ``norms``, or names their class; None: there is none.
@@ -46,14 +48,14 @@ def _in_code(code: CodeType, last_names: set[str], own: set[str]) -> str | None:
     """Return what the code names of a batch norm."""
     owner = ""
     for step in dis.get_instructions(code):
-        name: Any = step.argval
+        name: Any = step.argval[-1] if isinstance(step.argval, tuple) else step.argval  # of two loaded at once
         if isinstance(name, CodeType):
             found = _in_code(name, last_names, own)
             if found:
                 return found
         if step.opname.startswith("LOAD") and isinstance(name, str):
             of_norm = owner in last_names and name in own
-            if "BatchNorm" in name or of_norm or (name in BUFFERS and owner != "self"):
+            if "BatchNorm" in name or of_norm or (name in OF_NORMS_ONLY and owner != "self"):
                 return f"{owner}.{name}" if owner and step.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")) else name
             owner = name
         elif step.opname not in ("CACHE", "EXTENDED_ARG"):
