@@ -75,6 +75,15 @@ def by_class(m, x):
     return x
 
 
+def by_class_in_training(m, x):
+    return by_class(m, x) if m.training else m.bn(m.conv(x))
+
+
+def by_class_and_method(m, x):
+    names = [name for name, _ in m.named_buffers()]
+    return m.bn(m.conv(x)) if "bn.running_mean" in names else m.conv.no_such_method(x)
+
+
 def all_parameters(m, x):
     return m.bn(m.conv(x)) * sum(p.sum() for p in m.parameters())
 
@@ -125,7 +134,13 @@ REFUSED = {
     "qat": (quantisation_aware, BOTH, "reads 'running_var' of BatchNorm2d '0.bn'"),
     "dynamic, weight": (dynamic(times_weight), WITH_EXAMPLE, "reads 'weight'"),
     "dynamic, in training": (dynamic(asks_in_training), WITH_EXAMPLE, "reads 'weight'"),
-    "by class": (steps(by_class), WITH_EXAMPLE, "moves by .* of its largest value after its batch norms were removed"),
+    "by class": (
+        steps(by_class),
+        WITH_EXAMPLE,
+        "moves by .* largest value in evaluation after its batch norms are removed in",
+    ),
+    "by class, in training": (steps(by_class_in_training), WITH_EXAMPLE, "moves by .* in training after"),
+    "by class, a method": (steps(by_class_and_method), WITH_EXAMPLE, "raises AttributeError .* in evaluation after"),
     "all parameters": (steps(all_parameters), WITH_EXAMPLE, "moves by"),
     "random": (steps(lambda m, x: m.bn(x) * next(NUMBERS)), WITH_EXAMPLE, "differs from one call to the next"),
     "no copies": (

@@ -64,7 +64,7 @@ def remove_batch_norm(model: nn.Module, example_input: Any = None) -> BatchNormR
     Only what is proved is folded. Proof is a trace of the forward (``torch.fx``), or a run on ``example_input`` in
     which every use of every layer's output is followed; both in training and in evaluation, on copies. Where neither
     is to be had, batch norms become affine maps. With ``example_input`` the outputs before and after are compared too,
-    in float64 on a copy, before the model is changed. Linear layers are folded into with an example alone, because
+    in float64 on copies, before the model is changed. Linear layers are folded into with an example alone, because
     only that shows whether their outputs are ``(N, C)``. See docs/batch_norm.md.
 
     Nothing is folded into layers with hooks, parametrizations or memory that other modules use, nor a batch
@@ -122,7 +122,7 @@ def remove_batch_norm(model: nn.Module, example_input: Any = None) -> BatchNormR
         def change(twins: Mapping[nn.Module, nn.Module]) -> None:
             _carry_out({twins[norm]: None if layer is None else twins[layer] for norm, layer in plan.items()})
 
-        check_same(model, example_input, change, "its batch norms were removed")
+        check_same(model, example_input, norms, change, "its batch norms are removed")
     _carry_out(plan)
     return BatchNormRemoval(model, rows, _notes(flow, example_input))
 

@@ -1,83 +1,103 @@
-"""Whether a model computes the same after a change, tried on a copy."""
+"""Whether a model computes the same after a change, tried on copies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..torch_private import map_tensors, tensors_in
-from .example import evaluate
+from .example import run
 from .flow import same_random_numbers
 from .trial import model_copy
 
 __all__ = ["check_same"]
 
 TOLERANCE = 1e-6  # of the largest value, in float64
+Change = Callable[[dict[nn.Module, nn.Module]], None]
 
 
-def check_same(
-    model: nn.Module, example: Any, change: Callable[[dict[nn.Module, nn.Module]], None], changed: str
-) -> None:
-    """Raise ValueError if the evaluation output of ``model`` on ``example`` is another after ``change``.
+def check_same(model: nn.Module, example: Any, frozen: Collection[nn.Module], change: Change, changed: str) -> None:
+    """Raise ValueError if an output of ``model`` on ``example`` is another after ``change``.
 
-    Both run in float64. A model that does not run so is compared in its own precision, to the square root of that.
+    Both modes are compared, training as far as the model runs in it. They run in float64; a model that does not is
+    compared in its own precision, to the square root of that.
 
     Args:
         model: any module, which stays as it is.
         example: a tensor, or tuple or mapping of arguments.
+        frozen: modules that are in evaluation in both modes.
         change: carries the change out on a copy. It gets the copy's modules by those of the model.
         changed: what was changed, for the message.
     """
-    described = f"of model ({type(model).__name__}) on example_input"
-    copied, arguments = _copy(model), example
+    trial = _Trial(model, example, frozen, torch.float64)
     try:
-        copied.double()
-        arguments = map_tensors(_double, example)
-        before = _outputs(copied, arguments)
+        trial.outputs(training=False)
     except Exception:  # it runs the user's code
-        copied, arguments = _copy(model), example
-        before = _outputs(copied, arguments)
-    if _difference(before, _outputs(copied, arguments)) > _tolerance(before):
+        trial = trial._replace(dtype=None)
+    before, again = trial.outputs(training=False), trial.outputs(training=False)
+    if _difference(before, again) > _tolerance(before):
         raise ValueError(
-            f"the output {described} differs from one call to the next, so that it cannot be compared. Leave "
-            "example_input out, or make the forward deterministic. The model is unchanged"
+            f"the output of model ({type(model).__name__}) on example_input differs from one call to the next, so that it "
+            "cannot be compared. Leave example_input out, or make the forward deterministic. The model is unchanged"
         )
+    _check_mode(trial, False, before, change, changed)
     try:
-        change(dict(zip(model.modules(), copied.modules(), strict=True)))
-        after = _outputs(copied, arguments)
+        before, again = trial.outputs(training=True), trial.outputs(training=True)
+    except Exception:  # it wants targets, for instance
+        return
+    if _difference(before, again) <= _tolerance(before):
+        _check_mode(trial, True, before, change, changed)
+
+
+def _check_mode(trial: _Trial, training: bool, before: list[Tensor], change: Change, changed: str) -> None:
+    model = f"model ({type(trial.model).__name__}) on example_input"
+    when = f"in {'training' if training else 'evaluation'} after {changed} in a copy"
+    why = "Something in it depends on them in another way than by calls. The model is unchanged"
+    try:
+        after = trial.outputs(training, change)
     except Exception as error:
-        raise ValueError(
-            f"the forward {described} raises {type(error).__name__} ({error}) after {changed}, on a copy. Something in "
-            "it depends on them in another way than by calls. The model is unchanged"
-        ) from error
+        raise ValueError(f"the forward of {model} raises {type(error).__name__} ({error}) {when}. {why}") from error
     difference = _difference(before, after)
     if difference > _tolerance(before):
-        raise ValueError(
-            f"the output {described} moves by {difference:.2g} of its largest value after {changed}, on a copy. "
-            "Something in the forward depends on them in another way than by calls. The model is unchanged"
-        )
+        raise ValueError(f"the output of {model} moves by {difference:.2g} of its largest value {when}. {why}")
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return model_copy(model, shares_parameters=False)
-    except Exception as error:
-        raise ValueError(
-            f"model ({type(model).__name__}) cannot be copied ({type(error).__name__}: {error}), and example_input is "
-            "tried on a copy. Leave it out"
-        ) from error
+class _Trial(NamedTuple):
+    """A model to copy, and how copies run."""
 
+    model: nn.Module
+    example: Any
+    frozen: Collection[nn.Module]
+    dtype: torch.dtype | None  # of floating-point tensors; None: their own
 
-def _double(t: Tensor) -> Tensor:
-    return t.double() if t.is_floating_point() else t
+    def outputs(self, training: bool, change: Change | None = None) -> list[Tensor]:
+        """Return the tensors in the output of a new copy: forwards may change one."""
+        copied, example = self._copy(), self.example
+        twins = dict(zip(self.model.modules(), copied.modules(), strict=True))
+        for own, twin in twins.items():
+            twin.training = training and own not in self.frozen
+        if self.dtype is not None:
+            copied.to(self.dtype)
+            example = map_tensors(self._cast, example)
+        if change is not None:
+            change(twins)
+        with same_random_numbers(copied):
+            return [t for t in tensors_in(run(copied, example)) if not t.is_meta]
 
+    def _copy(self) -> nn.Module:
+        try:
+            return model_copy(self.model, shares_parameters=False)
+        except Exception as error:
+            raise ValueError(
+                f"model ({type(self.model).__name__}) cannot be copied ({type(error).__name__}: {error}), and "
+                "example_input is tried on copies. Leave it out"
+            ) from error
 
-def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
-    with same_random_numbers(model):
-        return [t for t in tensors_in(evaluate(model, example)) if not t.is_meta]
+    def _cast(self, t: Tensor) -> Tensor:
+        return t.to(self.dtype) if t.is_floating_point() else t
 
 
 def _tolerance(outputs: list[Tensor]) -> float:
