@@ -137,7 +137,7 @@ REFUSED = {
     "by class": (
         steps(by_class),
         WITH_EXAMPLE,
-        "moves by .* largest value in evaluation after its batch norms are removed in",
+        "moves by .* in evaluation after its batch norms are removed",
     ),
     "by class, in training": (steps(by_class_in_training), WITH_EXAMPLE, "moves by .* in training after"),
     "by class, a method": (steps(by_class_and_method), WITH_EXAMPLE, "raises AttributeError .* in evaluation after"),

@@ -40,8 +40,8 @@ def check_same(model: nn.Module, example: Any, frozen: Collection[nn.Module], ch
     before, again = trial.outputs(training=False), trial.outputs(training=False)
     if _difference(before, again) > _tolerance(before):
         raise ValueError(
-            f"the output of model ({type(model).__name__}) on example_input differs from one call to the next, so that it "
-            "cannot be compared. Leave example_input out, or make the forward deterministic. The model is unchanged"
+            f"the output of model ({type(model).__name__}) on example_input differs from one call to the next, so "
+            "that it cannot be compared. Leave example_input out, or make the forward deterministic. The model is unchanged"
         )
     _check_mode(trial, False, before, change, changed)
     try:
