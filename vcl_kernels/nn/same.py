@@ -41,7 +41,8 @@ def check_same(model: nn.Module, example: Any, frozen: Collection[nn.Module], ch
     if _difference(before, again) > _tolerance(before):
         raise ValueError(
             f"the output of model ({type(model).__name__}) on example_input differs from one call to the next, so "
-            "that it cannot be compared. Leave example_input out, or make the forward deterministic. The model is unchanged"
+            "that it cannot be compared. Leave example_input out, or make the forward deterministic. The model is "
+            "unchanged"
         )
     _check_mode(trial, False, before, change, changed)
     try:
