@@ -16,7 +16,7 @@ from torch import nn
 
 import vcl_kernels as vk
 from vcl_kernels import torch_private
-from vcl_kernels.nn import monitor as room
+from vcl_kernels.nn import statistics
 
 
 def net():
@@ -119,13 +119,13 @@ def test_only_every_nth_training_forward_is_looked_at_and_others_have_one_hook()
     bare = hooks(model)
     monitor = vk.VCLMonitor(model, every=3)
     assert hooks(model) == bare + 2  # the model's own: one that counts, one that ends
-    with mock.patch.object(room, "sub_batch_moments", wraps=vk.sub_batch_moments) as statistics:
+    with mock.patch.object(statistics, "sub_batch_moments", wraps=vk.sub_batch_moments) as moments:
         for _ in range(7):
             model(x)
             assert hooks(model) == bare + 2
             model.eval()(x)
             model.train()
-    assert statistics.call_count == 3 * 2
+    assert moments.call_count == 3 * 2
     monitor.flush()
     assert [row["step"] for row in monitor.rows] == [0, 0, 3, 3, 6, 6]
     monitor.remove()
@@ -248,7 +248,7 @@ def test_errors_leave_no_hooks(model, options, error, message):
 
 def test_copies_of_a_watched_model_are_not_watched(tmp_path):
     model = nn.Sequential(nn.Linear(4, 8), nn.ELU())
-    monitor = vk.VCLMonitor(model, csv=tmp_path / "run.csv", tensorboard=SimpleNamespace(lock=threading.Lock()))
+    monitor = vk.VCLMonitor(model, csv=tmp_path / "run.csv", tensorboard=mock.Mock(lock=threading.Lock()))
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         other(torch.randn(20, 4))
     assert monitor.step == 0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -50,6 +51,17 @@ def in_backward() -> bool:
 def is_traced(g: Tensor) -> bool:
     """Whether ``g`` stands for other values too: under a compiler, ``make_fx``, ``vmap`` or ``is_grads_batched``."""
     return torch.compiler.is_compiling() or _dispatch_modes() > 0 or _is_batched(g) or _is_wrapped(g)
+
+
+def without_modes() -> AbstractContextManager[Any]:
+    """A context in which no dispatch mode sees what runs: a selective checkpoint's takes each operation for its own.
+
+    Fallback: they see it.
+    """
+    if _dispatch_modes() == 0:
+        return nullcontext()
+    disable = getattr(getattr(torch.utils, "_python_dispatch", None), "_disable_current_modes", nullcontext)
+    return disable()
 
 
 def has_transform(x: Tensor, beta: object) -> bool:
@@ -110,6 +122,30 @@ def runs_inside_itself(module: nn.Module) -> bool:
         forwards += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module
         frame = frame.f_back
     return forwards > 1
+
+
+# What torch.compile, and torch's wrappers of parts of a model, put into the names of modules
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def inside_compiled(module: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` was given, if ``module`` is its result; else ``module`` itself."""
+    return getattr(module, _WRAPPED[0], module)
+
+
+def plain_name(name: str) -> str:
+    """The name of a module without what wrappers add to it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
+def compiles_itself(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called. Fallback: no."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def may_be_compiled() -> bool:
+    """Whether the compiler was imported; without it nothing is compiled, and to import it takes seconds."""
+    return "torch._dynamo" in sys.modules
 
 
 def is_replica(module: nn.Module) -> bool:

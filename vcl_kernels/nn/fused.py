@@ -33,6 +33,8 @@ class CallCounter:
 class Calls(nn.ModuleList):
     """The VCLs of one module: one for each of its calls in a forward of the model, or one for all of them."""
 
+    behind = False  # the module: they are of its output
+
     def __init__(self, vcls: Iterable[VCLActivation], steering: Steering, name: str, shared_beta: bool) -> None:
         super().__init__(vcls)
         self.in_order: tuple[VCLActivation, ...] = tuple(self)  # type: ignore[arg-type]  # a look-up takes longer
@@ -148,6 +150,7 @@ def put_before(module: nn.Module, calls: Calls, *, copies: bool = False) -> list
 
 def put_behind(module: nn.Module, calls: Calls) -> list[Callable[[], Any]]:
     """Put VCL behind ``module``, of its output."""
+    calls.behind = True
     return [*_add_calls(module, calls), module.register_forward_hook(_behind).remove]
 
 
