@@ -13,10 +13,12 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import vcl_kernels as vk
 from vcl_kernels import torch_private
-from vcl_kernels.nn import statistics
+from vcl_kernels.nn import recorder, statistics
+from vcl_kernels.nn.rows import read_csv
 
 
 def net():
@@ -178,6 +180,213 @@ def test_a_beta_without_a_shape_has_no_value_yet():
         model(x)
     assert [row["loss"] == 0 for row in monitor.rows] == [math.isnan(row["beta"]) for row in monitor.rows]
     assert [row["beta"] == 1 for row in monitor.rows] == [False, True]
+
+
+# Steps
+
+
+def run_twice(run, model):
+    monitor = vk.VCLMonitor(model)
+    for _ in range(2):
+        run().mean().backward()
+    return [(row["step"], row["layer"]) for row in monitor.flush()], monitor.step
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_recomputation_of_the_model_is_no_step(use_reentrant):
+    model, x = net(), torch.randn(20, 4, requires_grad=True)
+    found = run_twice(lambda: checkpoint(model, x, use_reentrant=use_reentrant), model)
+    assert found == ([(0, "1"), (0, "4"), (1, "1"), (1, "4")], 2)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_recomputation_of_a_part_is_no_record(use_reentrant):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.rest = nn.Linear(4, 4), net()
+
+        def forward(self, x):
+            y = checkpoint(self.rest, self.first(x), use_reentrant=use_reentrant)
+            if y.requires_grad:  # a backward inside of the forward, whose layers are still looked at
+                torch.autograd.grad(y.mean(), self.first.weight, retain_graph=True)
+            return y
+
+    model, x = Net(), torch.randn(20, 4, requires_grad=True)
+    if use_reentrant:  # it has no autograd.grad
+        model.forward = lambda x: checkpoint(model.rest, model.first(x), use_reentrant=True)
+    found = run_twice(lambda: model(x), model)
+    assert found == ([(0, "rest.1"), (0, "rest.4"), (1, "rest.1"), (1, "rest.4")], 2)
+
+
+def test_a_forward_inside_of_a_forward_is_the_same_step():
+    class Recursive(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.act = nn.Linear(4, 4), nn.Tanh()
+
+        def forward(self, x, depth=2):
+            x = self.act(self.linear(x))
+            if depth < 0:
+                raise ValueError(depth)
+            return x if depth == 0 else self(x, depth - 1)
+
+    model, x = Recursive(), torch.randn(20, 4)
+    monitor = vk.VCLMonitor(model, every=2)
+    with pytest.raises(ValueError, match="-1"):
+        model(x, -1)
+    for _ in range(2):
+        model(x)
+    found = [(row["step"], row["layer"]) for row in monitor.flush()]
+    assert found == [(0, "act"), (2, "act"), (2, "act:1"), (2, "act:2")]
+    assert monitor.step == 3
+
+
+def test_each_training_forward_is_a_step():
+    """Of a discriminator that runs twice for each step of its optimizer, and of an evaluation between."""
+    model, x = net(), torch.randn(20, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    monitor = vk.VCLMonitor(model)
+    for _ in range(2):
+        (model(x).mean() - model(x + 1).mean()).backward()
+        optimizer.step()
+        model.eval()(x)
+        model.train()
+    assert [row["step"] for row in monitor.flush()] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+# Layers that cannot be looked at
+
+
+class Odd(nn.Module):
+    """Calls its activation with something else."""
+
+    def __init__(self, *arguments):
+        super().__init__()
+        self.first, self.odd, self.arguments = nn.ReLU(), Permissive(), arguments
+
+    def forward(self, x):
+        self.odd(*self.arguments)
+        return self.first(x)
+
+
+class Permissive(nn.ReLU):
+    def forward(self, x=None):
+        return super().forward(x) if getattr(x, "dtype", None) is torch.float32 and not x.is_sparse else x
+
+
+ODD = {
+    "a 1-D tensor": torch.randn(8),
+    "a 0-D tensor": torch.tensor(1.0),
+    "torch.int64": torch.ones(4, 3, dtype=torch.long),
+    "torch.bool": torch.ones(4, 3) > 0,
+    "torch.complex64": torch.ones(4, 3, dtype=torch.complex64),
+    "a sparse": torch.eye(4).to_sparse(),
+    "a nested": torch.nested.nested_tensor([torch.ones(2, 2)], layout=torch.jagged),
+    "empty": torch.ones(0, 3),
+    "type list": [torch.ones(4, 3)],
+    "type NoneType": None,
+}
+
+
+@pytest.mark.parametrize("reason", [*ODD, "without arguments"])
+def test_a_layer_that_cannot_be_looked_at_is_named_and_left_out(reason):
+    model, x = Odd(*([ODD[reason]] if reason in ODD else [])), torch.randn(20, 4)
+    monitor = vk.VCLMonitor(model)
+    with pytest.warns(vk.VCLWarning, match=f"cannot look at layer 'odd': .*{reason}") as warned:
+        for _ in range(3):
+            model(x)
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
+    assert list(monitor.skipped) == ["odd"]
+    assert reason in monitor.skipped["odd"]
+    assert [(row["step"], row["layer"]) for row in monitor.flush()] == [(step, "first") for step in range(3)]
+
+
+def test_a_transform_is_left_out():
+    model, x = net(), torch.randn(3, 20, 4)
+    del model[3]  # a batch norm counts in place
+    monitor = vk.VCLMonitor(model)
+    with pytest.warns(vk.VCLWarning, match="transform of torch.func"):
+        torch.func.vmap(model)(x)
+    model(x[0])
+    assert list(monitor.skipped) == ["1", "3"]
+    assert [row["step"] for row in monitor.flush()] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["of_input", "acting_beta", "Share", "channels_first"])
+def test_an_unforeseen_error_stops_nothing(monkeypatch, name):
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ELU()), torch.randn(20, 4)
+    handle = vk.attach(model, x)
+    monitor = vk.VCLMonitor(handle)
+    monkeypatch.setattr(recorder, name, mock.Mock(side_effect=OverflowError("never seen")))
+    with pytest.warns(vk.VCLWarning, match="layer '1': OverflowError: never seen"):
+        (model(x).mean() + handle.loss()).backward()
+    assert list(monitor.skipped) == ["1"]
+    monkeypatch.undo()
+    (model(x).mean() + handle.loss()).backward()
+    assert not any(math.isnan(value) for value in list(monitor.flush()[-1].values())[2:])
+
+
+@pytest.mark.parametrize("name", ["arrive", "note_upstream"])
+def test_an_unforeseen_error_in_backward_stops_nothing(monkeypatch, name):
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ELU()), torch.randn(20, 4)
+    handle = vk.attach(model, x)
+    monitor = vk.VCLMonitor(handle)
+    monkeypatch.setattr(recorder.Share, name, mock.Mock(side_effect=OverflowError("never seen")))
+    objective = model(x).mean() + handle.loss()
+    with pytest.warns(vk.VCLWarning, match="layer '1': OverflowError: never seen"):
+        objective.backward()
+    assert model[0].weight.grad is not None
+    assert list(monitor.skipped) == ["1"]
+
+
+# Nothing is lost, and nothing stays hooked
+
+
+class Interrupted(nn.Module):
+    """Stops behind its first activation, if asked to."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.stop = nn.ELU(), nn.ReLU(), False
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.stop:
+            raise KeyboardInterrupt
+        return self.second(x)
+
+
+@pytest.mark.parametrize("then", ["training", "evaluation", "flush", "remove", "exit", "garbage"])
+def test_an_interrupt_leaves_no_hooks(then, tmp_path):
+    model, x, path = Interrupted(), torch.randn(20, 4), tmp_path / "run.csv"
+    optimized = torch.compile(model, backend="eager")
+    monitor = vk.VCLMonitor(optimized, csv=path, every=2)
+    for _ in range(2):
+        optimized(x)
+    model.stop = True
+    with pytest.raises(KeyboardInterrupt):
+        optimized(x)
+    model.stop = False
+    assert hooks(model) == 2
+    ends = {"training": lambda: optimized(x), "evaluation": lambda: model.eval() and optimized(x)}
+    ends |= {"flush": monitor.flush, "remove": monitor.remove, "exit": lambda: monitor.__exit__(None)}
+    if then == "garbage":
+        del monitor, ends
+    else:
+        ends[then]()
+    assert hooks(model) == 0  # those of the wrapper are not among them
+    assert recorder.uncompiled.looking == 0
+    if then == "garbage":
+        rows = read_csv(path)
+    else:
+        optimized.train()(x)  # the fourth or, after training, the fifth
+        monitor.flush()
+        rows = monitor.rows
+    found = [(int(row["step"]), row["layer"]) for row in rows]
+    seen = [(0, "first"), (0, "second"), (2, "first")]
+    assert found == seen + ([(4, "first"), (4, "second")] if then == "training" else [])
 
 
 def test_csv_is_continued_with_one_header(tmp_path):

@@ -53,6 +53,8 @@ def plot(rows: list[dict[str, Any]], path: str | Path | None = None, statistics:
             if name == "variance":
                 axes.plot(*_line(rows, layer, "scale"), color=colour, linestyle="--", linewidth=1)
         axes.set(title=name, xlabel="step")
+        if name == "variance" and not all(math.isnan(row["scale"]) for row in rows):
+            axes.set_ylabel("dashed: scale, which beta asks for", fontsize="small")
         if name in ("variance", "scale"):
             axes.set_yscale("log")
     _name_layers(figure, panels, layers, of_many)

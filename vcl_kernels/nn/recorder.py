@@ -57,7 +57,7 @@ class Hooks:
             self.of_layers.pop().remove()
         if self.uncompiled:
             self.uncompiled = False
-            _uncompiled.leave()
+            uncompiled.leave()
 
     def remove(self) -> None:
         """Remove all."""
@@ -70,7 +70,7 @@ class Hooks:
         warn(self.said, kind, text)
 
 
-class _Uncompiled:
+class Uncompiled:
     """Compiled code runs uncompiled while any monitor looks; they may end in another order than they began."""
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class _Uncompiled:
                 self.stance.__exit__(None, None, None)  # type: ignore[attr-defined]
 
 
-_uncompiled = _Uncompiled()
+uncompiled = Uncompiled()
 
 
 class Recorder:
@@ -161,7 +161,7 @@ class Recorder:
         self.rows.note_rank()
         hooks = self.hooks
         if may_be_compiled():
-            _uncompiled.enter()
+            uncompiled.enter()
             hooks.uncompiled = True
         vcls: dict[VCLActivation, None] = {}
         for name, module in self.layers:  # before all other hooks, which may change the input
@@ -235,8 +235,9 @@ class Recorder:
         if acting.share is not None and loss.requires_grad:
             loss.register_hook(partial(self._in_backward, acting.row.layer, acting.share.note_upstream))
 
-    def _in_backward(self, layer: str, note: Callable[[Tensor], None], g: Tensor) -> None:
-        self._guard(layer, partial(note, g))
+    def _in_backward(self, layer: str, note: Callable[[Tensor], None], g: Tensor | None) -> None:
+        if g is not None:  # of an output that was not used
+            self._guard(layer, partial(note, g))
 
     # What cannot be recorded
 
