@@ -272,7 +272,8 @@ class Odd(nn.Module):
 
 class Permissive(nn.ReLU):
     def forward(self, x=None):
-        return super().forward(x) if getattr(x, "dtype", None) is torch.float32 and not x.is_sparse else x
+        plain = isinstance(x, torch.Tensor) and x.is_floating_point() and x.layout is torch.strided
+        return super().forward(x) if plain else x
 
 
 ODD = {
@@ -294,9 +295,10 @@ def test_a_layer_that_cannot_be_looked_at_is_named_and_left_out(reason):
     model, x = Odd(*([ODD[reason]] if reason in ODD else [])), torch.randn(20, 4)
     monitor = vk.VCLMonitor(model)
     with pytest.warns(vk.VCLWarning, match=f"cannot look at layer 'odd': .*{reason}") as warned:
-        for _ in range(3):
-            model(x)
+        model(x)
     assert len(warned) == 1
+    for _ in range(2):
+        model(x)  # says nothing
     assert warned[0].filename == __file__
     assert list(monitor.skipped) == ["odd"]
     assert reason in monitor.skipped["odd"]

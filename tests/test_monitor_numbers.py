@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import vcl_kernels as vk
 from vcl_kernels.nn.statistics import acting_beta, is_sharded
@@ -196,8 +196,20 @@ def test_share_of_each_call(shared_beta):
     assert [row["share"] for row in rows] == pytest.approx(
         [by_hand(x, vcl, 1.0) for x, vcl in zip(inputs["0"], vcls, strict=True)], rel=1e-6
     )
-    losses = [0.4 * float(vk.reference.vcl_loss(x.detach(), 1.0)) for x in inputs["0"]]
-    assert [row["loss"] for row in rows] == pytest.approx(losses)
+    wanted = [0.4 * float(vk.reference.vcl_loss(x.detach(), 1.0)) for x in inputs["0"]]
+    assert [row["loss"] for row in rows] == pytest.approx(wanted)
+
+
+class Parts(nn.Module):
+    """Its rest may be run again in backward."""
+
+    def __init__(self, model, options):
+        super().__init__()
+        self.first, self.rest, self.options = model[0], model[1:], options
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.rest(x) if self.options is None else checkpoint(self.rest, x, **self.options)
 
 
 @pytest.mark.parametrize("context", ["plain", "selective"])
@@ -208,32 +220,21 @@ def test_share_under_checkpointing_is_that_without(whole, inject, context):
     if context == "selective":
         aten = torch.ops.aten
         saved = [aten.mm.default, aten.addmm.default, aten.mean.dim, aten.pow.Tensor_Scalar, aten.sub.Tensor]
-        make = torch.utils.checkpoint.create_selective_checkpoint_contexts
-        options["context_fn"] = lambda: make(saved)
+        options["context_fn"] = lambda: create_selective_checkpoint_contexts(saved)
     found = []
     for checkpoints in (False, True):
         torch.manual_seed(1)
-        model, handle, x = network(inject=inject)
-
-        class Net(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.first, self.rest = model[0], model[1:]
-
-            def forward(self, x, inside=checkpoints and not whole):
-                x = self.first(x)
-                return checkpoint(self.rest, x, **options) if inside else self.rest(x)
-
-        net = Net()
+        model, _, x = network(inject=inject)
+        net = Parts(model, options if checkpoints and not whole else None)
         monitor = vk.VCLMonitor(net)
         y = checkpoint(net, x, **options) if checkpoints and whole else net(x)
-        (y.square().mean() + (0 if inject else vk_losses(net))).backward()
+        (y.square().mean() + (0 if inject else losses(net))).backward()
         found.append([monitor.step, *shares(monitor), *(p.grad.norm().item() for p in net.parameters())])
     assert len(found[0]) > 4
     assert found[1] == pytest.approx(found[0], rel=1e-9)
 
 
-def vk_losses(net):
+def losses(net):
     return sum(vcl.loss for vcl in net.modules() if isinstance(vcl, vk.VCLActivation) and vcl.loss is not None)
 
 
