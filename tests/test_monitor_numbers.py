@@ -200,12 +200,19 @@ def test_share_of_each_call(shared_beta):
     assert [row["loss"] for row in rows] == pytest.approx(wanted)
 
 
+class Centred(nn.Module):
+    """Uses operations that the monitor uses too."""
+
+    def forward(self, x):
+        return x - x.mean([0], keepdim=True)
+
+
 class Parts(nn.Module):
     """Its rest may be run again in backward."""
 
     def __init__(self, model, options):
         super().__init__()
-        self.first, self.rest, self.options = model[0], model[1:], options
+        self.first, self.rest, self.options = model[0], nn.Sequential(*model[1:4], Centred(), model[4]), options
 
     def forward(self, x):
         x = self.first(x)
