@@ -1,13 +1,9 @@
 """The monitor: its numbers against their definitions, what it leaves alone, and where it writes."""
 
 import copy
-import csv
 import math
 import pickle
-import sys
 import threading
-from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -389,56 +385,6 @@ def test_an_interrupt_leaves_no_hooks(then, tmp_path):
     found = [(int(row["step"]), row["layer"]) for row in rows]
     seen = [(0, "first"), (0, "second"), (2, "first")]
     assert found == seen + ([(4, "first"), (4, "second")] if then == "training" else [])
-
-
-def test_csv_is_continued_with_one_header(tmp_path):
-    model, x = net(), torch.randn(32, 4)
-    path = tmp_path / "seen.csv"
-    for _ in range(2):
-        with vk.VCLMonitor(model, csv=path) as monitor:
-            model(x)
-            monitor.flush()
-            model(x)
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["step"], row["layer"]) for row in rows] == 2 * [("0", "1"), ("0", "4"), ("1", "1"), ("1", "4")]
-    assert float(rows[-1]["kurtosis"]) == monitor.rows[-1]["kurtosis"]
-
-
-def test_tensorboard_gets_what_is_not_nan(monkeypatch):
-    own, made = mock.Mock(), mock.Mock()
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=made))
-    for given, writer in ((own, own), (Path("logs"), made.return_value)):
-        with vk.VCLMonitor(net(), tensorboard=given) as monitor:
-            monitor.model(torch.randn(32, 4))
-        written = [call.args for call in writer.add_scalar.call_args_list]
-        names = ("variance", "constancy", "kurtosis")
-        assert written == [(f"{name}/{row['layer']}", row[name], 0) for row in monitor.rows for name in names]
-        writer.flush.assert_called_once()
-    made.assert_called_once_with("logs")
-    made.return_value.close.assert_called_once()
-    own.close.assert_not_called()
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match="pip install tensorboard"):
-        vk.VCLMonitor(net(), tensorboard="logs")
-
-
-def test_plot(tmp_path):
-    pytest.importorskip("matplotlib")
-    model = net()
-    with vk.VCLMonitor(model) as monitor:
-        with pytest.raises(ValueError, match=r"call flush\(\)"):
-            monitor.plot()
-        for _ in range(3):
-            model(torch.randn(32, 4))
-    figure = monitor.plot(tmp_path / "seen.png", ["kurtosis", "variance"])
-    assert [axes.get_title() for axes in figure.axes] == ["kurtosis", "variance"]
-    line = figure.axes[0].lines[1]
-    assert line.get_label() == "4"
-    assert list(line.get_ydata()) == [row["kurtosis"] for row in monitor.rows if row["layer"] == "4"]
-    assert (tmp_path / "seen.png").read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(ValueError, match="'skew'"):
-        monitor.plot(statistics=["skew"])
 
 
 @pytest.mark.parametrize(

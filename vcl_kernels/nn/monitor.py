@@ -190,7 +190,7 @@ def _inside(model: nn.Module) -> nn.Module:
 
 
 def _tell_dropped(hooks: Hooks) -> None:
-    if hooks.of_model and hooks.forwards == 0:
+    if hooks.of_model and hooks.forwards == 0 and not hooks.said & {"compiled", "unseen"}:
         hooks.tell(
             "dropped",
             "a VCLMonitor was dropped before it saw a training forward. Keep it in a variable, or use it in a `with` "
