@@ -301,6 +301,37 @@ def test_a_layer_that_cannot_be_looked_at_is_named_and_left_out(reason):
     assert [(row["step"], row["layer"]) for row in monitor.flush()] == [(step, "first") for step in range(3)]
 
 
+def test_a_forward_that_calls_no_layer_is_told():
+    """As of a model whose forward replays a CUDA graph."""
+    model = net()
+    model.forward = lambda x: x
+    monitor = vk.VCLMonitor(model)
+    with pytest.warns(vk.VCLWarning, match="'Sequential': its forward calls none of its layers"):
+        model(torch.randn(20, 4))
+    assert list(monitor.skipped) == ["Sequential"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit.trace
+def test_tracing_is_left_out():
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ELU()), torch.randn(20, 4)
+    plain = torch.jit.trace(model, x).graph
+    monitor = vk.VCLMonitor(model)
+    with pytest.warns(vk.VCLWarning, match="torch.jit traces it"):
+        traced = torch.jit.trace(model, x, check_trace=False).graph
+    assert len(list(traced.nodes())) == len(list(plain.nodes()))
+    assert monitor.flush() == []
+
+
+def test_a_replica_is_left_out():
+    """``nn.DataParallel`` makes replicas on several devices, and this stands for one."""
+    model = net()
+    monitor = vk.VCLMonitor(model)
+    model[1]._is_replica = True  # noqa: SLF001
+    with pytest.warns(vk.VCLWarning, match="'1': it runs in nn.DataParallel"):
+        model(torch.randn(20, 4))
+    assert [row["layer"] for row in monitor.flush()] == ["4"]
+
+
 def test_a_transform_is_left_out():
     model, x = net(), torch.randn(3, 20, 4)
     del model[3]  # a batch norm counts in place
@@ -368,6 +399,7 @@ def test_an_interrupt_leaves_no_hooks(then, tmp_path):
         optimized(x)
     model.stop = False
     assert hooks(model) == 2
+    copy.deepcopy(model)(x)  # whose hooks do nothing
     ends = {"training": lambda: optimized(x), "evaluation": lambda: model.eval() and optimized(x)}
     ends |= {"flush": monitor.flush, "remove": monitor.remove, "exit": lambda: monitor.__exit__(None)}
     if then == "garbage":

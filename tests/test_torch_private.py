@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import grad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vcl_kernels as vk
 from vcl_kernels import autograd, functional, torch_private
@@ -94,6 +95,45 @@ def test_hooks_are_found(kind):
         delattr(module, name)
     assert torch_private.hooks_of(module) == {}
     assert not torch_private.has_hooks(module)
+
+
+def test_what_torch_compile_wraps(monkeypatch):
+    module = nn.ReLU()
+    assert torch_private.inside_compiled(module) is module
+    compiled = torch.compile(nn.Sequential(module), backend="eager")
+    assert torch_private.inside_compiled(compiled)[0] is module
+    (name,) = (name for name, child in compiled.named_modules() if child is module)
+    assert torch_private.plain_name(name) == "0" != name
+    assert not torch_private.compiles_itself(module)
+    module.compile(backend="eager")
+    assert torch_private.compiles_itself(module)
+    monkeypatch.delattr(module, "_compiled_call_impl")
+    monkeypatch.delattr(nn.Module, "_compiled_call_impl", raising=False)
+    assert not torch_private.compiles_itself(module)
+    assert torch_private.may_be_compiled()
+    monkeypatch.delitem(sys.modules, "torch._dynamo")
+    assert not torch_private.may_be_compiled()
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_dispatch_modes_are_left(monkeypatch, exists):
+    if not exists:
+        monkeypatch.delattr("torch.utils._python_dispatch._disable_current_modes")
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Mode():
+        X + 1
+        with torch_private.without_modes():
+            X + 1
+        X + 1
+    with torch_private.without_modes():
+        X + 1
+    assert len(seen) == (2 if exists else 3)
 
 
 @pytest.mark.parametrize("exists", [True, False])

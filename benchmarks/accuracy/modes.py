@@ -20,6 +20,7 @@ from .work import Record, do
 
 METHODS = ("none", "bn", "vcl")
 SHOWN = 500  # test images in a histogram
+SEEN = ("step", "layer", "loss", "beta", "beta_least", "variance", "constancy", "kurtosis")  # of a monitor's row
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
@@ -94,6 +95,6 @@ def layers_work(unit: Record) -> Record:
     return {
         "accuracy": trained.test_accuracy[-1],
         "nll": trained.test_nll[-1],
-        "rows": [{k: results.rounded(v) for k, v in row.items()} for row in monitor.rows],
+        "rows": [{name: results.rounded(row[name]) for name in SEEN} for row in monitor.rows],
         "histograms": [histograms[0], histograms[len(histograms) // 2], histograms[-1]],
     }

@@ -16,7 +16,7 @@ from ..options import UNITS, Unit
 from ..torch_private import compiles_itself, inside_compiled
 from .handle import VCLHandle
 from .plot import plot
-from .recorder import Hooks, Recorder, Settings, layers_of, tell_compiled
+from .recorder import Hooks, Recorder, Settings, tell_compiled
 from .rows import Rows
 
 __all__ = ["VCLMonitor"]
@@ -104,11 +104,11 @@ class VCLMonitor:
         if channel_dim is not None:
             check_channel_dim(channel_dim)
         self.model = model.model if isinstance(model, VCLHandle) else model
-        layers = layers_of(_inside(self.model))
         folder = str(tensorboard) if isinstance(tensorboard, str | Path) else None
         self._rows = Rows(None if csv is None else Path(csv), folder, None if folder else tensorboard)
         self._hooks = Hooks()
-        self._recorder = Recorder(layers, Settings(every, sub_batch_size, unit, channel_dim), self._rows, self._hooks)
+        settings = Settings(every, sub_batch_size, unit, channel_dim)
+        self._recorder = Recorder(_inside(self.model), settings, self._rows, self._hooks)
         if compiles_itself(self.model):
             tell_compiled(self._hooks)
         # Hooks refer to the recorder, which does not refer to the monitor: it goes when its last variable does.

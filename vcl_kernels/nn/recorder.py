@@ -95,15 +95,25 @@ uncompiled = Uncompiled()
 class Recorder:
     """Records what the layers of one model get. A copy of the model has a copy of it that does nothing.
 
+    Args:
+        model: without what wraps it.
+        settings: what was asked for.
+        rows: get what is recorded.
+        hooks: get what is to be taken back.
+
     Attributes:
         skipped: why a layer, or a call of it, has no statistics.
+
+    Raises:
+        ValueError: the model has no layer.
     """
 
     number = 0  # of no recorder: a copy
     numbers = itertools.count(1)
 
-    def __init__(self, layers: list[tuple[str, nn.Module]], settings: Settings, rows: Rows, hooks: Hooks) -> None:
-        self.layers, self.settings, self.rows, self.hooks = layers, settings, rows, hooks
+    def __init__(self, model: nn.Module, settings: Settings, rows: Rows, hooks: Hooks) -> None:
+        self.model, self.layers = model, layers_of(model)
+        self.settings, self.rows, self.hooks = settings, rows, hooks
         self.skipped: dict[str, str] = {}
         self.number = next(self.numbers)
         _recorders[self.number] = self
@@ -126,7 +136,7 @@ class Recorder:
             if model.training:
                 _tell_compiled(self.number)
             return
-        if self.number == 0 or in_backward():  # a checkpoint's recomputation is no step
+        if self._rests():
             return
         hooks = self.hooks
         if hooks.inside:
@@ -134,21 +144,27 @@ class Recorder:
                 self.nested += 1
                 return
             self.end()  # of a forward that an interrupt left
-        if model.training:
+        if self.model.training:
             hooks.inside, self.nested = True, 0
             looks = hooks.forwards % self.settings.every == 0
             hooks.forwards += 1
             if looks:
-                self._guard(type(model).__name__, self._look)
+                self._guard(type(self.model).__name__, self._look)
 
-    def after_forward(self, _model: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+    def after_forward(self, _model: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         """End what :meth:`before_forward` began."""
-        if torch.compiler.is_compiling() or self.number == 0 or in_backward():
+        if torch.compiler.is_compiling() or self._rests():
             return
         if self.nested:
             self.nested -= 1
         elif self.hooks.inside:
+            if self.hooks.of_layers and not self.calls and output is not None:  # None: also of an error
+                self._skip(type(self.model).__name__, "its forward calls none of its layers (in a CUDA graph?)")
             self.end()
+
+    def _rests(self) -> bool:
+        """Whether nothing is to be recorded: in a copy, and in a checkpoint's recomputation, which is no step."""
+        return self.number == 0 or in_backward()
 
     def end(self) -> None:
         """End a forward, or what an interrupt left of it."""
@@ -157,7 +173,9 @@ class Recorder:
         for row in began:
             self._guard(row.layer, row.pack)
 
-    def _look(self) -> None:
+    def _look(self) -> str | None:
+        if torch.jit.is_tracing():
+            return "torch.jit traces it"
         self.rows.note_rank()
         hooks = self.hooks
         if may_be_compiled():
@@ -175,6 +193,7 @@ class Recorder:
         for vcl in vcls:
             hooks.of_layers.append(vcl.register_forward_pre_hook(self._before_vcl, with_kwargs=True))
             hooks.of_layers.append(vcl.register_forward_hook(self._after_vcl))
+        return None
 
     # Hooks of layers
 
@@ -185,7 +204,7 @@ class Recorder:
         self._see(name, module, y)
 
     def _see(self, name: str, module: nn.Module, *inputs: Any) -> None:
-        if not in_backward():
+        if not self._rests():
             call = self.calls[name] = self.calls.get(name, -1) + 1
             label = f"{name}:{call}" if call else name
             self._guard(label, partial(self._record, label, call, module, *inputs))
@@ -208,7 +227,7 @@ class Recorder:
         return None
 
     def _before_vcl(self, vcl: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        row = None if in_backward() else self.row_of.pop(vcl, None)
+        row = None if self._rests() else self.row_of.pop(vcl, None)
         if row is not None and vcl.training:
             self._guard(row.layer, partial(self._begin_vcl, vcl, row, args, kwargs))
 
@@ -222,7 +241,7 @@ class Recorder:
             x.register_hook(partial(self._in_backward, row.layer, acting.share.arrive))
 
     def _after_vcl(self, vcl: Any, _args: tuple[Any, ...], _y: Any) -> None:
-        acting = None if in_backward() else self.acting.pop(vcl, None)
+        acting = None if self._rests() else self.acting.pop(vcl, None)
         if acting is not None:
             self._guard(acting.row.layer, partial(self._end_vcl, vcl, acting))
 
@@ -248,7 +267,11 @@ class Recorder:
                 reason = do()
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-        if reason is not None and layer not in self.skipped:
+        if reason is not None:
+            self._skip(layer, reason)
+
+    def _skip(self, layer: str, reason: str) -> None:
+        if layer not in self.skipped:
             self.skipped[layer] = reason
             self.hooks.said.discard("skipped")
             self.hooks.tell(
