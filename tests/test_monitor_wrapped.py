@@ -167,8 +167,9 @@ def test_a_model_that_was_compiled_before_says_that_nothing_is_seen(model, text)
     assert backend.graphs == graphs
 
 
+@pytest.mark.usefixtures("one_process")
 def test_the_mode_is_that_of_the_model_inside():
-    model = nn.DataParallel(Net())  # without a GPU it runs the model itself
+    model = DistributedDataParallel(Net())
     monitor = vk.VCLMonitor(model)
     for _ in range(2):
         model(torch.randn(20, 4))

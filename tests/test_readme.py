@@ -16,6 +16,7 @@ from torch import nn
 import vcl_kernels as vk
 from benchmarks.speed.plots import digest
 from benchmarks.speed.report import SHOWN, ratios, render
+from vcl_kernels.nn.rows import COLUMNS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -71,16 +72,30 @@ def test_the_readmes_code_runs():
     torch.testing.assert_close(names["loss"], vk.vcl_loss(names["x"], names["beta"]))
 
 
-def test_the_guide_has_each_warning():
-    """Each text in the guide's table is in one of the code, and each kind of warning has a row."""
-    trees = [ast.parse(path.read_text()) for path in (ROOT / "vcl_kernels/nn").glob("*.py")]
+OF_THE_MONITOR = ("monitor.py", "recorder.py")
+
+
+@pytest.mark.parametrize("page", ["attach", "monitor"])
+def test_the_guides_have_each_warning(page):
+    """Each text in a guide's table is in one of the code that it is about, and each kind of warning has a row."""
+    files = [p for p in (ROOT / "vcl_kernels/nn").glob("*.py") if (p.name in OF_THE_MONITOR) == (page == "monitor")]
+    trees = [ast.parse(path.read_text()) for path in files]
     calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call) and is_warning(node)]
     parts = [getattr(call.args[1], "values", call.args[1:]) for call in calls]  # of an f-string, or the whole
     texts = ["".join(part.value for part in p if isinstance(part, ast.Constant)) for p in parts]
-    table = (ROOT / "docs/attach.md").read_text().split("| it says |")[1]
+    table = (ROOT / f"docs/{page}.md").read_text().split("| it says |")[1]
     phrases = [phrase.replace("\\", "") for phrase in re.findall(r"^\| \*(.*?)\* \|", table, re.MULTILINE)]
+    assert len(phrases) >= 5
     assert {text for text in texts if not any(phrase in text for phrase in phrases)} == set()
     assert [phrase for phrase in phrases if not any(phrase in text for text in texts)] == []
+
+
+def test_the_monitors_guide_has_each_column():
+    table = (ROOT / "docs/monitor.md").read_text().split("| column |")[1].split("\n\n")[0]
+    named = [
+        name for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", cell)
+    ]
+    assert tuple(named) == COLUMNS
 
 
 def is_warning(call):
