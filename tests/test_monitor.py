@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import vcl_kernels as vk
 from vcl_kernels import torch_private
-from vcl_kernels.nn import recorder, statistics
+from vcl_kernels.nn import recorder, statistics, undo
 from vcl_kernels.nn.rows import read_csv
 
 
@@ -407,7 +407,7 @@ def test_an_interrupt_leaves_no_hooks(then, tmp_path):
     else:
         ends[then]()
     assert hooks(model) == 0  # those of the wrapper are not among them
-    assert recorder.uncompiled.looking == 0
+    assert undo.uncompiled.looking == 0
     if then == "garbage":
         rows = read_csv(path)
     else:

@@ -16,8 +16,9 @@ from ..options import UNITS, Unit
 from ..torch_private import compiles_itself, inside_compiled
 from .handle import VCLHandle
 from .plot import plot
-from .recorder import Hooks, Recorder, Settings, tell_compiled
+from .recorder import Recorder, Settings, tell_compiled
 from .rows import Rows
+from .undo import Hooks
 
 __all__ = ["VCLMonitor"]
 

@@ -5,25 +5,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import partial
-from threading import Lock
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..checks import channels_first
-from ..torch_private import in_backward, is_replica, may_be_compiled, plain_name, runs_inside_itself, without_modes
-from .fused import Calls, first_input
+from ..torch_private import in_backward, is_replica, may_be_compiled, runs_inside_itself, without_modes
+from .fused import first_input
+from .layers import is_behind, layers_of, vcls_of
 from .modules import VCLActivation
-from .recognise import is_activation
 from .rows import Row, Rows
 from .share import Share
 from .statistics import acting_beta, of_input, of_vcl, why_not
-from .warn import warn
+from .undo import Hooks, uncompiled
 
-__all__ = ["Hooks", "Recorder", "Settings", "layers_of", "tell_compiled"]
+__all__ = ["Recorder", "Settings", "tell_compiled"]
 
 
 class Settings(NamedTuple):
@@ -33,63 +31,6 @@ class Settings(NamedTuple):
     sub_batch_size: int | None
     unit: str
     channel_dim: int | None
-
-
-class Hooks:
-    """What a monitor has changed outside of itself, and takes back. It refers to no module."""
-
-    def __init__(self) -> None:
-        self.of_model: list[RemovableHandle] = []
-        self.of_layers: list[RemovableHandle] = []
-        self.uncompiled = False
-        self.inside = False  # a forward of the model in training
-        self.forwards = 0  # so far
-        self.said: set[str] = set()  # kinds of warnings
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copy the counts alone."""
-        return {**Hooks().__dict__, "forwards": self.forwards, "said": self.said}
-
-    def end(self) -> None:
-        """End a forward: no layer has a hook, and compiled code runs again."""
-        self.inside = False
-        while self.of_layers:
-            self.of_layers.pop().remove()
-        if self.uncompiled:
-            self.uncompiled = False
-            uncompiled.leave()
-
-    def remove(self) -> None:
-        """Remove all."""
-        self.end()
-        while self.of_model:
-            self.of_model.pop().remove()
-
-    def tell(self, kind: str, text: str) -> None:
-        """Issue one warning of each kind."""
-        warn(self.said, kind, text)
-
-
-class Uncompiled:
-    """Compiled code runs uncompiled while any monitor looks; they may end in another order than they began."""
-
-    def __init__(self) -> None:
-        self.looking, self.stance, self.lock = 0, None, Lock()
-
-    def enter(self) -> None:
-        with self.lock:
-            if self.looking == 0:
-                self.stance = torch.compiler.set_stance("force_eager")
-            self.looking += 1
-
-    def leave(self) -> None:
-        with self.lock:
-            self.looking -= 1
-            if self.looking == 0:
-                self.stance.__exit__(None, None, None)  # type: ignore[attr-defined]
-
-
-uncompiled = Uncompiled()
 
 
 class Recorder:
@@ -153,7 +94,7 @@ class Recorder:
 
     def after_forward(self, _model: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         """End what :meth:`before_forward` began."""
-        if torch.compiler.is_compiling() or self._rests():
+        if self._rests():
             return
         if self.nested:
             self.nested -= 1
@@ -163,8 +104,8 @@ class Recorder:
             self.end()
 
     def _rests(self) -> bool:
-        """Whether nothing is to be recorded: in a copy, and in a checkpoint's recomputation, which is no step."""
-        return self.number == 0 or in_backward()
+        """Whether nothing is to be recorded: under a compiler, in a copy, in a checkpoint's recomputation."""
+        return torch.compiler.is_compiling() or self.number == 0 or in_backward()
 
     def end(self) -> None:
         """End a forward, or what an interrupt left of it."""
@@ -183,7 +124,7 @@ class Recorder:
             hooks.uncompiled = True
         vcls: dict[VCLActivation, None] = {}
         for name, module in self.layers:  # before all other hooks, which may change the input
-            if _is_behind(module):
+            if is_behind(module):
                 see: Callable[..., Any] = partial(self._see_output, name)
                 hooks.of_layers.append(module.register_forward_hook(see, prepend=True))
             else:
@@ -310,29 +251,3 @@ def _tell(number: int) -> bool:
 
 # A compiler calls this while it traces: its graph has no trace of it, and it guards on nothing that it reads.
 _tell_compiled: Any = getattr(torch.compiler, "assume_constant_result", lambda function: function)(_tell)
-
-
-def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the modules to watch, by name. A VCL that attach gave to another module is watched there."""
-    attached = {vcl for calls in model.modules() if isinstance(calls, Calls) for vcl in calls}
-    layers = [
-        (plain_name(name) or type(model).__name__, module)
-        for name, module in model.named_modules()
-        if module not in attached and (vcls_of(module) or is_activation(module))
-    ]
-    if not layers:
-        raise ValueError(f"model ({type(model).__name__}) has no activation or VCL module to monitor")
-    return layers
-
-
-def vcls_of(module: nn.Module) -> list[VCLActivation]:
-    """Return ``module`` if it is a VCL, else those that attach gave it."""
-    if isinstance(module, VCLActivation):
-        return [module]
-    calls = getattr(module, "vcl", None)
-    return list(calls) if isinstance(calls, Calls) else []  # type: ignore[arg-type]
-
-
-def _is_behind(module: nn.Module) -> bool:
-    calls = getattr(module, "vcl", None)
-    return isinstance(calls, Calls) and calls.behind
