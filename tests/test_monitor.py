@@ -225,7 +225,7 @@ def test_a_forward_inside_of_a_forward_is_the_same_step():
             x = self.act(self.linear(x))
             if depth < 0:
                 raise ValueError(depth)
-            return x if depth == 0 else self(x, depth - 1)
+            return x if depth == 0 else self.act(self(x, depth - 1))
 
     model, x = Recursive(), torch.randn(20, 4)
     monitor = vk.VCLMonitor(model, every=2)
@@ -234,7 +234,7 @@ def test_a_forward_inside_of_a_forward_is_the_same_step():
     for _ in range(2):
         model(x)
     found = [(row["step"], row["layer"]) for row in monitor.flush()]
-    assert found == [(0, "act"), (2, "act"), (2, "act:1"), (2, "act:2")]
+    assert found == [(0, "act"), (2, "act"), *((2, f"act:{call}") for call in range(1, 5))]
     assert monitor.step == 3
 
 

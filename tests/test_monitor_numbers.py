@@ -241,6 +241,17 @@ def test_share_under_checkpointing_is_that_without(whole, inject, context):
     assert found[1] == pytest.approx(found[0], rel=1e-9)
 
 
+def test_share_is_unknown_under_reentrant_checkpointing():
+    model, _, x = network(inject=True)
+    net = Parts(model, {"use_reentrant": True})
+    monitor = vk.VCLMonitor(net)
+    net(x).mean().backward()
+    rows = monitor.flush()
+    assert [row["layer"] for row in rows] == ["rest.0", "rest.2"]
+    assert all(math.isnan(row["share"]) for row in rows)
+    assert not any(math.isnan(row["loss"]) for row in rows)
+
+
 def losses(net):
     return sum(vcl.loss for vcl in net.modules() if isinstance(vcl, vk.VCLActivation) and vcl.loss is not None)
 

@@ -249,3 +249,15 @@ def test_of_two_processes_the_first_writes(ends, tmp_path):
     with (tmp_path / "run.csv").open(newline="") as file:
         assert [(row["step"], row["layer"]) for row in csv.DictReader(file)] == [("0", "1"), ("1", "1")]
     assert [output for output, _ in outputs] == [f"0 {tmp_path}/logs\n", ""]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_the_rank_is_asked_for_when_rows_are_written(tmp_path, monkeypatch):
+    model = Net()
+    monitor = vk.VCLMonitor(model, csv=tmp_path / "run.csv")
+    with monkeypatch.context() as before:
+        before.setattr(torch.distributed, "is_initialized", lambda: False)
+        model(torch.randn(20, 4))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    assert len(monitor.flush()) == 2
+    assert not (tmp_path / "run.csv").exists()
