@@ -32,8 +32,8 @@ class VCLMonitor:
 
     - ``loss``: the layer's part of :meth:`VCLHandle.loss` (weighted).
     - ``share``: ``‖g_vcl‖ / (‖g_vcl‖ + ‖g - g_vcl‖)``, g the gradient that arrives at the input, g_vcl the part of it
-      from this layer's own loss. 0 where that loss is not in the objective; NaN before the backward pass, after a
-      second one through the same forward, and under reentrant checkpointing.
+      from this layer's own loss. 0 where that loss is not in the objective; NaN before the backward pass, and after a
+      second one through the same forward.
     - ``beta``, ``beta_least``: mean and least beta over units, as they act (at least ``beta_min``); NaN for the form
       ``"variance"``, and where FSDP has not gathered them.
     - ``scale``: the variance that beta asks for, mean over units: beta times the multiple of it at which the ratio is
@@ -45,7 +45,8 @@ class VCLMonitor:
     - ``kurtosis``: ``E[(x - mean)⁴] / E[(x - mean)²]²`` over the batch, mean over units that vary: 3 for a Gaussian,
       1 for two points of equal weight.
 
-    The first five are NaN where no VCL acted: the layer has none, it was paused, or its input needs no gradient.
+    The first five are NaN where no VCL acted: the layer has none, it was paused, its input needs no gradient, or it is
+    under reentrant checkpointing (VCL acts in the recomputation).
 
     The monitor never stops a training: what it cannot look at is in :attr:`skipped`, and a ``VCLWarning`` says so.
     Nothing is fetched from the device before :meth:`flush`, which fetches everything in one transfer. Between the
