@@ -164,12 +164,6 @@ def test_ops_are_watched(monkeypatch, exists):
     assert z.sum() == 4
 
 
-def test_compiled_models_are_opened():
-    net = nn.ReLU()
-    assert torch_private.uncompiled(torch.compile(net, backend="eager")) is net
-    assert torch_private.uncompiled(net) is net
-
-
 # Nested containers
 
 Pair = collections.namedtuple("Pair", "first second")

@@ -208,8 +208,3 @@ def watching_ops(callback: Callable[[list[Tensor]], None]) -> AbstractContextMan
             return func(*args, **(kwargs or {}))
 
     return Watching()
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The module inside of what ``torch.compile`` returned; ``model`` itself if it is not that."""
-    return getattr(model, "_orig_mod", model)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..torch_private import uncompiled
+from ..torch_private import inside_compiled
 from .affine import ChannelAffine
 from .code import norm_in_code
 from .flow import OTHER, PARAMETER, Flow, flow_of
@@ -104,7 +104,7 @@ def remove_batch_norm(model: nn.Module, example_input: Any = None) -> BatchNormR
     """
     check_module(model)
     check_not_wrapped(model)
-    model = uncompiled(model)
+    model = inside_compiled(model)
     norms = batch_norms(model)
     flow = flow_of(model, norms, LAYERS, example_input)
     _check_reads(model, norms, flow, example_input)
