@@ -211,6 +211,12 @@ def lazy():
     return net
 
 
+def observed():
+    net = with_norm(nn.Conv2d(3, 4, 3))
+    net[0].register_forward_hook(lambda *_: None)
+    return net
+
+
 class Standardised(nn.Conv2d):
     def forward(self, x):
         return F.conv2d(x, self.weight / self.weight.std((1, 2, 3), keepdim=True))
@@ -258,24 +264,24 @@ CASES = {
     "twice": (lambda: nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.BatchNorm2d(3)), X, "IA"),
     "channels_last": (lambda: cnn().to(memory_format=torch.channels_last), X, "IIA/III"),
     # Kinds of batch norm
-    "sync": (lambda: nn.SyncBatchNorm.convert_sync_batchnorm(cnn()), X, "IIA/III"),
+    "sync": (lambda: nn.SyncBatchNorm.convert_sync_batchnorm(cnn()), X, "AAA/III"),
     "momentum=None": (lambda: with_norm(nn.Conv2d(3, 4, 3), momentum=None), X, "I"),
     "affine=False": (lambda: with_norm(nn.Conv2d(3, 6, 3), affine=False), X, "I"),
     "affine=False, affine": (lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3, affine=False)), X, "A"),
     "3-D affine": (lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm3d(3)), VOLUMES, "A"),
     "statistics by hand": (with_given_statistics, X, "IA"),
-    "subclass with a check": (lambda: with_norm(nn.Conv2d(3, 4, 3), Checked), X, "I"),
+    "subclass with a check": (lambda: with_norm(nn.Conv2d(3, 4, 3), Checked), X, "A/I"),
     "subclass with a mode": (lambda: with_norm(nn.Conv2d(3, 4, 3), AlwaysEvaluates), X, "I"),
     "activation inside": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), NormAct(4), NormAct(4)), X, "IA"),
     # Layers before it
-    "conv1d": (lambda: with_norm(nn.Conv1d(3, 6, 3), nn.BatchNorm1d), X[..., 0], "I"),
+    "conv1d": (lambda: with_norm(nn.Conv1d(3, 6, 3), nn.BatchNorm1d), X[..., 0], "A/I"),
     "conv3d": (lambda: with_norm(nn.Conv3d(3, 6, 3), nn.BatchNorm3d), VOLUMES, "I"),
     "padded": (lambda: with_norm(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")), X, "I"),
     "before a padded one": (lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)), X, "A"),
     "grouped": (lambda: with_norm(nn.Conv2d(6, 4, 3, groups=2)), GROUPS, "I"),
     "depthwise": (lambda: with_norm(nn.Conv2d(3, 6, 3, groups=3)), X, "I"),
     "transposed": (lambda: with_norm(nn.ConvTranspose2d(3, 4, 3)), X, "I"),
-    "transposed 1d": (lambda: with_norm(nn.ConvTranspose1d(3, 4, 3), nn.BatchNorm1d), X[..., 0], "I"),
+    "transposed 1d": (lambda: with_norm(nn.ConvTranspose1d(3, 4, 3), nn.BatchNorm1d), X[..., 0], "A/I"),
     "transposed, groups": (lambda: with_norm(nn.ConvTranspose2d(6, 4, 3, groups=2, bias=False)), GROUPS, "I"),
     "lazy, has run": (lazy, X, "I"),
     "spectral_norm": (lambda: with_norm(spectral_norm(nn.Conv2d(3, 4, 3))), X, "A"),
@@ -283,7 +289,9 @@ CASES = {
     "old weight_norm": (old_weight_norm, X, "A"),
     "own subclass": (lambda: with_norm(Standardised(3, 4, 3)), X, "A"),
     "hooks": (lambda: hooked(with_norm(nn.Conv2d(3, 4, 3)), 0), X, "A"),
-    # Linear layers: (N, C) only
+    "observing hooks": (observed, X, "A"),
+    "unused": (steps(lambda m, x: m.conv(x)), X, "A"),
+    # Linear layers: (N, C) only, which an example shows
     "linear": (lambda: with_norm(nn.Linear(8, 6, bias=False), nn.BatchNorm1d), X[:, 0, 0], "A/I"),
     "linear, (N, L, C) with L = C": (lambda: with_norm(nn.Linear(8, 3), nn.BatchNorm1d), X[:, :, 0], "A"),
     "linear, (N, L, C) with another L": (lambda: nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(3)), X[..., 0], "A"),
@@ -296,7 +304,7 @@ CASES = {
     "used without an option": (variant(used_twice_by_default), X, "AI"),
     "returned": (steps(lambda m, x: (m.bn(y := m.conv(x)), y)), X, "A"),
     "viewed": (steps(lambda m, x: m.bn(m.conv(x)[:]) + m.conv(x)), X, "A"),
-    "kept": (steps(kept), X, "I/A"),
+    "kept": (steps(kept), X, "A"),
     "weight used": (variant(lambda m, x: m.bn2(m.conv2(m.bn1(m.conv1(x)))) + m.conv1.weight.mean()), X, "AI"),
     "shared convolution": (variant(lambda m, x: m.bn2(m.conv2(m.conv1(m.bn1(m.conv1(x)))))), X, "AI"),
     "shared weight": (shared_weight, X, "AA"),

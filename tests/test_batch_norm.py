@@ -128,12 +128,13 @@ def test_the_report_tells_what_became_of_each():
         "0.bn1       BatchNorm2d  part of '0.conv1'",
         "0.bn2       BatchNorm2d  part of '0.conv2'",
         "1           BatchNorm2d  ChannelAffine      its input is not the output of a convolution or linear layer",
-        "4           BatchNorm1d  ChannelAffine      Linear '3' may return (N, L, C); an example_input shows it",
+        "4           BatchNorm1d  ChannelAffine      "
+        "Linear '3' has an output of unknown shape; an example_input shows it",
         "4 batch norms removed: 2 folded, 2 affine",
     ]
     unknown = vk.remove_batch_norm(Dynamic())
     assert [row.reason for row in unknown.rows] == ["the forward could not be followed; an example_input may show it"]
-    assert repr(unknown).splitlines()[-1].startswith("Tracing the forward raised TraceError: symbolically")
+    assert repr(unknown).splitlines()[-1].startswith("The forward cannot be traced: TraceError: symbolically")
 
 
 def test_a_forward_that_fails_in_training_proves_nothing_in_evaluation():
@@ -144,12 +145,12 @@ def test_a_forward_that_fails_in_training_proves_nothing_in_evaluation():
     removal = vk.remove_batch_norm(traced, X)
     assert removal.rows[0].folded_into == "conv"
     (note,) = removal.notes
-    assert note.startswith("Following the forward on example_input, in both modes, raised IndexError")
+    assert note.startswith("The forward cannot be followed on example_input, in both modes: IndexError")
     removal = vk.remove_batch_norm(dynamic_one, X)
     assert removal.rows[0].reason == "the forward could not be followed"
-    assert [note.split(" raised ")[0] for note in removal.notes] == [
-        "Tracing the forward",
-        "Following the forward on example_input, in both modes,",
+    assert [note.split(": ")[0] for note in removal.notes] == [
+        "The forward cannot be traced",
+        "The forward cannot be followed on example_input, in both modes",
     ]
 
 
@@ -158,15 +159,16 @@ REASONS = {
     ("first", "traced"): "its input is not the output of a convolution or linear layer",
     ("weight_norm", "shown"): "ParametrizedConv2d '0' is parametrized",
     ("own subclass", "shown"): "Standardised '0' is a Standardised, which may compute its weight in each forward",
-    ("hooks", "traced"): "Conv2d '0' has hooks or a forward of its own",
-    ("linear, images", "shown"): "Linear '0' has its channels in another dimension than BatchNorm2d",
-    ("linear, (N, L, C) with L = C", "shown"): "Linear '0' returns what is not (N, C)",
-    ("linear", "traced"): "Linear '0' may return (N, L, C); an example_input shows it",
+    ("observing hooks", "shown"): "Conv2d '0' has hooks or a forward of its own",
+    ("linear, images", "shown"): "Linear '0' has another output than (N, C)",
+    ("linear, (N, L, C) with L = C", "shown"): "Linear '0' has another output than (N, C)",
+    ("linear", "traced"): "Linear '0' has an output of unknown shape; an example_input shows it",
     ("returned", "shown"): "the output of Conv2d 'conv' has other uses",
     ("dynamic, weight used", "shown"): "a forward reads the parameters of Conv2d 'conv'",
     ("shared memory", "traced"): "Conv2d 'conv' shares memory with another module",
     ("shared norm", "shown"): "its inputs come from several layers",
-    ("in a closure", "shown"): "no forward that was followed calls it",
+    ("in a closure", "shown"): "the forward could not be followed",
+    ("unused", "shown"): "no forward that was followed calls it",
 }
 
 
@@ -196,7 +198,13 @@ def phrases_of(table):
     return [phrase for row in rows for phrase in row.strip("*").split("*, *")]
 
 
-OF_LAYERS = "has no shape yet", "is frozen, and the batch norm learns", "is on meta, not cpu"
+OF_LAYERS = (
+    "has no shape yet",
+    "is frozen, and the batch norm learns",
+    "is on meta, not cpu",
+    "has 4 channels, not 5",
+    "has a Tensor for a parameter",
+)
 
 
 def test_layers_that_keep_a_batch_norm_out():
@@ -205,7 +213,12 @@ def test_layers_that_keep_a_batch_norm_out():
     frozen = with_norm(nn.Conv2d(3, 4, 3))
     frozen[0].requires_grad_(False)
     elsewhere = with_norm(nn.Conv2d(3, 4, 3, device="meta"))
-    for net, reason in zip((lazy_layer, frozen, elsewhere), OF_LAYERS, strict=True):
+    other_channels = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(5))
+    plain = with_norm(nn.Conv2d(3, 4, 3))
+    weight = plain[0].weight.detach()
+    del plain[0].weight
+    plain[0].weight = weight
+    for net, reason in zip((lazy_layer, frozen, elsewhere, other_channels, plain), OF_LAYERS, strict=True):
         (row,) = vk.remove_batch_norm(net).rows
         assert row.reason.endswith(reason)
 

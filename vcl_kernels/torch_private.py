@@ -95,12 +95,24 @@ def has_hooks(module: nn.Module) -> bool:
     return any(isinstance(value, dict) and value for name, value in hooks_of(module).items() if "state" not in name)
 
 
+def has_global_hooks() -> bool:
+    """Whether there are hooks for the forwards of all modules. Fallback: no."""
+    names = ("_global_forward_hooks", "_global_forward_pre_hooks")
+    return any(getattr(nn.modules.module, name, None) for name in names)
+
+
 def batch_norm_types() -> tuple[type[nn.Module], ...]:
     """The base of all batch norms, or its public subclasses."""
     public = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     lazy = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
     base = getattr(nn.modules.batchnorm, "_BatchNorm", None)
     return (*public, *lazy) if base is None else (base,)
+
+
+def dims_checked(norm: nn.Module) -> int | None:
+    """The number of dimensions that a batch norm takes; None if it takes several, or PyTorch does not tell."""
+    checked = {getattr(kind, "_check_input_dim", None): n for n, kind in ((4, nn.BatchNorm2d), (5, nn.BatchNorm3d))}
+    return None if None in checked else checked.get(getattr(type(norm), "_check_input_dim", None))
 
 
 def version_of(x: Tensor) -> int:

@@ -11,9 +11,9 @@ __all__ = ["ChannelAffine"]
 class ChannelAffine(nn.Module):
     """``y = weight * x + bias`` with a weight and a bias for each channel: a batch norm that was not folded.
 
-    Takes ``(N, C, *spatial)`` with C = ``num_features``, and computes in its dtype, as a convolution does under
-    autocast. ``device`` and ``dtype`` are those of the parameters, which start as 1 and 0. Its children, if it has
-    any, follow: those of a batch norm that has its activation inside.
+    Takes ``(N, C, *spatial)`` with C = ``num_features``. It computes in the wider dtype of input and parameters, and
+    returns the input's, as batch norm does. ``device`` and ``dtype`` are those of the parameters, which start as 1 and
+    0. Its children, if it has any, follow: those of a batch norm that has its activation inside.
 
     >>> import torch
     >>> ChannelAffine(3)(torch.ones(2, 3, 4, 4)).shape
@@ -30,8 +30,8 @@ class ChannelAffine(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``weight * input + bias``; the argument has the name that batch norm gives it."""
-        shape, dtype = (-1,) + (1,) * (input.ndim - 2), input.dtype
-        y = torch.addcmul(self.bias.to(dtype).view(shape), input, self.weight.to(dtype).view(shape))
+        shape = (-1,) + (1,) * (input.ndim - 2)
+        y = torch.addcmul(self.bias.view(shape), input, self.weight.view(shape)).to(input.dtype)
         for module in self.children():
             y = module(y)
         return y

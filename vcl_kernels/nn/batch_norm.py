@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..torch_private import inside_compiled
 from .affine import ChannelAffine
 from .code import norm_in_code
-from .flow import OTHER, PARAMETER, Flow, flow_of
+from .doubts import check_not_wrapped_outside
+from .flow import OTHER, PARAMETER, Flow, follow_example
 from .fold import LAYERS, Change, change_of, modules_that_share, why_not_into
-from .norms import batch_norms
-from .same import check_same
+from .norms import batch_norms, norms_that_stay
+from .parts import Parts
+from .same import check_outputs
 from .table import aligned
+from .trace import check_traces, follow_traces
 from .wrappers import check_module, check_not_wrapped
 
 __all__ = ["BatchNormRemoval", "RemovedBatchNorm", "remove_batch_norm"]
+
+MOST_CHARACTERS = 150  # of an error in a note
 
 
 class RemovedBatchNorm(NamedTuple):
@@ -104,57 +111,95 @@ def remove_batch_norm(model: nn.Module, example_input: Any = None) -> BatchNormR
     """
     check_module(model)
     check_not_wrapped(model)
+    check_not_wrapped_outside(model)
     model = inside_compiled(model)
     norms = batch_norms(model)
-    flow = flow_of(model, norms, LAYERS, example_input)
-    _check_reads(model, norms, flow, example_input)
-    names = {module: name for name, module in model.named_modules()}
-    sharing = modules_that_share(model)
-    plan: dict[Any, Any] = {}  # norms, each with the layer into which it is folded
-    rows = []
-    for norm, name in norms.items():
-        layer, reason = _layer_for(norm, flow, sharing, names, example_input is not None)
-        plan[norm] = layer
-        kind = type(norm).__name__
-        rows.append(RemovedBatchNorm(name or kind, kind, None if layer is None else names[layer], reason))
-    if example_input is not None:
-
-        def change(twins: Mapping[nn.Module, nn.Module]) -> None:
-            _carry_out({twins[norm]: None if layer is None else twins[layer] for norm, layer in plan.items()})
-
-        check_same(model, example_input, norms, change, "its batch norms are removed")
-    _carry_out(plan)
-    return BatchNormRemoval(model, rows, _notes(flow, example_input))
-
-
-def _notes(flow: Flow, example: Any) -> list[str]:
-    """Return why forwards could not be followed. A trace does not matter where an example tells."""
-    failed = [f"{way} raised {error}" for way, error in flow.unknown.items()]
-    return failed if example is None or not flow.known else [note for note in failed if "example_input" in note]
+    with torch.inference_mode(False):
+        evidence = _follow(Parts(model, norms, LAYERS), example_input)
+        _check_reads(evidence)
+        names = {module: name for name, module in model.named_modules()}
+        sharing = modules_that_share(model)
+        plan: dict[Any, Any] = {}  # norms, each with the layer into which it is folded
+        rows = []
+        for norm, name in norms.items():
+            layer, reason = _layer_for(norm, evidence, sharing, names)
+            plan[norm] = layer
+            kind = type(norm).__name__
+            rows.append(RemovedBatchNorm(name or kind, kind, None if layer is None else names[layer], reason))
+        notes = [*evidence.notes(), *_check_same(evidence, plan)]
+        _carry_out(plan)
+    notes += [
+        f"Batch norms in {place} stay: they are not among the model's modules" for place in norms_that_stay(model)
+    ]
+    return BatchNormRemoval(model, rows, notes)
 
 
-def _check_reads(model: nn.Module, norms: Mapping[nn.Module, str], flow: Flow, example: Any) -> None:
+class Evidence(NamedTuple):
+    """What forwards showed of a model."""
+
+    parts: Parts
+    example: Any
+    flow: Flow | None  # None: none could be followed
+    trace_error: str | None
+    example_error: str | None
+
+    def notes(self) -> list[str]:
+        """Return why forwards could not be followed. A trace does not matter where an example tells."""
+        errors = {
+            "The forward cannot be traced": self.trace_error if self.flow is None or self.example is None else None,
+            "The forward cannot be followed on example_input, in both modes": self.example_error,
+        }
+        return [f"{what}: {error}" for what, error in errors.items() if error is not None]
+
+
+def _follow(parts: Parts, example: Any) -> Evidence:
+    """Follow the forward of a model, in traces and on ``example``."""
+    flow = Flow()
+    errors: list[str | None] = []
+    ways: list[Callable[[], Flow]] = [partial(follow_traces, parts)]
+    ways += [] if example is None else [partial(follow_example, parts, example)]
+    for way in ways:
+        try:
+            found = way()
+        except Exception as error:  # the user's code runs, on fx proxies too
+            lines = str(error).splitlines() or [""]
+            text = lines[0] if type(error) is ValueError else f"{type(error).__name__}: {lines[0]}"
+            errors.append(text if len(text) < MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…")
+        else:
+            errors.append(None)
+            flow.add(found)
+    known = None in errors
+    return Evidence(parts, example, flow if known else None, errors[0], errors[1] if example is not None else None)
+
+
+def _check_reads(evidence: Evidence) -> None:
     """Raise ValueError where a forward reads attributes of a batch norm."""
-    for norm, attribute in flow.reads.items():
+    parts = evidence.parts
+    described = f"the forward of model ({type(parts.model).__name__})"
+    for norm, attribute in parts.reads.items():
+        what = "calls methods" if attribute.startswith("_") else f"reads {attribute!r}"
         raise ValueError(
-            f"the forward of model ({type(model).__name__}) reads {attribute!r} of {type(norm).__name__} "
-            f"{norms[norm]!r}, and not only calls it; replace that by hand. The model is unchanged"
+            f"{described} {what} of {type(norm).__name__} {parts.norms[norm]!r}, and not only calls it as a module; "
+            "replace that by hand. The model is unchanged"
         )
-    found = None if flow.known or example is not None else norm_in_code(model, norms.items())
-    if found:
-        raise ValueError(
-            f"the forward of model ({type(model).__name__}) cannot be traced ({'; '.join(flow.unknown.values())}), "
-            f"and {found}. Pass an example_input, on which it is tried. The model is unchanged"
-        )
+    if evidence.flow is None and evidence.example is None:
+        found = norm_in_code(parts.model, parts.norms.items())
+        if found:
+            raise ValueError(
+                f"{described} cannot be traced ({evidence.trace_error}), and {found}. Pass an example_input, on which "
+                "it is tried. The model is unchanged"
+            )
 
 
 def _layer_for(
-    norm: nn.Module, flow: Flow, sharing: set[nn.Module], names: Mapping[nn.Module, str], shown: bool
+    norm: nn.Module, evidence: Evidence, sharing: set[nn.Module], names: Mapping[nn.Module, str]
 ) -> tuple[nn.Module | None, str]:
-    """Return the layer into which ``norm`` is folded, or None and the reason. ``shown``: there was an example."""
+    """Return the layer into which ``norm`` is folded, or None and the reason."""
+    flow = evidence.flow
+    if flow is None:
+        hint = "; an example_input may show it" if evidence.example is None else ""
+        return None, f"the forward could not be followed{hint}"
     inputs = flow.inputs.get(norm, set())
-    if not flow.known:
-        return None, "the forward could not be followed" + ("" if shown else "; an example_input may show it")
     if not inputs:
         return None, "no forward that was followed calls it"
     if OTHER in inputs:
@@ -171,21 +216,42 @@ def _layer_for(
     return (layer, "") if reason is None else (None, f"{described} {reason}")
 
 
+def _check_same(evidence: Evidence, plan: Mapping[Any, Any]) -> list[str]:
+    """Raise ValueError if the forward of a copy changes by more than rounding. Return what could not be compared."""
+
+    def change(twins: Mapping[nn.Module, nn.Module]) -> None:
+        _carry_out({twins[norm]: None if layer is None else twins[layer] for norm, layer in plan.items()})
+
+    changed = "its batch norms are removed"
+    if evidence.example is not None:
+        note = check_outputs(evidence.parts, evidence.example, change, changed)
+        return [] if note is None else [note]
+    if evidence.flow is not None:
+        check_traces(evidence.parts, change, changed)
+    return []
+
+
 def _carry_out(plan: Mapping[Any, Any]) -> None:
-    """Change the model. All that can fail comes first."""
+    """Change a model: compute all new values first, then put them where they belong."""
     changes = {norm: change_of(norm, layer) for norm, layer in plan.items()}
     for norm, change in changes.items():
         layer = plan[norm]
         if layer is None:
             _become(norm, _affine(change))
             continue
-        # Other memory: what else lies over the old one keeps its values
-        layer.weight.data = change.weight
+        _set_values(layer.weight, change.weight)
         if layer.bias is None:
             layer.bias = nn.Parameter(change.bias, requires_grad=change.learns[1])
         else:
-            layer.bias.data = change.bias
+            _set_values(layer.bias, change.bias)
         _become(norm, nn.Sequential() if dict(norm.named_children()) else nn.Identity())
+    torch.clear_autocast_cache()  # inside of an autocast region it holds the old weights
+
+
+def _set_values(parameter: nn.Parameter, values: Tensor) -> None:
+    """Give a parameter new values, in new memory: what else lies over the old one keeps its values."""
+    parameter.data = values
+    parameter.grad = None  # that of the old values
 
 
 def _affine(change: Change) -> ChannelAffine:
@@ -196,10 +262,15 @@ def _affine(change: Change) -> ChannelAffine:
 
 
 def _become(norm: nn.Module, other: nn.Module) -> None:
-    """Make ``norm`` what ``other`` is, with its children. It stays the same object, in whatever holds it."""
+    """Make ``norm`` what ``other`` is, with its children and the attributes that a user gave it.
+
+    It stays the same object, in whatever holds it.
+    """
     other.training = norm.training
     for name, child in norm.named_children():
         other.add_module(name, child)
+    of_norms = {*vars(nn.BatchNorm2d(1)), *vars(nn.SyncBatchNorm(1))}
+    given = {name: value for name, value in vars(norm).items() if name not in of_norms}
     object.__setattr__(norm, "__class__", type(other))
     norm.__dict__.clear()
-    norm.__dict__.update(other.__dict__)
+    norm.__dict__.update(other.__dict__ | given)

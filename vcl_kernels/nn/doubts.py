@@ -83,6 +83,6 @@ def check_not_wrapped_outside(model: nn.Module) -> None:
         kind = wrapper_of(outer)
         if kind is not None and any(module is model for module in outer.modules()):
             raise ValueError(
-                f"model is inside {kind}, which goes on with the parameters that it knows: new betas would drift apart "
-                "between processes. Attach first and wrap afterwards"
+                f"model is inside {kind}, which goes on with the parameters that it knows: new ones would drift apart "
+                "between processes. Wrap it afterwards"
             )

@@ -10,21 +10,22 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..torch_private import has_hooks
+from ..torch_private import dims_checked, has_hooks
 
 __all__ = ["LAYERS", "Change", "change_of", "modules_that_share", "why_not_into"]
 
-# Layers into which a batch norm can be folded, each with the batch norm of its dimensions (SyncBatchNorm takes any).
-# Exact types: a parametrized, lazy or user's subclass may compute its weight anew in each forward.
-FOLDABLE: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: nn.BatchNorm1d,
-    nn.Conv1d: nn.BatchNorm1d,
-    nn.Conv2d: nn.BatchNorm2d,
-    nn.Conv3d: nn.BatchNorm3d,
-    nn.ConvTranspose1d: nn.BatchNorm1d,
-    nn.ConvTranspose2d: nn.BatchNorm2d,
-    nn.ConvTranspose3d: nn.BatchNorm3d,
+# Layers into which a batch norm can be folded, each with the number of dimensions of its output for a batch: there,
+# its channels are those of the batch norm. Exact types: others may compute their weight in each forward.
+FOLDABLE: dict[type[nn.Module], int] = {
+    nn.Linear: 2,
+    nn.Conv1d: 3,
+    nn.Conv2d: 4,
+    nn.Conv3d: 5,
+    nn.ConvTranspose1d: 3,
+    nn.ConvTranspose2d: 4,
+    nn.ConvTranspose3d: 5,
 }
+SHAPES = {2: "(N, C)", 3: "(N, C, L)", 4: "(N, C, H, W)", 5: "(N, C, D, H, W)"}
 LAYERS = tuple(FOLDABLE)
 
 
@@ -32,7 +33,7 @@ def why_not_into(layer: Any, norm: Any, dims: set[int], sharing: set[nn.Module])
     """Return why ``norm`` cannot be folded into ``layer``, whose output it alone takes; None: it can.
 
     Args:
-        dims: numbers of dimensions of that output, as far as an example showed them.
+        dims: numbers of dimensions of that output that an example showed; empty without one.
         sharing: modules whose tensors lie in memory that others use.
     """
     if is_lazy(layer.weight):
@@ -43,14 +44,17 @@ def why_not_into(layer: Any, norm: Any, dims: set[int], sharing: set[nn.Module])
         return f"is a {type(layer).__name__}, which may compute its weight in each forward"
     if has_hooks(layer) or "forward" in vars(layer):
         return "has hooks or a forward of its own"
-    if not issubclass(type(norm), (FOLDABLE[type(layer)], nn.SyncBatchNorm)):
-        return f"has its channels in another dimension than {type(norm).__name__}"
-    if isinstance(layer, nn.Linear) and dims != {2}:
-        return "returns what is not (N, C)" if dims else "may return (N, L, C); an example_input shows it"
+    wanted = FOLDABLE[type(layer)]
+    seen: set[int | None] = {*dims} or {dims_checked(norm)}
+    if seen == {None}:
+        return "has an output of unknown shape; an example_input shows it"
+    if seen != {wanted}:
+        return f"has another output than {SHAPES[wanted]}"
     if layer in sharing:
         return "shares memory with another module"
-    if any(type(p) is not nn.Parameter for p in layer.parameters()):
-        return f"has a {type(layer.weight).__name__} for a weight"
+    for t in (layer.weight, layer.bias):
+        if t is not None and type(t) is not nn.Parameter:
+            return f"has a {type(t).__name__} for a parameter"
     for of_norm, of_layer in ((norm.weight, layer.weight), (norm.bias, layer.bias)):
         if _learns(of_norm) and of_layer is not None and not of_layer.requires_grad:
             return "is frozen, and the batch norm learns"

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..torch_private import batch_norm_types, hooks_of
 from .affine import ChannelAffine
 
-__all__ = ["BATCH_NORMS", "batch_norms", "own_names"]
+__all__ = ["BATCH_NORMS", "BUFFERS", "batch_norms", "norms_that_stay", "own_names"]
 
 BATCH_NORMS = batch_norm_types()
 PARAMETERS = {"weight", "bias"}
@@ -28,6 +29,8 @@ def batch_norms(model: nn.Module) -> dict[Any, str]:
     _check_registered(model)
     if not norms:
         raise ValueError(f"model ({type(model).__name__}) has no batch norm to remove")
+    if any(not is_lazy(t) and t.is_inference() for t in (*model.parameters(), *model.buffers())):
+        raise ValueError(f"model ({type(model).__name__}) was made in torch.inference_mode(), and cannot be changed")
     for norm, name in norms.items():
         reason = _why_not(norm)
         if reason:
@@ -47,7 +50,7 @@ def _why_not(norm: Any) -> str | None:
         return "that has not seen any input; run a forward first"
     lost = _what_would_be_lost(norm)
     if lost:
-        return f"with {lost}, which would be lost; replace it by hand"
+        return f"with {lost}, which would be lost; take that off before, or replace it by hand"
     if norm.running_mean is None or norm.running_var is None:
         return (
             "without running statistics (track_running_stats=False), so that what it computes depends on the batch; "
@@ -58,18 +61,25 @@ def _why_not(norm: Any) -> str | None:
 
 def _what_would_be_lost(norm: Any) -> str | None:
     """Return what ``norm`` has beside what makes it a batch norm."""
-    if any(isinstance(value, dict) and value for value in hooks_of(norm).values()):
+    if any(isinstance(value, dict) and value for value in hooks_of(norm).values()):  # those of its state too
         return "hooks"
     kind = type(norm)
-    if any(getattr(kind, name) is not getattr(nn.Module, name) for name in ("__call__", "_call_impl", "__getattr__")):
-        return "a call of its own"
+    if is_parametrized(norm):
+        return "parametrizations"
+    for name in ("__call__", "_call_impl", "__getattr__"):
+        if getattr(kind, name) is not getattr(nn.Module, name):
+            return f"a {name} of its own"
+    if not _can_become_another(kind):
+        return "__slots__"
+    if kind.train is not nn.Module.train and copy.deepcopy(norm).eval().training:
+        return "a train() that keeps it in training mode"
     others = {name for name, _ in norm.named_parameters(recurse=False)} - PARAMETERS
     others |= {name for name, _ in norm.named_buffers(recurse=False)} - BUFFERS
     if others:
         return f"parameters or buffers of its own ({', '.join(sorted(others))})"
     plain = kind.forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
     children = any(True for _ in norm.children())
-    if "forward" in vars(norm) or not _can_become_another(kind) or not (plain or children):
+    if "forward" in vars(norm) or not (plain or children):
         return "a forward of its own"
     if children and not _computes_its_children_after(norm):
         return "children that do not simply follow it"
@@ -91,10 +101,10 @@ def _computes_its_children_after(norm: Any) -> bool:
     It is tried in float64 on a copy and drawn values, in both modes: with the batch's statistics as running ones, these
     agree.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+        return torch.randn(*shape, dtype=torch.float64, device="cpu", generator=generator)
 
     spatial = 3 if isinstance(norm, nn.BatchNorm3d) else 1 if isinstance(norm, nn.BatchNorm1d) else 2
     try:
@@ -122,25 +132,41 @@ def _computes_its_children_after(norm: Any) -> bool:
 
 def _check_registered(model: nn.Module) -> None:
     """Raise ValueError for a batch norm that a module holds in a list, tuple, set or dict alone, or in TorchScript."""
-    registered = set(model.modules())
     for name, module in model.named_modules():
         if "BatchNorm" in str(getattr(module, "original_name", "")):
             raise ValueError(f"model has a scripted batch norm, {name!r}; remove it before torch.jit.script or trace")
+    for place, module in _unregistered(model):
+        if isinstance(module, BATCH_NORMS):
+            raise ValueError(
+                f"model has a {type(module).__name__} in {place}, and not among its modules; hold it in an "
+                "nn.ModuleList or nn.ModuleDict"
+            )
+
+
+def norms_that_stay(model: nn.Module) -> list[str]:
+    """Return the places of modules that hold batch norms and that the model has in containers, not as modules."""
+    return [
+        place
+        for place, module in _unregistered(model)
+        if any(isinstance(inside, BATCH_NORMS) for inside in module.modules())
+    ]
+
+
+def _unregistered(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules in attributes that are containers, and are not among those of the model; with the attribute."""
+    registered = set(model.modules())
+    for name, module in model.named_modules():
         for attribute, value in vars(module).items():
-            for found in _modules_in(value):
-                if isinstance(found, BATCH_NORMS) and found not in registered:
-                    raise ValueError(
-                        f"model has a {type(found).__name__} in {name + '.' if name else ''}{attribute}, and not among "
-                        "its modules; hold it in an nn.ModuleList or nn.ModuleDict"
-                    )
+            for found in _modules_in(value, set()):
+                if found not in registered:
+                    yield f"{name}.{attribute}" if name else attribute, found
 
 
-def _modules_in(value: Any) -> Iterator[nn.Module]:
+def _modules_in(value: Any, seen: set[int]) -> Iterator[nn.Module]:
     """Yield the modules in nested containers."""
     if isinstance(value, nn.Module):
         yield value
-    elif isinstance(value, Mapping):
-        yield from _modules_in(list(value.values()))
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        for item in value:
-            yield from _modules_in(item)
+    elif isinstance(value, (Mapping, list, tuple, set, frozenset)) and id(value) not in seen:
+        seen.add(id(value))
+        for item in list(value.values()) if isinstance(value, Mapping) else value:
+            yield from _modules_in(item, seen)

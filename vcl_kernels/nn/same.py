@@ -2,127 +2,160 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..torch_private import map_tensors, tensors_in
+from ..torch_private import map_tensors, tensors_in, watching_ops
 from .example import run
-from .flow import same_random_numbers
+from .parts import Parts, ReachedError, TripWire, same_random_numbers
 from .trial import model_copy
 
-__all__ = ["check_same"]
+__all__ = ["check_outputs"]
 
-TOLERANCE = 1e-6  # of the largest value, in float64
-Change = Callable[[dict[nn.Module, nn.Module]], None]
+LEAST_TOLERANCE = 1e-6  # of the largest value of an output, in float64
+Change = Callable[[Mapping[nn.Module, nn.Module]], None]
 
 
-def check_same(model: nn.Module, example: Any, frozen: Collection[nn.Module], change: Change, changed: str) -> None:
-    """Raise ValueError if an output of ``model`` on ``example`` is another after ``change``.
+def check_outputs(parts: Parts, example: Any, change: Change, changed: str) -> str | None:
+    """Raise ValueError if an output of a model on ``example`` is another after ``change``.
 
-    Both modes are compared, training as far as the model runs in it. They run in float64; a model that does not is
-    compared in its own precision, to the square root of that.
+    Both modes are compared, training as far as the model runs in it, with its batch norms in evaluation. They run in
+    float64; a model that does not is compared in its own precision, to the square root of that.
 
     Args:
-        model: any module, which stays as it is.
+        parts: those of the model, which stays as it is.
         example: a tensor, or tuple or mapping of arguments.
-        frozen: modules that are in evaluation in both modes.
         change: carries the change out on a copy. It gets the copy's modules by those of the model.
         changed: what was changed, for the message.
+
+    Returns:
+        Why outputs could not be compared, or None.
     """
-    trial = _Trial(model, example, frozen, torch.float64)
+    try:
+        compared = _check(parts, example, change, changed)
+    except ReachedError as error:
+        return f"Outputs were not compared: {error}"
+    return None if compared else "Outputs were not compared: the output on example_input holds no tensors"
+
+
+def _check(parts: Parts, example: Any, change: Change, changed: str) -> bool:
+    trial = _Trial(parts, example, torch.float64)
     try:
         trial.outputs(training=False)
     except Exception:  # it runs the user's code
         trial = trial._replace(dtype=None)
     before, again = trial.outputs(training=False), trial.outputs(training=False)
-    if _difference(before, again) > _tolerance(before):
+    if _difference(before, again):
         raise ValueError(
-            f"the output of model ({type(model).__name__}) on example_input differs from one call to the next, so "
-            "that it cannot be compared. Leave example_input out, or make the forward deterministic. The model is "
-            "unchanged"
+            f"the output of model ({type(parts.model).__name__}) on example_input differs from one call to the next, "
+            "and cannot be compared. Leave example_input out, or make the forward deterministic. The model is unchanged"
         )
     _check_mode(trial, False, before, change, changed)
     try:
-        before, again = trial.outputs(training=True), trial.outputs(training=True)
+        training, again = trial.outputs(training=True), trial.outputs(training=True)
     except Exception:  # it wants targets, for instance
-        return
-    if _difference(before, again) <= _tolerance(before):
-        _check_mode(trial, True, before, change, changed)
+        return bool(before.tensors)
+    if not _difference(training, again):
+        _check_mode(trial, True, training, change, changed)
+    return bool(before.tensors)
 
 
-def _check_mode(trial: _Trial, training: bool, before: list[Tensor], change: Change, changed: str) -> None:
-    model = f"model ({type(trial.model).__name__}) on example_input"
+def _check_mode(trial: _Trial, training: bool, before: Outputs, change: Change, changed: str) -> None:
+    model = f"model ({type(trial.parts.model).__name__}) on example_input"
     when = f"in {'training' if training else 'evaluation'} after {changed} in a copy"
     why = "Something in it depends on them in another way than by calls. The model is unchanged"
     try:
         after = trial.outputs(training, change)
+    except ReachedError:
+        raise
     except Exception as error:
         raise ValueError(f"the forward of {model} raises {type(error).__name__} ({error}) {when}. {why}") from error
     difference = _difference(before, after)
-    if difference > _tolerance(before):
+    if difference:
         raise ValueError(f"the output of {model} moves by {difference:.2g} of its largest value {when}. {why}")
+
+
+class Outputs(NamedTuple):
+    """What a forward returned, and the least precise of the floating-point types in it."""
+
+    tensors: list[Tensor]
+    eps: float
 
 
 class _Trial(NamedTuple):
     """A model to copy, and how copies run."""
 
-    model: nn.Module
+    parts: Parts
     example: Any
-    frozen: Collection[nn.Module]
     dtype: torch.dtype | None  # of floating-point tensors; None: their own
 
-    def outputs(self, training: bool, change: Change | None = None) -> list[Tensor]:
+    def outputs(self, training: bool, change: Change | None = None) -> Outputs:
         """Return the tensors in the output of a new copy: forwards may change one."""
-        copied, example = self._copy(), self.example
-        twins = dict(zip(self.model.modules(), copied.modules(), strict=True))
-        for own, twin in twins.items():
-            twin.training = training and own not in self.frozen
+        copied, example, eps = self._copy(), self.example, [torch.finfo(torch.float64).eps]
+        twins = dict(zip(self.parts.model.modules(), copied.modules(), strict=True))
+        for module, twin in twins.items():
+            twin.training = training and module not in self.parts.norms
         if self.dtype is not None:
             copied.to(self.dtype)
             example = map_tensors(self._cast, example)
         if change is not None:
             change(twins)
-        with same_random_numbers(copied):
-            return [t for t in tensors_in(run(copied, example)) if not t.is_meta]
+        with same_random_numbers(copied), TripWire(self.parts):
+            if self.dtype is None:  # a forward may compute less precisely than its output tells
+                with watching_ops(lambda tensors: eps.extend(_eps(t) for t in tensors)):
+                    output = run(copied, example)
+            else:
+                output = run(copied, example)
+        return Outputs([t.detach() for t in _tensors_of(output) if not t.is_meta], max(eps))
 
     def _copy(self) -> nn.Module:
         try:
-            return model_copy(self.model, shares_parameters=False)
-        except Exception as error:
-            raise ValueError(
-                f"model ({type(self.model).__name__}) cannot be copied ({type(error).__name__}: {error}), and "
-                "example_input is tried on copies. Leave it out"
-            ) from error
+            return model_copy(self.parts.model)
+        except ValueError as error:
+            raise ValueError(f"{error}, and example_input is tried on copies. Leave it out") from error
 
     def _cast(self, t: Tensor) -> Tensor:
         return t.to(self.dtype) if t.is_floating_point() else t
 
 
-def _tolerance(outputs: list[Tensor]) -> float:
-    precisions = [torch.finfo(t.dtype).eps for t in outputs if t.is_floating_point()]
-    return max(TOLERANCE, max(precisions, default=0) ** 0.5)
+def _tensors_of(output: Any) -> list[Tensor]:
+    """Return the tensors in containers, and in the attributes of an object."""
+    return tensors_in(output) or (tensors_in(dict(vars(output))) if hasattr(output, "__dict__") else [])
 
 
-def _difference(outputs: list[Tensor], others: list[Tensor]) -> float:
-    """Return the largest difference, as a part of the largest value of its tensor. Whole numbers count if alone."""
-    if [t.shape for t in outputs] != [t.shape for t in others]:
+def _eps(t: Tensor) -> float:
+    return torch.finfo(t.dtype).eps if t.is_floating_point() else 0.0
+
+
+def _difference(outputs: Outputs, others: Outputs) -> float:
+    """Return the largest difference, as a part of the largest value of its tensor; 0 if it is none but by rounding.
+
+    Tensors of whole numbers are compared where there are no others: rounding may change an index.
+    """
+    a, b = outputs.tensors, others.tensors
+    if [t.shape for t in a] != [t.shape for t in b]:
         return float("inf")
-    pairs = list(zip(outputs, others, strict=True))
-    floating = [(a, b) for a, b in pairs if a.is_floating_point() or a.is_complex()]
-    if not floating:
-        return 0.0 if all(torch.equal(a, b) for a, b in pairs) else float("inf")
-    return max(_relative(a, b) for a, b in floating)
+    pairs = [(s, t) for s, t in zip(a, b, strict=True) if s.is_floating_point() or s.is_complex()]
+    if not pairs:
+        return 0.0 if all(torch.equal(s, t) for s, t in zip(a, b, strict=True)) else float("inf")
+    tolerance, largest = max(LEAST_TOLERANCE, outputs.eps**0.5), max(_largest(s) for s, _ in pairs)
+    differences = [(_largest_difference(s, t), _largest(s)) for s, t in pairs]
+    noise = largest * outputs.eps**0.75  # what is left where large values cancel
+    return max(
+        (d / own if own else float("inf") for d, own in differences if d > max(tolerance * own, noise)), default=0.0
+    )
 
 
-def _relative(a: Tensor, b: Tensor) -> float:
-    alike = (a == b) | (a.isnan() & b.isnan())
-    if bool(alike.all()):
-        return 0.0
-    difference = float((a - b)[~alike].abs().max())
-    finite = a[a.isfinite()].abs()
-    largest = float(finite.max()) if finite.numel() else 0.0
-    relative = difference / largest if largest else float("inf")
-    return relative if relative == relative else float("inf")  # NaN: one of the two is not finite
+def _largest(t: Tensor) -> float:
+    finite = t[t.isfinite()].abs()
+    return float(finite.max()) if finite.numel() else 0.0
+
+
+def _largest_difference(a: Tensor, b: Tensor) -> float:
+    """Return the largest difference; infinity where one of the two is not finite and the other is something else."""
+    differ = ~((a == b) | (a.isnan() & b.isnan()))
+    differences = (a - b)[differ].abs()
+    return float(differences.nan_to_num(nan=float("inf")).max()) if differences.numel() else 0.0

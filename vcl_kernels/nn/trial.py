@@ -52,16 +52,26 @@ def _tensor(value: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     return value.detach().to("cpu", dtype, copy=True)
 
 
-def model_copy(model: nn.Module, *, shares_parameters: bool) -> nn.Module:
-    """Return a deep copy of ``model``.
+def model_copy(model: nn.Module) -> nn.Module:
+    """Return a deep copy of ``model``, which shares nothing with it.
 
-    Args:
-        model: any module. A tensor that a forward left in an attribute loses its graph in the copy, where it could
-            not be copied.
-        shares_parameters: the copy has the parameters themselves.
+    A tensor that a forward left in an attribute loses its graph in the copy: with it, it could not be copied.
+
+    Raises:
+        ValueError: it cannot be copied, or copies as itself.
     """
-    memo: dict[int, Any] = {id(p): p for p in model.parameters()} if shares_parameters else {}
-    for module in model.modules():
-        left = (t for name, value in vars(module).items() if not name.startswith("_") for t in tensors_in(value))
-        memo |= {id(t): t.detach() for t in left if not t.is_leaf}
-    return copy.deepcopy(model, memo)
+    left = [t for module in model.modules() for t in tensors_in(_attributes(module)) if not t.is_leaf]
+    try:
+        copied = copy.deepcopy(model, {id(t): t.detach().clone() for t in left})
+    except Exception as error:
+        raise ValueError(f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error})") from error
+    if any(twin is module for twin, module in zip(copied.modules(), model.modules(), strict=True)):
+        raise ValueError(f"{type(model).__name__} cannot be copied: a part of it copies as itself")
+    return copied
+
+
+def _attributes(value: Any) -> list[Any]:
+    """Return the attributes of a module that are its user's, with those of plain objects among them."""
+    of_torch = vars(nn.Module())
+    found = [item for name, item in vars(value).items() if name not in of_torch]
+    return found + [list(vars(item).values()) for item in found if hasattr(item, "__dict__") and not callable(item)]
