@@ -1,5 +1,7 @@
 """Models with batch norms, and what becomes of each: folded, or an affine map."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -217,6 +219,73 @@ def observed():
     return net
 
 
+def plus_skip(m, h, skips):
+    return m.bn(h) + h if skips else m.bn(h)
+
+
+def clamped(m, x):
+    m.conv.weight.data.clamp_(-0.1, 0.1)
+    return m.bn(m.conv(x))
+
+
+def of_previous(m, x):
+    previous, m.previous = getattr(m, "previous", 0), m.conv(x)
+    return m.bn(m.previous) + previous
+
+
+def forces(m, x):
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(m.bn(m.conv(x)).sin().sum(), x)[0]
+
+
+class Tied(nn.Module):
+    """Uses the weight of a module that is not its child."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = [encoder]
+
+    def forward(self, x):
+        return F.conv_transpose2d(x, self.encoder[0].weight, padding=1)
+
+
+def tied():
+    net = Model(lambda m, x: m.decoder(m.bn(m.conv(x))), **parts())
+    net.decoder = Tied(net.conv)
+    return net
+
+
+def through_a_replaced_forward():
+    net = Model(lambda m, x: m.bn(m.conv(x)) + m.block(x), **parts())
+    net.block = nn.Sequential(net.conv)
+    forward = net.block.forward
+    net.block.forward = lambda x: forward(x)
+    return net
+
+
+def with_a_graph_left():
+    net = Model(lambda m, x: m.bn(m.conv(x)), **parts())
+    net.last = SimpleNamespace(y=net.conv(X))
+    return net
+
+
+class WithOptions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+
+class Flag(WithOptions):
+    def forward(self, x, skips=False):
+        return plus_skip(self, self.conv(x), skips is True)
+
+
+class Keywords(WithOptions):
+    def forward(self, x, **options):
+        return plus_skip(self, self.conv(x), options.get("skips") is None)
+
+
 class Standardised(nn.Conv2d):
     def forward(self, x):
         return F.conv2d(x, self.weight / self.weight.std((1, 2, 3), keepdim=True))
@@ -284,6 +353,8 @@ CASES = {
     "transposed 1d": (lambda: with_norm(nn.ConvTranspose1d(3, 4, 3), nn.BatchNorm1d), X[..., 0], "A/I"),
     "transposed, groups": (lambda: with_norm(nn.ConvTranspose2d(6, 4, 3, groups=2, bias=False)), GROUPS, "I"),
     "lazy, has run": (lazy, X, "I"),
+    "conv1d, unbatched, L = C": (lambda: with_norm(nn.Conv1d(3, 8, 1), nn.BatchNorm1d), X[0, :, 0], "A"),
+    "sync, unbatched, H = C": (lambda: with_norm(nn.Conv2d(3, 8, 1), nn.SyncBatchNorm), X[0], "A"),
     "spectral_norm": (lambda: with_norm(spectral_norm(nn.Conv2d(3, 4, 3))), X, "A"),
     "weight_norm": (lambda: with_norm(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))), X, "A"),
     "old weight_norm": (old_weight_norm, X, "A"),
@@ -317,7 +388,19 @@ CASES = {
     "in a list": (in_a(list), X, "I"),
     "in a tuple": (in_a(tuple), X, "I"),
     "in a dict": (in_a_dict, X, "I"),
-    "in a closure": (in_a_closure, X, "A"),
+    "in a closure": (in_a_closure, X, "I"),
+    "weight clamped": (steps(clamped), X, "A"),
+    "used in the next forward": (steps(of_previous), X, "A"),
+    "used by a tied decoder": (tied, X, "A"),
+    "used through a replaced forward": (through_a_replaced_forward, X, "A"),
+    "used if it is a tensor": (steps(lambda m, x: plus_skip(m, h := m.conv(x), isinstance(h, torch.Tensor))), X, "A"),
+    "used for a class": (steps(lambda m, x: plus_skip(m, m.conv(x), type(m.conv) is nn.Conv2d)), X, "A"),
+    "used with an option": (Flag, X, "A"),
+    "used without a keyword": (Keywords, X, "A"),
+    "shape read": (steps(lambda m, x: m.bn(h := m.conv(x)).reshape(h.shape)), X, "I"),
+    "identity between": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Identity(), nn.BatchNorm2d(4)), X, "I"),
+    "differentiated": (steps(forces), X, "I/A"),
+    "a graph left in an attribute": (with_a_graph_left, X, "I"),
     "vcl inside": (with_vcl, X, "II"),
     "checkpointed": (lambda: Model(checkpointed, block=Residual()), X, "II"),
     # Forwards that cannot be traced
@@ -331,6 +414,7 @@ CASES = {
     "dynamic, kept": (dynamic(kept), X, "A"),
     "dynamic, returned": (dynamic(lambda m, x: (m.bn(y := m.conv(x)), y)), X, "A"),
     "dynamic, weight used": (dynamic(lambda m, x: m.bn(m.conv(x)) + m.conv.weight.mean()), X, "A"),
+    "dynamic, an empty tensor": (dynamic(lambda m, x: m.bn(m.conv(x)) + x.new_zeros(0).sum()), X, "A/I"),
     "dynamic, class asked for": (
         dynamic(lambda m, x: m.bn(m.conv(x)) if isinstance(m.conv, nn.Conv2d) else x),
         X,

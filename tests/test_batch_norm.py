@@ -2,13 +2,29 @@
 
 import copy
 import pickle
+import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from normed import CASES, Dynamic, NormAct, Residual, X, cnn, dynamic, pre_activation, randomised, steps, with_norm
+from common import Model
+from normed import (
+    CASES,
+    Dynamic,
+    NormAct,
+    Residual,
+    X,
+    cnn,
+    dynamic,
+    parts,
+    pre_activation,
+    randomised,
+    steps,
+    with_norm,
+)
 from torch import nn
 
 import vcl_kernels as vk
@@ -28,6 +44,7 @@ def test_the_function_stays(case, shown):
     net, x = randomised(make()).double().eval(), x.double()
     names = [name for name, module in net.named_modules() if isinstance(module, BATCH_NORMS)]
     objects = list(net.modules())
+    net(x)  # a forward may leave something for the next
     before = net(x)
     removal = vk.remove_batch_norm(net, x if shown else None)
     torch.testing.assert_close(net(x), before, rtol=1e-12, atol=1e-12)
@@ -167,7 +184,6 @@ REASONS = {
     ("dynamic, weight used", "shown"): "a forward reads the parameters of Conv2d 'conv'",
     ("shared memory", "traced"): "Conv2d 'conv' shares memory with another module",
     ("shared norm", "shown"): "its inputs come from several layers",
-    ("in a closure", "shown"): "the forward could not be followed",
     ("unused", "shown"): "no forward that was followed calls it",
 }
 
@@ -249,3 +265,102 @@ def test_copies_and_attach():
     (net(x).square().mean() + handle.loss()).backward()
     assert handle.loss() > 0
     assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_random_numbers_stay():
+    numpy = pytest.importorskip("numpy")
+
+    def forward(m, x):
+        return m.bn(m.conv(x)) + random.random() + numpy.random.rand() + torch.rand(())
+
+    def states():
+        return random.getstate(), numpy.random.get_state()[2], torch.get_rng_state().tolist()
+
+    for example in (None, X):
+        net = steps(forward)()
+        before = states()
+        vk.remove_batch_norm(net, example)
+        assert states() == before
+
+
+def test_inside_of_autocast_the_new_weights_act():
+    net = randomised(with_norm(nn.Conv2d(3, 4, 3)))
+    before = net.eval()(X)
+    with torch.autocast("cpu", torch.bfloat16):
+        net(X)  # autocast keeps the weights that it has cast
+        vk.remove_batch_norm(net, X)
+        torch.testing.assert_close(net(X).float(), before, rtol=0.05, atol=0.1)
+
+
+def test_inside_of_inference_mode():
+    net = with_norm(nn.Conv2d(3, 4, 3))
+    net.append(nn.BatchNorm2d(4))
+    with torch.inference_mode():
+        vk.remove_batch_norm(net, X)
+    net(X).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_gradients_of_old_values_are_dropped():
+    net = with_norm(nn.Conv2d(3, 4, 3))
+    net(X).square().sum().backward()
+    vk.remove_batch_norm(net)
+    assert [p.grad for p in net.parameters()] == [None, None]
+
+
+def test_attributes_that_users_gave_stay():
+    net = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    for norm in net[1:]:
+        norm.label, norm.centres = "stem", torch.ones(3)
+    vk.remove_batch_norm(net)
+    assert [(norm.label, norm.centres.sum()) for norm in net[1:]] == 2 * [("stem", 3)]
+    assert not hasattr(net[2], "eps")
+
+
+def test_parameters_that_a_forward_changes_stay():
+    class Quantiser(Residual):
+        def __init__(self):
+            super().__init__()
+            self.codes = nn.Parameter(torch.ones(3), requires_grad=False)
+
+        def forward(self, x):
+            y = self.bn1(self.conv1(x))
+            self.codes.data.mul_(0.5)
+            return y * self.codes.view(1, -1, 1, 1)
+
+    for example in (None, X):
+        net = Quantiser()
+        vk.remove_batch_norm(net, example)
+        assert net.codes.tolist() == [1, 1, 1]
+
+
+def test_what_is_not_removed_or_compared_is_noted():
+    net = Model(lambda m, x: SimpleNamespace(size=len(m.bn(m.conv(x)))), **parts())
+    net.teacher = [with_norm(nn.Conv2d(3, 4, 3))]
+    assert vk.remove_batch_norm(net, X).notes == [
+        "Outputs were not compared: the output on example_input holds no tensors",
+        "Batch norms in teacher stay: they are not among the model's modules",
+    ]
+    assert isinstance(net.teacher[0][1], nn.BatchNorm2d)
+
+
+def test_affine_maps_round_once():
+    """As batch norm does: it computes in float32 beside bfloat16."""
+    norm = nn.BatchNorm2d(3).eval()
+    norm.running_mean.fill_(100.3)
+    x = (100.3 + torch.randn(50, 3, 8, 8)).bfloat16()
+    exact, of_norm = norm.double()(x.double()), norm.float()(x)
+    vk.remove_batch_norm(norm)
+    assert norm(x).dtype == torch.bfloat16
+    shift, of_norm = ((y.double() - exact).mean().abs() for y in (norm(x), of_norm))
+    assert shift <= 2 * of_norm + 1e-4
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_wrapper_outside_is_seen():
+    net = with_norm(nn.Conv2d(3, 4, 3))
+    wrapper = nn.parallel.DistributedDataParallel(net)
+    for model in (net, wrapper):
+        with pytest.raises(ValueError, match="DistributedDataParallel"):
+            vk.remove_batch_norm(model)
+    assert isinstance(net[1], nn.BatchNorm2d)

@@ -84,6 +84,51 @@ def by_class_and_method(m, x):
     return m.bn(m.conv(x)) if "bn.running_mean" in names else m.conv.no_such_method(x)
 
 
+def number_of_parameters(m, x):
+    return m.bn(m.conv(x)) * len(list(m.bn.parameters()))
+
+
+def of_state(m, x):
+    return m.bn(m.conv(x)) * m.bn.state_dict()["weight"].view(1, -1, 1, 1)
+
+
+def closure_that_reads():
+    net = Model(lambda m, x: m.call(x) if x.sum() != 99 else x, **parts())
+    net.call = lambda x: times_weight(net, x)
+    return net
+
+
+def hook_that_reads():
+    net = cnn()
+    net.register_forward_hook(lambda m, _args, y: y * m[1].weight.sum())
+    return net
+
+
+class AlwaysTrains(nn.BatchNorm2d):
+    def train(self, mode=True):
+        return super().train(mode or True)
+
+
+def parametrized():
+    net = cnn()
+    nn.utils.parametrize.register_parametrization(net[1], "weight", nn.Tanh())
+    return net
+
+
+def in_inference_mode():
+    with torch.inference_mode():
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+
+class Shared(nn.Sequential):
+    def __deepcopy__(self, memo):
+        return self
+
+
+def copies_as_itself():
+    return nn.Sequential(Shared(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)), nn.ReLU())
+
+
 def all_parameters(m, x):
     return m.bn(m.conv(x)) * sum(p.sum() for p in m.parameters())
 
@@ -134,6 +179,19 @@ REFUSED = {
     "qat": (quantisation_aware, BOTH, "reads 'running_var' of BatchNorm2d '0.bn'"),
     "dynamic, weight": (dynamic(times_weight), WITH_EXAMPLE, "reads 'weight'"),
     "dynamic, in training": (dynamic(asks_in_training), WITH_EXAMPLE, "reads 'weight'"),
+    "by class, traced": (
+        steps(by_class),
+        [None],
+        "traced on a copy, takes other steps after its batch",
+    ),
+    "number of parameters": (steps(number_of_parameters), BOTH, "after its batch norms are removed"),
+    "state dict": (steps(of_state), BOTH, "raises KeyError"),
+    "closure": (closure_that_reads, WITH_EXAMPLE, "of BatchNorm2d 'bn', and not only calls it"),
+    "hook": (hook_that_reads, WITH_EXAMPLE, "reads 'weight' of BatchNorm2d '1'"),
+    "always trains": (lambda: with_norm(nn.Conv2d(3, 4, 3), AlwaysTrains), BOTH, "a train.. that keeps it in training"),
+    "parametrized": (parametrized, BOTH, "with parametrizations"),
+    "inference": (in_inference_mode, BOTH, "was made in torch.inference_mode"),
+    "copies as itself": (copies_as_itself, WITH_EXAMPLE, "a part of it copies as itself, .* Leave it out"),
     "by class": (
         steps(by_class),
         WITH_EXAMPLE,
@@ -181,6 +239,11 @@ def hidden(m, x):
         ),
         ({"forward": in_a_loop}, "forward names 'bn.running_mean'"),
         ({"forward": lambda m, x: [norm.reset_running_stats() for norm in m.norms] if x.sum() else x}, "forward names"),
+        ({"forward": lambda m, x: m.seq[1].weight if x.sum() else x}, "forward names"),
+        ({"forward": lambda m, x: [norm := m.bn, norm.weight if x.sum() else x][1]}, "forward names 'norm.weight'"),
+        ({"forward": torch.no_grad()(lambda m, x: m.bn.weight if x.sum() else x)}, "forward names 'bn.weight'"),
+        ({"forward": lambda m, x: m.scale if x.sum() else x, "scale": property(lambda m: m.bn.weight)}, "scale names"),
+        ({"forward": lambda m, x: m.call(x) if x.sum() else x, "call": None}, "call names 'bn.weight'"),
         ({"forward": hidden, "inner": lambda m, x: (lambda: m.bn.eps * x)()}, "inner names 'bn.eps'"),
     ],
 )
@@ -190,6 +253,8 @@ def test_code_that_cannot_be_followed_is_looked_at(methods, found):
 
     net = type("Coded", (Residual,), {**methods, "unrelated": unrelated})()
     net.conv, net.bn = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+    if "call" in methods:
+        net.call = lambda x: x * net.bn.weight
     with pytest.raises(ValueError, match=f"cannot be traced .*, and Coded.{found}.*Pass an example_input"):
         vk.remove_batch_norm(net)
     assert isinstance(net.bn, nn.BatchNorm2d)

@@ -42,7 +42,7 @@ class BatchNormRemoval:
     Attributes:
         model: the model.
         rows: a :class:`RemovedBatchNorm` each.
-        notes: why forwards could not be followed, if that left batch norms unfolded.
+        notes: why forwards could not be followed or outputs not compared, and batch norms that stay.
     """
 
     def __init__(self, model: nn.Module, rows: list[RemovedBatchNorm], notes: list[str]) -> None:
@@ -66,13 +66,13 @@ def remove_batch_norm(model: nn.Module, example_input: Any = None) -> BatchNormR
     map of each channel. Where a batch norm is all that uses a convolution's or linear layer's output, the map is
     folded into that layer (which gets a bias if it had none) and the batch norm becomes ``nn.Identity``; elsewhere it
     becomes a :class:`~vcl_kernels.nn.affine.ChannelAffine`. Names stay, and so do the modules and the layers'
-    parameters as objects. Training and evaluation then compute the same, each sample for itself.
+    parameters as objects. In training, no sample depends on the others any more.
 
     Only what is proved is folded. Proof is a trace of the forward (``torch.fx``), or a run on ``example_input`` in
     which every use of every layer's output is followed; both in training and in evaluation, on copies. Where neither
     is to be had, batch norms become affine maps. With ``example_input`` the outputs before and after are compared too,
-    in float64 on copies, before the model is changed. Linear layers are folded into with an example alone, because
-    only that shows whether their outputs are ``(N, C)``. See docs/batch_norm.md.
+    in float64 on copies, before the model is changed. BatchNorm1d and SyncBatchNorm take several shapes, and only an
+    example shows which, so that they are folded with one alone. See docs/batch_norm.md.
 
     Nothing is folded into layers with hooks, parametrizations or memory that other modules use, nor a batch
     norm that learns into a frozen layer. The affine map or new bias of a batch norm that is frozen, or has
@@ -92,8 +92,9 @@ def remove_batch_norm(model: nn.Module, example_input: Any = None) -> BatchNormR
         TypeError: ``model`` is no module.
         ValueError: the model has no batch norm, or is wrapped for distributed training (the wrapper would go on with
             the old parameters). A batch norm has no running statistics (``track_running_stats=False``, or lazy and
-            never run), or hooks, a forward or tensors of its own, which would be lost. Something else reads its
+            never run), or hooks, a forward or parameters of its own, which would be lost. Something else reads its
             attributes. The output on ``example_input`` would change. The model is then unchanged.
+        Exception: what the model raises on ``example_input``.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8))
     >>> remove_batch_norm(net)
@@ -176,7 +177,8 @@ def _check_reads(evidence: Evidence) -> None:
     """Raise ValueError where a forward reads attributes of a batch norm."""
     parts = evidence.parts
     described = f"the forward of model ({type(parts.model).__name__})"
-    for norm, attribute in parts.reads.items():
+    if parts.reads:
+        norm, attribute = next(iter(parts.reads.items()))
         what = "calls methods" if attribute.startswith("_") else f"reads {attribute!r}"
         raise ValueError(
             f"{described} {what} of {type(norm).__name__} {parts.norms[norm]!r}, and not only calls it as a module; "

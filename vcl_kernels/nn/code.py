@@ -99,7 +99,7 @@ def _norm_in(code: CodeType, last_names: set[str], own: set[str]) -> str | None:
             if "BatchNorm" in name or of_norm or (name in OF_NORMS_ONLY and owner != "self"):
                 return f"{owner}.{name}" if owner and step.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")) else name
             owner = name
-        elif step.opname not in ("CACHE", "EXTENDED_ARG"):
+        elif step.opname not in ("CACHE", "EXTENDED_ARG", "COPY", "DUP_TOP"):
             if step.opname.startswith("STORE_FAST") and owner in last_names:
                 last_names.add(name)  # the norm has this name too
             owner = ITEM if step.opname == "BINARY_SUBSCR" or step.argrepr == "[]" else ""

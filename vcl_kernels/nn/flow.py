@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from ..torch_private import watching_ops
 from .example import run
 from .fused import first_input
-from .parts import Parts, TripWire, same_random_numbers, tell_readings
+from .parts import Parts, Redirect, change_class, same_random_numbers
 from .trial import model_copy
 
 __all__ = ["OTHER", "PARAMETER", "Flow", "Followed", "follow_example"]
@@ -50,9 +50,9 @@ class Followed:
         self.running: list[nn.Module] = []  # norms and layers
         self.made: dict[int, tuple[nn.Module, weakref.ref[Tensor], Any]] = {}  # outputs of layers, by address
         self.inputs_of_running: list[tuple[nn.Module, int | None]] = []  # norms, and the addresses of their inputs
-        twins = list(zip(self.model.modules(), parts.model.modules(), strict=True))
-        self.originals = {twin: own for twin, own in twins if own in parts.norms or own in parts.layers}
-        for twin, own in twins:
+        self.twins = dict(zip(parts.model.modules(), self.model.modules(), strict=True))
+        self.originals = {self.twins[own]: own for own in parts.names}
+        for own, twin in self.twins.items():
             twin.training = training and own not in parts.norms  # a batch of one sample has no statistics
         for twin, own in self.originals.items():
             (self._follow_norm if own in parts.norms else self._follow_layer)(twin, own)
@@ -63,7 +63,14 @@ class Followed:
         def called(twin: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return self._called(twin, own, partial(forward, twin), args, kwargs)
 
-        tell_readings(twin, self.parts.names[own], partial(self._read_norm, own), {"forward": called})
+        kind, names = type(twin), self.parts.names[own]
+
+        def read(twin: nn.Module, name: str) -> Any:
+            if name in names and own not in self.running:
+                self.parts.reads.setdefault(own, name)
+            return kind.__getattribute__(twin, name)
+
+        change_class(twin, forward=called, __getattribute__=read)
 
     def _follow_layer(self, twin: nn.Module, own: nn.Module) -> None:
         # A forward asks for the class of a layer: it stays. A layer's weight and bias are read from _parameters
@@ -71,10 +78,6 @@ class Followed:
         twin.forward = lambda *args, **kwargs: self._called(twin, own, forward, args, kwargs)
         if not any(map(is_lazy, own.parameters(recurse=False))):  # a lazy layer reads them before its forward
             vars(twin)["_parameters"] = Told(vars(twin)["_parameters"], partial(self.read_layer, own))
-
-    def _read_norm(self, own: nn.Module, name: str) -> None:
-        if own not in self.running:
-            self.parts.reads.setdefault(own, name)
 
     def read_layer(self, own: nn.Module) -> None:
         """Note that something reads the parameters of a layer."""
@@ -156,7 +159,7 @@ def follow_example(parts: Parts, example: Any) -> Flow:
     flow = Flow()
     for training in (False, True):
         followed = Followed(parts, training)
-        with same_random_numbers(parts.model), warnings.catch_warnings(), TripWire(parts):
+        with same_random_numbers(parts.model), warnings.catch_warnings(), Redirect(parts, followed.twins):
             warnings.simplefilter("ignore")  # of copies, which the user does not have
             with watching_ops(followed.use):
                 output = run(followed.model, example)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 
 from .norms import own_names
 
-__all__ = ["Parts", "ReachedError", "TripWire", "same_random_numbers", "tell_readings"]
+__all__ = ["Parts", "Redirect", "change_class", "same_random_numbers"]
 
 
 class Parts:
@@ -55,59 +54,50 @@ def same_random_numbers(model: nn.Module) -> Iterator[None]:
             numpy.random.set_state(states[1])
 
 
-class ReachedError(RuntimeError):
-    """A forward of a copy reached the model itself: it shows nothing of the model."""
+class Redirect:
+    """While entered, calls of the model's norms and layers, and readings of what they have, go to a copy's.
 
-    def __init__(self) -> None:
-        super().__init__("the forward reaches the model itself, not the copy that is tried, through what it holds")
+    The copy runs, and a function or a weak reference that it holds may lead to the model.
 
-
-class TripWire:
-    """While entered, a call of a norm or layer of the model itself raises, and so does reading its parameters.
-
-    Copies run, and a function or a weak reference that they hold may lead to the model.
-
-    Raises:
-        ReachedError: at the end too, if the forward caught it.
+    Args:
+        parts: those of the model.
+        twins: the copy's modules by those of the model.
     """
 
-    def __init__(self, parts: Parts) -> None:
-        self.parts, self.reached = parts, False
+    def __init__(self, parts: Parts, twins: Mapping[nn.Module, nn.Module]) -> None:
+        self.parts, self.twins = parts, twins
         self.kinds: dict[nn.Module, type] = {}
 
-    def __enter__(self) -> TripWire:
+    def __enter__(self) -> None:
         try:
             for module, names in self.parts.names.items():
                 if module in self.parts.layers and not type(module).__module__.startswith("torch."):
                     continue  # a user's layer does not change
                 self.kinds[module] = type(module)
-                trip = partial(self._trip, module)
-                tell_readings(module, names, trip, {"forward": partial(trip, "forward")})
+                self._redirect(module, self.twins[module], names)
         except Exception:
             self.__exit__()
             raise
-        return self
 
     def __exit__(self, *_error: object) -> None:
         for module, kind in self.kinds.items():
             object.__setattr__(module, "__class__", kind)
-        if self.reached:
-            raise ReachedError from None
 
-    def _trip(self, module: nn.Module, name: str, *_args: Any, **_kwargs: Any) -> Any:
-        self.reached = True
-        if module in self.parts.norms and name != "forward":
-            self.parts.reads.setdefault(module, name)
-        raise ReachedError
+    def _redirect(self, module: nn.Module, twin: nn.Module, names: set[str]) -> None:
+        kind = type(module)
+
+        def read(module: nn.Module, name: str) -> Any:
+            return getattr(twin, name) if name in names else kind.__getattribute__(module, name)
+
+        change_class(
+            module,
+            __getattribute__=read,
+            __call__=lambda _, *args, **kwargs: twin(*args, **kwargs),
+            forward=lambda _, *args, **kwargs: twin.forward(*args, **kwargs),
+        )
 
 
-def tell_readings(module: nn.Module, names: set[str], tell: Callable[[str], Any], more: dict[str, Any]) -> None:
-    """Change the class of ``module`` to one that tells when ``names`` are read, and has ``more`` attributes."""
+def change_class(module: nn.Module, **attributes: Any) -> None:
+    """Give ``module`` a class of its own with other ``attributes``."""
     kind = type(module)
-
-    def read(module: nn.Module, name: str) -> Any:
-        if name in names:
-            tell(name)
-        return kind.__getattribute__(module, name)
-
-    object.__setattr__(module, "__class__", type(kind.__name__, (kind,), {"__getattribute__": read, **more}))
+    object.__setattr__(module, "__class__", type(kind.__name__, (kind,), attributes))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..torch_private import map_tensors, tensors_in, watching_ops
 from .example import run
-from .parts import Parts, ReachedError, TripWire, same_random_numbers
+from .parts import Parts, Redirect, same_random_numbers
 from .trial import model_copy
 
 __all__ = ["check_outputs"]
@@ -34,14 +34,6 @@ def check_outputs(parts: Parts, example: Any, change: Change, changed: str) -> s
     Returns:
         Why outputs could not be compared, or None.
     """
-    try:
-        compared = _check(parts, example, change, changed)
-    except ReachedError as error:
-        return f"Outputs were not compared: {error}"
-    return None if compared else "Outputs were not compared: the output on example_input holds no tensors"
-
-
-def _check(parts: Parts, example: Any, change: Change, changed: str) -> bool:
     trial = _Trial(parts, example, torch.float64)
     try:
         trial.outputs(training=False)
@@ -54,13 +46,19 @@ def _check(parts: Parts, example: Any, change: Change, changed: str) -> bool:
             "and cannot be compared. Leave example_input out, or make the forward deterministic. The model is unchanged"
         )
     _check_mode(trial, False, before, change, changed)
+    in_training = _repeated_in_training(trial)
+    if in_training is not None:
+        _check_mode(trial, True, in_training, change, changed)
+    return None if before.tensors else "Outputs were not compared: the output on example_input holds no tensors"
+
+
+def _repeated_in_training(trial: _Trial) -> Outputs | None:
+    """Return the outputs in training if there are any, and the same ones each time."""
     try:
-        training, again = trial.outputs(training=True), trial.outputs(training=True)
+        outputs, again = trial.outputs(training=True), trial.outputs(training=True)
     except Exception:  # it wants targets, for instance
-        return bool(before.tensors)
-    if not _difference(training, again):
-        _check_mode(trial, True, training, change, changed)
-    return bool(before.tensors)
+        return None
+    return None if _difference(outputs, again) else outputs
 
 
 def _check_mode(trial: _Trial, training: bool, before: Outputs, change: Change, changed: str) -> None:
@@ -69,8 +67,6 @@ def _check_mode(trial: _Trial, training: bool, before: Outputs, change: Change, 
     why = "Something in it depends on them in another way than by calls. The model is unchanged"
     try:
         after = trial.outputs(training, change)
-    except ReachedError:
-        raise
     except Exception as error:
         raise ValueError(f"the forward of {model} raises {type(error).__name__} ({error}) {when}. {why}") from error
     difference = _difference(before, after)
@@ -103,7 +99,7 @@ class _Trial(NamedTuple):
             example = map_tensors(self._cast, example)
         if change is not None:
             change(twins)
-        with same_random_numbers(copied), TripWire(self.parts):
+        with same_random_numbers(copied), Redirect(self.parts, twins):
             if self.dtype is None:  # a forward may compute less precisely than its output tells
                 with watching_ops(lambda tensors: eps.extend(_eps(t) for t in tensors)):
                     output = run(copied, example)

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from ..torch_private import has_global_hooks, hooks_of, tensors_in
 from .code import asks_for_tensors
 from .flow import OTHER, Flow, Followed
-from .parts import Parts, TripWire, same_random_numbers
+from .parts import Parts, Redirect, same_random_numbers
 from .trial import model_copy
 
 __all__ = ["check_traces", "follow_traces"]
@@ -38,7 +38,7 @@ def follow_traces(parts: Parts) -> Flow:
     flow = Flow()
     for training, arguments in _ways(parts.model):
         followed = Followed(parts, training)
-        graph = _trace(followed.model, set(followed.originals), arguments, parts)
+        graph = _trace(followed.model, parts, followed.twins, arguments)
         _read(graph, followed)
         flow.add(followed.flow)
     return flow
@@ -61,11 +61,10 @@ def check_traces(parts: Parts, change: Callable[[Mapping[nn.Module, nn.Module]],
                 twin.training = training and own not in parts.norms
             if changes:
                 change(twins)
-            leaves = {twins[own] for own in parts.names}
-            for leaf in leaves:
-                leaf.forward = leaf.__call__  # called as a function, it is one step too
+            for own in parts.names:
+                twins[own].forward = twins[own].__call__  # called as a function, it is one step too
             try:
-                graph = _trace(copied, leaves, arguments, parts)
+                graph = _trace(copied, parts, twins, arguments)
             except Exception as error:
                 steps.append([f"raises {type(error).__name__}: {error}"])
             else:
@@ -126,8 +125,9 @@ def _ways(model: nn.Module) -> Iterator[tuple[bool, dict[str, Any]]]:
             yield training, fixed | {name: value for name, value in of_options.items() if value is not GIVEN}
 
 
-def _trace(model: nn.Module, leaves: Collection[nn.Module], arguments: dict[str, Any], parts: Parts) -> fx.Graph:
-    with same_random_numbers(model), warnings.catch_warnings(), TripWire(parts):
+def _trace(model: nn.Module, parts: Parts, twins: Mapping[nn.Module, nn.Module], arguments: dict[str, Any]) -> fx.Graph:
+    leaves = {twins[own] for own in parts.names}
+    with same_random_numbers(model), warnings.catch_warnings(), Redirect(parts, twins):
         warnings.simplefilter("ignore")  # of copies, which the user does not have
         return _Tracer(leaves).trace(model, concrete_args=arguments or None)
 
