@@ -1,5 +1,6 @@
 """Models with batch norms, and what becomes of each: folded, or an affine map."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -317,6 +318,7 @@ class Own(nn.BatchNorm2d):
         return super().forward(x).relu()
 
 
+COUNT = itertools.count()
 GROUPS = torch.cat((X, -2 * X), 1)
 VOLUMES = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(2))
 spectral_norm = nn.utils.parametrizations.spectral_norm
@@ -401,6 +403,7 @@ CASES = {
     "identity between": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Identity(), nn.BatchNorm2d(4)), X, "I"),
     "differentiated": (steps(forces), X, "I/A"),
     "a graph left in an attribute": (with_a_graph_left, X, "I"),
+    "a constant that changes": (steps(lambda m, x: m.bn(m.conv(x)) + 0 * next(COUNT)), X, "I"),
     "vcl inside": (with_vcl, X, "II"),
     "checkpointed": (lambda: Model(checkpointed, block=Residual()), X, "II"),
     # Forwards that cannot be traced

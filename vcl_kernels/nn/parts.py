@@ -75,7 +75,7 @@ class Redirect:
                     continue  # a user's layer does not change
                 self.kinds[module] = type(module)
                 self._redirect(module, self.twins[module], names)
-        except Exception:
+        except BaseException:  # an interrupt too
             self.__exit__()
             raise
 

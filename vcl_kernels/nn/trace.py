@@ -24,6 +24,7 @@ __all__ = ["check_traces", "follow_traces"]
 MOST_TRACES = 8  # in each mode: arguments that are None by default, or True or False, in all combinations
 METADATA = {"shape", "ndim", "dtype", "device", "size", "dim", "numel", "is_cuda"}  # reading them is no use of values
 PLAIN = (type(None), bool, int, float, str, Enum, type, torch.dtype, torch.device, torch.memory_format, Tensor)
+Change = Callable[[Mapping[nn.Module, nn.Module]], None]
 GIVEN = object()  # by whoever calls the forward: unknown
 OF_TORCH = set(vars(nn.Module()))
 
@@ -44,7 +45,7 @@ def follow_traces(parts: Parts) -> Flow:
     return flow
 
 
-def check_traces(parts: Parts, change: Callable[[Mapping[nn.Module, nn.Module]], None], changed: str) -> None:
+def check_traces(parts: Parts, change: Change, changed: str) -> None:
     """Raise ValueError if the forward of a copy is traced otherwise after ``change``.
 
     Args:
@@ -52,29 +53,31 @@ def check_traces(parts: Parts, change: Callable[[Mapping[nn.Module, nn.Module]],
         change: carries the change out on a copy. It gets the copy's modules by those of the model.
         changed: what was changed, for the message.
     """
-    for training, arguments in _ways(parts.model):
-        steps = []
-        for changes in (False, True):
-            copied = model_copy(parts.model)
-            twins = dict(zip(parts.model.modules(), copied.modules(), strict=True))
-            for own, twin in twins.items():
-                twin.training = training and own not in parts.norms
-            if changes:
-                change(twins)
-            for own in parts.names:
-                twins[own].forward = twins[own].__call__  # called as a function, it is one step too
-            try:
-                graph = _trace(copied, parts, twins, arguments)
-            except Exception as error:
-                steps.append([f"raises {type(error).__name__}: {error}"])
-            else:
-                steps.append(_steps(graph, copied))
-        if not _are_equal(*steps):
-            raised = steps[1][-1] if len(steps[1]) == 1 else "takes other steps"
-            raise ValueError(
-                f"the forward of model ({type(parts.model).__name__}), traced on a copy, {raised} after {changed}. "
-                "Something in it depends on them in another way than by calls. The model is unchanged"
-            )
+    for way in _ways(parts.model):
+        before, after = _steps_of_copy(parts, *way), _steps_of_copy(parts, *way, change)
+        if _are_equal(before, after) or not _are_equal(before, _steps_of_copy(parts, *way)):  # it is never the same
+            continue
+        what = after[0] if len(after) == 1 else "takes other steps"
+        raise ValueError(
+            f"the forward of model ({type(parts.model).__name__}), traced on a copy, {what} after {changed}. Something "
+            "in it depends on them in another way than by calls. The model is unchanged"
+        )
+
+
+def _steps_of_copy(parts: Parts, training: bool, arguments: dict[str, Any], change: Change | None = None) -> list[Any]:
+    """Return the steps of a copy's forward, or what it raises."""
+    copied = model_copy(parts.model)
+    twins = dict(zip(parts.model.modules(), copied.modules(), strict=True))
+    for own, twin in twins.items():
+        twin.training = training and own not in parts.norms
+    if change is not None:
+        change(twins)
+    for own in parts.names:
+        twins[own].forward = twins[own].__call__  # called as a function, it is one step too
+    try:
+        return _steps(_trace(copied, parts, twins, arguments), copied)
+    except Exception as error:
+        return [f"raises {type(error).__name__}: {error}"]
 
 
 def _check_traceable(parts: Parts) -> None:
