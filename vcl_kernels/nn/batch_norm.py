@@ -14,9 +14,9 @@ from .affine import ChannelAffine
 from .code import norm_in_code
 from .doubts import check_not_wrapped_outside
 from .flow import OTHER, PARAMETER, Flow, follow_example
-from .fold import LAYERS, Change, change_of, modules_that_share, why_not_into
+from .fold import LAYERS, NewValues, modules_that_share, new_values, why_not_into
 from .norms import batch_norms, norms_that_stay
-from .parts import Parts
+from .parts import Parts, Twins
 from .same import check_outputs
 from .table import aligned
 from .trace import check_traces, follow_traces
@@ -221,7 +221,7 @@ def _layer_for(
 def _check_same(evidence: Evidence, plan: Mapping[Any, Any]) -> list[str]:
     """Raise ValueError if the forward of a copy changes by more than rounding. Return what could not be compared."""
 
-    def change(twins: Mapping[nn.Module, nn.Module]) -> None:
+    def change(twins: Twins) -> None:
         _carry_out({twins[norm]: None if layer is None else twins[layer] for norm, layer in plan.items()})
 
     changed = "its batch norms are removed"
@@ -235,17 +235,17 @@ def _check_same(evidence: Evidence, plan: Mapping[Any, Any]) -> list[str]:
 
 def _carry_out(plan: Mapping[Any, Any]) -> None:
     """Change a model: compute all new values first, then put them where they belong."""
-    changes = {norm: change_of(norm, layer) for norm, layer in plan.items()}
-    for norm, change in changes.items():
+    values = {norm: new_values(norm, layer) for norm, layer in plan.items()}
+    for norm, new in values.items():
         layer = plan[norm]
         if layer is None:
-            _become(norm, _affine(change))
+            _become(norm, _affine(new))
             continue
-        _set_values(layer.weight, change.weight)
+        _set_values(layer.weight, new.weight)
         if layer.bias is None:
-            layer.bias = nn.Parameter(change.bias, requires_grad=change.learns[1])
+            layer.bias = nn.Parameter(new.bias, requires_grad=new.learns[1])
         else:
-            _set_values(layer.bias, change.bias)
+            _set_values(layer.bias, new.bias)
         _become(norm, nn.Sequential() if dict(norm.named_children()) else nn.Identity())
     torch.clear_autocast_cache()  # inside of an autocast region it holds the old weights
 
@@ -256,10 +256,10 @@ def _set_values(parameter: nn.Parameter, values: Tensor) -> None:
     parameter.grad = None  # that of the old values
 
 
-def _affine(change: Change) -> ChannelAffine:
-    affine = ChannelAffine(len(change.weight), device="meta")
-    affine.weight = nn.Parameter(change.weight, requires_grad=change.learns[0])
-    affine.bias = nn.Parameter(change.bias, requires_grad=change.learns[1])
+def _affine(new: NewValues) -> ChannelAffine:
+    affine = ChannelAffine(len(new.weight), device="meta")
+    affine.weight = nn.Parameter(new.weight, requires_grad=new.learns[0])
+    affine.bias = nn.Parameter(new.bias, requires_grad=new.learns[1])
     return affine
 
 

@@ -42,7 +42,10 @@ class Flow:
 
 
 class Followed:
-    """A copy of a model whose norms and layers tell when they are called, and when others read what they have."""
+    """A copy of a model whose norms and layers tell when they are called, and when others read what they have.
+
+    A ``twin`` is a module of the copy, and ``own`` the same one of the model itself, under which all is noted.
+    """
 
     def __init__(self, parts: Parts, training: bool) -> None:
         self.parts, self.flow = parts, Flow()

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..torch_private import dims_checked, has_hooks
 
-__all__ = ["LAYERS", "Change", "change_of", "modules_that_share", "why_not_into"]
+__all__ = ["LAYERS", "NewValues", "modules_that_share", "new_values", "why_not_into"]
 
 # Layers into which a batch norm can be folded, each with the number of dimensions of its output for a batch: there,
 # its channels are those of the batch norm. Exact types: others may compute their weight in each forward.
@@ -91,16 +91,16 @@ def _span(t: Tensor) -> tuple[str, int, int]:
     return str(t.device), begin, begin + extent * t.element_size()
 
 
-class Change(NamedTuple):
+class NewValues(NamedTuple):
     """New values of a layer's parameters, or of an affine map's."""
 
     weight: Tensor
     bias: Tensor
-    learns: tuple[bool, bool]  # weight and bias, where they are new parameters
+    learns: tuple[bool, bool]  # whether weight and bias do, where they are new parameters
 
 
 @torch.no_grad()
-def change_of(norm: Any, layer: Any = None) -> Change:
+def new_values(norm: Any, layer: Any = None) -> NewValues:
     """Return what makes ``layer`` compute ``norm(layer(x))``; without a layer, the affine map that ``norm`` is.
 
     It is computed in float32 at least, and rounded once.
@@ -116,7 +116,7 @@ def change_of(norm: Any, layer: Any = None) -> Change:
     w, b = w.detach().reshape(weight.shape).to(weight.dtype), b.detach().to(weight.dtype)
     if layer is not None:
         w = torch.empty_like(layer.weight).copy_(_output_first(layer, w))  # in its memory format
-    return Change(w, b, (_learns(norm.weight), _learns(norm.bias)))
+    return NewValues(w, b, (_learns(norm.weight), _learns(norm.bias)))
 
 
 def _learns(parameter: Tensor | None) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,10 @@ from torch import nn
 
 from .norms import own_names
 
-__all__ = ["Parts", "Redirect", "change_class", "same_random_numbers"]
+__all__ = ["Change", "Parts", "Redirect", "Twins", "change_class", "same_random_numbers"]
+
+Twins = Mapping[nn.Module, nn.Module]  # the modules of a copy by those of the model
+Change = Callable[[Twins], None]  # of a copy
 
 
 class Parts:
@@ -61,10 +64,10 @@ class Redirect:
 
     Args:
         parts: those of the model.
-        twins: the copy's modules by those of the model.
+        twins: those of the copy.
     """
 
-    def __init__(self, parts: Parts, twins: Mapping[nn.Module, nn.Module]) -> None:
+    def __init__(self, parts: Parts, twins: Twins) -> None:
         self.parts, self.twins = parts, twins
         self.kinds: dict[nn.Module, type] = {}
 

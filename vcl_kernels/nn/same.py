@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,13 +9,12 @@ from torch import Tensor, nn
 
 from ..torch_private import map_tensors, tensors_in, watching_ops
 from .example import run
-from .parts import Parts, Redirect, same_random_numbers
+from .parts import Change, Parts, Redirect, same_random_numbers
 from .trial import model_copy
 
 __all__ = ["check_outputs"]
 
 LEAST_TOLERANCE = 1e-6  # of the largest value of an output, in float64
-Change = Callable[[Mapping[nn.Module, nn.Module]], None]
 
 
 def check_outputs(parts: Parts, example: Any, change: Change, changed: str) -> str | None:
@@ -28,7 +26,7 @@ def check_outputs(parts: Parts, example: Any, change: Change, changed: str) -> s
     Args:
         parts: those of the model, which stays as it is.
         example: a tensor, or tuple or mapping of arguments.
-        change: carries the change out on a copy. It gets the copy's modules by those of the model.
+        change: carries the change out on a copy.
         changed: what was changed, for the message.
 
     Returns:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from enum import Enum
 from itertools import product
 from types import BuiltinFunctionType, FunctionType
@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from ..torch_private import has_global_hooks, hooks_of, tensors_in
 from .code import asks_for_tensors
 from .flow import OTHER, Flow, Followed
-from .parts import Parts, Redirect, same_random_numbers
+from .parts import Change, Parts, Redirect, Twins, same_random_numbers
 from .trial import model_copy
 
 __all__ = ["check_traces", "follow_traces"]
@@ -24,7 +24,6 @@ __all__ = ["check_traces", "follow_traces"]
 MOST_TRACES = 8  # in each mode: arguments that are None by default, or True or False, in all combinations
 METADATA = {"shape", "ndim", "dtype", "device", "size", "dim", "numel", "is_cuda"}  # reading them is no use of values
 PLAIN = (type(None), bool, int, float, str, Enum, type, torch.dtype, torch.device, torch.memory_format, Tensor)
-Change = Callable[[Mapping[nn.Module, nn.Module]], None]
 GIVEN = object()  # by whoever calls the forward: unknown
 OF_TORCH = set(vars(nn.Module()))
 
@@ -50,7 +49,7 @@ def check_traces(parts: Parts, change: Change, changed: str) -> None:
 
     Args:
         parts: those of the model.
-        change: carries the change out on a copy. It gets the copy's modules by those of the model.
+        change: carries the change out on a copy.
         changed: what was changed, for the message.
     """
     for way in _ways(parts.model):
@@ -128,7 +127,7 @@ def _ways(model: nn.Module) -> Iterator[tuple[bool, dict[str, Any]]]:
             yield training, fixed | {name: value for name, value in of_options.items() if value is not GIVEN}
 
 
-def _trace(model: nn.Module, parts: Parts, twins: Mapping[nn.Module, nn.Module], arguments: dict[str, Any]) -> fx.Graph:
+def _trace(model: nn.Module, parts: Parts, twins: Twins, arguments: dict[str, Any]) -> fx.Graph:
     leaves = {twins[own] for own in parts.names}
     with same_random_numbers(model), warnings.catch_warnings(), Redirect(parts, twins):
         warnings.simplefilter("ignore")  # of copies, which the user does not have
