@@ -297,11 +297,12 @@ NORMED = {
         0,
     ),
     "ResNet of timm": Normed(timm("resnet10t"), images(32), 14, 14, 14),
-    "EfficientNet of timm, activations inside": Normed(timm("efficientnet_b0"), images(32), 49, 49, 49),
-    "its port, layers with paddings of their own": Normed(timm("tf_efficientnet_b0"), images(32), 49, 44, 44),
+    "LCNet of timm, activations inside": Normed(timm("lcnet_050"), images(32), 27, 27, 27),
+    "MobileNetV3 of timm, paddings of its own": Normed(
+        timm("tf_mobilenetv3_small_minimal_100"), images(32), 34, 29, 29
+    ),
     "LeViT of timm, linear layers on (N, L, C)": Normed(timm("levit_128s"), images(224), 52, 4, 4),
     "DenseNet of torchvision, norms first": Normed(vision("densenet121"), images(32), 121, 59, 0),
-    "MobileNetV3 of torchvision": Normed(vision("mobilenet_v3_small"), images(32), 34, 34, 34),
     "UNet of monai": Normed(
         monai("UNet", out_channels=2, channels=(4, 8), strides=(2,), num_res_units=1, **MONAI), images(16), 3, 3, 3
     ),

@@ -32,6 +32,8 @@ from vcl_kernels.nn import batch_norm
 from vcl_kernels.nn.affine import ChannelAffine
 from vcl_kernels.nn.norms import BATCH_NORMS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GUIDE = Path(__file__).parent.parent / "docs/batch_norm.md"
 
 

@@ -14,6 +14,8 @@ from torch import nn
 
 import vcl_kernels as vk
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class OwnCall(nn.BatchNorm2d):
     def __call__(self, x):
