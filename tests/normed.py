@@ -240,6 +240,16 @@ def forces(m, x):
         return torch.autograd.grad(m.bn(m.conv(x)).sin().sum(), x)[0]
 
 
+def in_a_closure_with_modes():
+    net = Model(lambda m, x: m.call(x), **parts())
+    net.call = lambda x: plus_skip(net, net.conv(x), not net.training)
+    return net
+
+
+def of_type(m, x):
+    return plus_skip(m, m.conv(x), type(m.bn).__module__.startswith(("torch.", "vcl_kernels.nn.affine")))
+
+
 class Tied(nn.Module):
     """Uses the weight of a module that is not its child."""
 
@@ -403,7 +413,11 @@ CASES = {
     "identity between": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Identity(), nn.BatchNorm2d(4)), X, "I"),
     "differentiated": (steps(forces), X, "I/A"),
     "a graph left in an attribute": (with_a_graph_left, X, "I"),
-    "a constant that changes": (steps(lambda m, x: m.bn(m.conv(x)) + 0 * next(COUNT)), X, "I"),
+    "a constant that changes": (steps(lambda m, x: m.bn(m.conv(x)) + 1e-15 * next(COUNT)), X, "A/I"),
+    "a constant that is NaN": (steps(lambda m, x: m.bn(m.conv(x)).where(x == x, torch.tensor(float("nan")))), X, "I"),
+    "mode read in a closure": (in_a_closure_with_modes, X, "A"),
+    "type of a norm asked for": (steps(lambda m, x: plus_skip(m, m.conv(x), type(m.bn) is not nn.Sequential)), X, "A"),
+    "type of a norm": (steps(of_type), X, "A"),
     "vcl inside": (with_vcl, X, "II"),
     "checkpointed": (lambda: Model(checkpointed, block=Residual()), X, "II"),
     # Forwards that cannot be traced

@@ -1,6 +1,8 @@
 """remove_batch_norm: the function stays, the batch goes; what is folded, what becomes affine, and the report."""
 
 import copy
+import gc
+import itertools
 import pickle
 import random
 import re
@@ -29,6 +31,7 @@ from torch import nn
 
 import vcl_kernels as vk
 from vcl_kernels.nn import batch_norm
+from vcl_kernels.nn import parts as rooms
 from vcl_kernels.nn.affine import ChannelAffine
 from vcl_kernels.nn.norms import BATCH_NORMS
 
@@ -366,3 +369,63 @@ def test_a_wrapper_outside_is_seen():
         with pytest.raises(ValueError, match="DistributedDataParallel"):
             vk.remove_batch_norm(model)
     assert isinstance(net[1], nn.BatchNorm2d)
+
+
+def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch):
+    net = cnn()
+    classes, change_class, calls = [type(m) for m in net.modules()], rooms.change_class, itertools.count()
+
+    def interrupted(*args, **attributes):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        change_class(*args, **attributes)
+
+    monkeypatch.setattr(rooms, "change_class", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        vk.remove_batch_norm(net, X)
+    assert [type(m) for m in net.modules()] == classes
+    assert all(m.training for m in net.modules())
+
+
+def test_copies_are_let_go():
+    net = Residual()
+    gc.collect()
+    gc.disable()
+    try:
+        vk.remove_batch_norm(net, X)
+        assert sum(type(found) is Residual for found in gc.get_objects()) == 1
+    finally:
+        gc.enable()
+
+
+class OnlyItself(nn.BatchNorm2d):
+    """Allows no subclass."""
+
+    def __init_subclass__(cls):
+        raise TypeError("final")
+
+
+def test_norms_that_cannot_be_followed_become_affine():
+    net = randomised(with_norm(nn.Conv2d(3, 4, 3), OnlyItself)).eval()
+    before = net(X)
+    assert vk.remove_batch_norm(net, X).rows[0].reason == "the forward could not be followed"
+    torch.testing.assert_close(net(X), before, rtol=1e-5, atol=1e-5)
+
+
+class Counter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count += 1
+        return x
+
+
+def test_modules_that_a_closure_reaches_do_not_run():
+    net = Model(lambda m, x: m.call(x), **parts(counter=Counter()))
+    net.call = lambda x: net.counter(net.bn(net.conv(x)))
+    removal = vk.remove_batch_norm(net, X)
+    assert net.counter.count == 0
+    assert removal.rows[0].folded_into is None
+    assert "Outputs were not compared: it reaches a Counter of the model itself" in removal.notes[-1]

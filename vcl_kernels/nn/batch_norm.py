@@ -16,7 +16,7 @@ from .doubts import check_not_wrapped_outside
 from .flow import OTHER, PARAMETER, Flow, follow_example
 from .fold import LAYERS, NewValues, modules_that_share, new_values, why_not_into
 from .norms import batch_norms, norms_that_stay
-from .parts import Parts, Twins
+from .parts import Parts, ReachedError, Twins, error_text
 from .same import check_outputs
 from .table import aligned
 from .trace import check_traces, follow_traces
@@ -24,6 +24,7 @@ from .wrappers import check_module, check_not_wrapped
 
 __all__ = ["BatchNormRemoval", "RemovedBatchNorm", "remove_batch_norm"]
 
+OF_NORMS = {*vars(nn.BatchNorm2d(1)), *vars(nn.SyncBatchNorm(1))}
 MOST_CHARACTERS = 150  # of an error in a note
 
 
@@ -141,6 +142,7 @@ class Evidence(NamedTuple):
     parts: Parts
     example: Any
     flow: Flow | None  # None: none could be followed
+    traces: list[Any]  # the steps of each
     trace_error: str | None
     example_error: str | None
 
@@ -157,20 +159,24 @@ def _follow(parts: Parts, example: Any) -> Evidence:
     """Follow the forward of a model, in traces and on ``example``."""
     flow = Flow()
     errors: list[str | None] = []
-    ways: list[Callable[[], Flow]] = [partial(follow_traces, parts)]
+    traces: list[Any] = []
+    ways: list[Callable[[], Any]] = [partial(follow_traces, parts)]
     ways += [] if example is None else [partial(follow_example, parts, example)]
     for way in ways:
         try:
             found = way()
+            if isinstance(found, tuple):
+                found, traces = found
         except Exception as error:  # the user's code runs, on fx proxies too
-            lines = str(error).splitlines() or [""]
-            text = lines[0] if type(error) is ValueError else f"{type(error).__name__}: {lines[0]}"
+            (text, *_) = (str(error) if type(error) in (ValueError, ReachedError) else error_text(error)).splitlines()
             errors.append(text if len(text) < MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…")
         else:
             errors.append(None)
             flow.add(found)
     known = None in errors
-    return Evidence(parts, example, flow if known else None, errors[0], errors[1] if example is not None else None)
+    return Evidence(
+        parts, example, flow if known else None, traces, errors[0], errors[1] if example is not None else None
+    )
 
 
 def _check_reads(evidence: Evidence) -> None:
@@ -179,7 +185,7 @@ def _check_reads(evidence: Evidence) -> None:
     described = f"the forward of model ({type(parts.model).__name__})"
     if parts.reads:
         norm, attribute = next(iter(parts.reads.items()))
-        what = "calls methods" if attribute.startswith("_") else f"reads {attribute!r}"
+        what = "calls methods" if callable(getattr(norm, attribute, None)) else f"reads {attribute!r}"
         raise ValueError(
             f"{described} {what} of {type(norm).__name__} {parts.norms[norm]!r}, and not only calls it as a module; "
             "replace that by hand. The model is unchanged"
@@ -229,7 +235,7 @@ def _check_same(evidence: Evidence, plan: Mapping[Any, Any]) -> list[str]:
         note = check_outputs(evidence.parts, evidence.example, change, changed)
         return [] if note is None else [note]
     if evidence.flow is not None:
-        check_traces(evidence.parts, change, changed)
+        check_traces(evidence.parts, evidence.traces, change, changed)
     return []
 
 
@@ -271,8 +277,8 @@ def _become(norm: nn.Module, other: nn.Module) -> None:
     other.training = norm.training
     for name, child in norm.named_children():
         other.add_module(name, child)
-    of_norms = {*vars(nn.BatchNorm2d(1)), *vars(nn.SyncBatchNorm(1))}
-    given = {name: value for name, value in vars(norm).items() if name not in of_norms}
+    of_users = {name: value for name, value in vars(norm).items() if name not in OF_NORMS}
+    attributes = norm.__dict__
     object.__setattr__(norm, "__class__", type(other))
-    norm.__dict__.clear()
-    norm.__dict__.update(other.__dict__ | given)
+    attributes.clear()
+    attributes.update(other.__dict__ | of_users)

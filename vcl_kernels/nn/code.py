@@ -25,26 +25,29 @@ def norm_in_code(model: nn.Module, norms: Iterable[tuple[nn.Module, str]]) -> st
     ``self.bn.weight``, ``norm = self.bn; norm.weight``, ``self.norms[0].weight``, ``anything.running_mean``,
     ``isinstance(m, nn.BatchNorm2d)``.
     """
-    last_names = {name.rpartition(".")[2] for _, name in norms}
     own = {attribute for norm, _ in norms for attribute in own_names(norm)}
-    return _found_in_code(model.modules(), lambda code: _norm_in(code, set(last_names), own))
+    inside = {norm for norm, _ in norms}
+
+    def find(module: nn.Module, code: CodeType) -> str | None:
+        names = {name.rpartition(".")[2] for name, child in module.named_modules() if child in inside}
+        return _norm_in(code, names, own)
+
+    return _found_in_code(model.modules(), find)
 
 
 def asks_for_tensors(modules: Iterable[nn.Module]) -> str | None:
     """Return a phrase on code of ``modules`` that names the type of tensors; None: there is none."""
     names = {"Tensor", "is_tensor"}
-    return _found_in_code(modules, lambda code: next((name for name in _names_in(code) if name in names), None))
+    return _found_in_code(modules, lambda _, code: next((name for name in _names_in(code) if name in names), None))
 
 
-def _found_in_code(modules: Iterable[nn.Module], find: Callable[[CodeType], str | None]) -> str | None:
-    seen = set()
+def _found_in_code(modules: Iterable[nn.Module], find: Callable[[nn.Module, CodeType], str | None]) -> str | None:
     for module in modules:
         kind = type(module)
-        for name, code in [*(() if kind in seen else _methods(kind, "forward")), *_functions_of(module)]:
-            found = find(code)
+        for name, code in [*_methods(kind, "forward"), *_functions_of(module)]:
+            found = find(module, code)
             if found:
                 return f"{kind.__name__}.{name} names {found!r}"
-        seen.add(kind)
     return None
 
 
@@ -95,9 +98,10 @@ def _norm_in(code: CodeType, last_names: set[str], own: set[str]) -> str | None:
             if found:
                 return found
         if step.opname.startswith("LOAD") and isinstance(name, str):
+            reads = step.opname.startswith(("LOAD_ATTR", "LOAD_METHOD"))
             of_norm = (owner in last_names or owner == ITEM) and name in own
-            if "BatchNorm" in name or of_norm or (name in OF_NORMS_ONLY and owner != "self"):
-                return f"{owner}.{name}" if owner and step.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")) else name
+            if "BatchNorm" in name or (reads and (of_norm or (name in OF_NORMS_ONLY and owner != "self"))):
+                return f"{owner}.{name}" if owner and reads else name
             owner = name
         elif step.opname not in ("CACHE", "EXTENDED_ARG", "COPY", "DUP_TOP"):
             if step.opname.startswith("STORE_FAST") and owner in last_names:

@@ -17,8 +17,7 @@ from torch.nn.parameter import is_lazy
 from ..torch_private import watching_ops
 from .example import run
 from .fused import first_input
-from .parts import Parts, Redirect, change_class, same_random_numbers
-from .trial import model_copy
+from .parts import Parts, Redirect, change_class, copy_of, same_random_numbers
 
 __all__ = ["OTHER", "PARAMETER", "Flow", "Followed", "follow_example"]
 
@@ -49,14 +48,11 @@ class Followed:
 
     def __init__(self, parts: Parts, training: bool) -> None:
         self.parts, self.flow = parts, Flow()
-        self.model = model_copy(parts.model)
+        self.model, self.twins = copy_of(parts, training)
         self.running: list[nn.Module] = []  # norms and layers
         self.made: dict[int, tuple[nn.Module, weakref.ref[Tensor], Any]] = {}  # outputs of layers, by address
         self.inputs_of_running: list[tuple[nn.Module, int | None]] = []  # norms, and the addresses of their inputs
-        self.twins = dict(zip(parts.model.modules(), self.model.modules(), strict=True))
         self.originals = {self.twins[own]: own for own in parts.names}
-        for own, twin in self.twins.items():
-            twin.training = training and own not in parts.norms  # a batch of one sample has no statistics
         for twin, own in self.originals.items():
             (self._follow_norm if own in parts.norms else self._follow_layer)(twin, own)
 
@@ -125,6 +121,12 @@ class Followed:
             if address in self.made and not of_norm:
                 self.flow.users[self.made[address][0]].add(OTHER)
 
+    def close(self) -> None:
+        """Let go of the copy, whose modules and classes refer to this."""
+        for twin in self.originals:
+            vars(twin).pop("forward", None)
+        self.model, self.twins, self.originals, self.made = nn.Identity(), {}, {}, {}
+
     def end(self) -> None:
         """End a forward whose output is still held: what is alive is the output, or kept for another use."""
         if any(output() is not None for _, output, _ in self.made.values()):
@@ -169,4 +171,5 @@ def follow_example(parts: Parts, example: Any) -> Flow:
             followed.end()
         del output
         flow.add(followed.flow)
+        followed.close()
     return flow

@@ -29,6 +29,11 @@ def batch_norms(model: nn.Module) -> dict[Any, str]:
     _check_registered(model)
     if not norms:
         raise ValueError(f"model ({type(model).__name__}) has no batch norm to remove")
+    for module in model.modules():
+        if type(module).__eq__ is not object.__eq__:
+            raise ValueError(
+                f"model has a {type(module).__name__}, whose class has an __eq__; modules are told apart by it"
+            )
     if any(not is_lazy(t) and t.is_inference() for t in (*model.parameters(), *model.buffers())):
         raise ValueError(f"model ({type(model).__name__}) was made in torch.inference_mode(), and cannot be changed")
     for norm, name in norms.items():
@@ -90,7 +95,7 @@ def _can_become_another(kind: type[nn.Module]) -> bool:
     """Whether an object of ``kind`` can change its class: not with ``__slots__``."""
     try:
         object.__new__(kind).__class__ = ChannelAffine
-    except TypeError:
+    except (TypeError, AttributeError):
         return False
     return True
 

@@ -5,18 +5,38 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .norms import own_names
+from .trial import model_copy
 
-__all__ = ["Change", "Parts", "Redirect", "Twins", "change_class", "same_random_numbers"]
+__all__ = [
+    "BY_OTHER_WAYS",
+    "Change",
+    "Parts",
+    "ReachedError",
+    "Redirect",
+    "Twins",
+    "change_class",
+    "copy_of",
+    "error_text",
+    "same_random_numbers",
+]
 
 Twins = Mapping[nn.Module, nn.Module]  # the modules of a copy by those of the model
 Change = Callable[[Twins], None]  # of a copy
+
+BY_OTHER_WAYS = "Something in it depends on them in another way than by calls. The model is unchanged"
+
+
+def error_text(error: Exception) -> str:
+    """Return the type and text of an error."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 class Parts:
@@ -57,10 +77,30 @@ def same_random_numbers(model: nn.Module) -> Iterator[None]:
             numpy.random.set_state(states[1])
 
 
-class Redirect:
-    """While entered, calls of the model's norms and layers, and readings of what they have, go to a copy's.
+def copy_of(parts: Parts, training: bool) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
+    """Return a copy of the model in a mode, and its modules by those of the model.
 
-    The copy runs, and a function or a weak reference that it holds may lead to the model.
+    Batch norms are in evaluation in both modes: a batch of one sample has no statistics.
+    """
+    copied = model_copy(parts.model)
+    twins = dict(zip(parts.model.modules(), copied.modules(), strict=True))
+    for own, twin in twins.items():
+        twin.training = training and own not in parts.norms
+    return copied, twins
+
+
+class ReachedError(RuntimeError):
+    """A forward of a copy calls a module of the model itself, so that it shows nothing of the model."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(f"it reaches a {type(module).__name__} of the model itself, and not of the copy that is tried")
+
+
+class Redirect:
+    """While entered, the model's norms and layers stand for those of a copy: for calls, and readings of what changes.
+
+    The copy runs, and a function or a weak reference that it holds may lead to the model. All modules of the model have
+    the copy's mode meanwhile. Calls of others than norms and layers raise :class:`ReachedError`.
 
     Args:
         parts: those of the model.
@@ -68,39 +108,53 @@ class Redirect:
     """
 
     def __init__(self, parts: Parts, twins: Twins) -> None:
-        self.parts, self.twins = parts, twins
+        self.parts, self.twins = parts, dict(twins)
         self.kinds: dict[nn.Module, type] = {}
+        self.modes = [(module, module.training) for module in twins]
+        self.hooks: list[Any] = []
 
     def __enter__(self) -> None:
         try:
+            self.hooks.append(register_module_forward_pre_hook(self._refuse))
+            for module, twin in self.twins.items():
+                module.training = twin.training
             for module, names in self.parts.names.items():
-                if module in self.parts.layers and not type(module).__module__.startswith("torch."):
-                    continue  # a user's layer does not change
                 self.kinds[module] = type(module)
-                self._redirect(module, self.twins[module], names)
+                with suppress(TypeError, AttributeError):  # a class that allows no subclass
+                    self._redirect(module, names)
         except BaseException:  # an interrupt too
             self.__exit__()
             raise
 
     def __exit__(self, *_error: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
         for module, kind in self.kinds.items():
             object.__setattr__(module, "__class__", kind)
+        for module, training in self.modes:
+            module.training = training
+        self.twins = {}  # the classes that refer to this live until they are collected
 
-    def _redirect(self, module: nn.Module, twin: nn.Module, names: set[str]) -> None:
+    def _refuse(self, module: nn.Module, _args: Any) -> None:
+        if module in self.twins:
+            raise ReachedError(module)
+
+    def _redirect(self, module: nn.Module, names: set[str]) -> None:
         kind = type(module)
 
         def read(module: nn.Module, name: str) -> Any:
-            return getattr(twin, name) if name in names else kind.__getattribute__(module, name)
+            return getattr(self.twins[module], name) if name in names else kind.__getattribute__(module, name)
 
         change_class(
             module,
             __getattribute__=read,
-            __call__=lambda _, *args, **kwargs: twin(*args, **kwargs),
-            forward=lambda _, *args, **kwargs: twin.forward(*args, **kwargs),
+            __call__=lambda module, *args, **kwargs: self.twins[module](*args, **kwargs),
+            forward=lambda module, *args, **kwargs: self.twins[module].forward(*args, **kwargs),
         )
 
 
 def change_class(module: nn.Module, **attributes: Any) -> None:
     """Give ``module`` a class of its own with other ``attributes``."""
     kind = type(module)
-    object.__setattr__(module, "__class__", type(kind.__name__, (kind,), attributes))
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    object.__setattr__(module, "__class__", type(kind.__name__, (kind,), names | attributes))

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from ..torch_private import map_tensors, tensors_in, watching_ops
 from .example import run
-from .parts import Change, Parts, Redirect, same_random_numbers
-from .trial import model_copy
+from .parts import BY_OTHER_WAYS, Change, Parts, ReachedError, Redirect, Twins, copy_of, error_text, same_random_numbers
 
 __all__ = ["check_outputs"]
 
@@ -32,6 +31,14 @@ def check_outputs(parts: Parts, example: Any, change: Change, changed: str) -> s
     Returns:
         Why outputs could not be compared, or None.
     """
+    try:
+        compared = _check(parts, example, change, changed)
+    except ReachedError as error:
+        return f"Outputs were not compared: {error}"
+    return None if compared else "Outputs were not compared: the output on example_input holds no tensors"
+
+
+def _check(parts: Parts, example: Any, change: Change, changed: str) -> bool:
     trial = _Trial(parts, example, torch.float64)
     try:
         trial.outputs(training=False)
@@ -47,7 +54,7 @@ def check_outputs(parts: Parts, example: Any, change: Change, changed: str) -> s
     in_training = _repeated_in_training(trial)
     if in_training is not None:
         _check_mode(trial, True, in_training, change, changed)
-    return None if before.tensors else "Outputs were not compared: the output on example_input holds no tensors"
+    return bool(before.tensors)
 
 
 def _repeated_in_training(trial: _Trial) -> Outputs | None:
@@ -62,14 +69,17 @@ def _repeated_in_training(trial: _Trial) -> Outputs | None:
 def _check_mode(trial: _Trial, training: bool, before: Outputs, change: Change, changed: str) -> None:
     model = f"model ({type(trial.parts.model).__name__}) on example_input"
     when = f"in {'training' if training else 'evaluation'} after {changed} in a copy"
-    why = "Something in it depends on them in another way than by calls. The model is unchanged"
     try:
         after = trial.outputs(training, change)
+    except ReachedError:
+        raise
     except Exception as error:
-        raise ValueError(f"the forward of {model} raises {type(error).__name__} ({error}) {when}. {why}") from error
+        raise ValueError(f"the forward of {model} raises {error_text(error)}, {when}. {BY_OTHER_WAYS}") from error
     difference = _difference(before, after)
     if difference:
-        raise ValueError(f"the output of {model} moves by {difference:.2g} of its largest value {when}. {why}")
+        raise ValueError(
+            f"the output of {model} moves by {difference:.2g} of its largest value {when}. {BY_OTHER_WAYS}"
+        )
 
 
 class Outputs(NamedTuple):
@@ -88,10 +98,8 @@ class _Trial(NamedTuple):
 
     def outputs(self, training: bool, change: Change | None = None) -> Outputs:
         """Return the tensors in the output of a new copy: forwards may change one."""
-        copied, example, eps = self._copy(), self.example, [torch.finfo(torch.float64).eps]
-        twins = dict(zip(self.parts.model.modules(), copied.modules(), strict=True))
-        for module, twin in twins.items():
-            twin.training = training and module not in self.parts.norms
+        copied, twins = self._copy(training)
+        example, eps = self.example, [torch.finfo(torch.float64).eps]
         if self.dtype is not None:
             copied.to(self.dtype)
             example = map_tensors(self._cast, example)
@@ -105,9 +113,9 @@ class _Trial(NamedTuple):
                 output = run(copied, example)
         return Outputs([t.detach() for t in _tensors_of(output) if not t.is_meta], max(eps))
 
-    def _copy(self) -> nn.Module:
+    def _copy(self, training: bool) -> tuple[nn.Module, Twins]:
         try:
-            return model_copy(self.parts.model)
+            return copy_of(self.parts, training)
         except ValueError as error:
             raise ValueError(f"{error}, and example_input is tried on copies. Leave it out") from error
 

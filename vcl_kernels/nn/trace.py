@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Collection, Iterator
 from enum import Enum
+from functools import partial
 from itertools import product
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -16,8 +17,7 @@ from torch import Tensor, fx, nn
 from ..torch_private import has_global_hooks, hooks_of, tensors_in
 from .code import asks_for_tensors
 from .flow import OTHER, Flow, Followed
-from .parts import Change, Parts, Redirect, Twins, same_random_numbers
-from .trial import model_copy
+from .parts import BY_OTHER_WAYS, Change, Parts, Redirect, Twins, copy_of, error_text, same_random_numbers
 
 __all__ = ["check_traces", "follow_traces"]
 
@@ -28,55 +28,68 @@ GIVEN = object()  # by whoever calls the forward: unknown
 OF_TORCH = set(vars(nn.Module()))
 
 
-def follow_traces(parts: Parts) -> Flow:
-    """Return what traces show, in both modes.
+Steps = list[Any]  # of a trace: texts, and tensors that are constants in it
+
+
+def follow_traces(parts: Parts) -> tuple[Flow, list[Steps]]:
+    """Return what traces show, in both modes, and the steps of each.
 
     Raises:
         Exception: the forward cannot be traced, or does what a trace does not show.
     """
     _check_traceable(parts)
-    flow = Flow()
+    flow, traces = Flow(), []
     for training, arguments in _ways(parts.model):
         followed = Followed(parts, training)
         graph = _trace(followed.model, parts, followed.twins, arguments)
         _read(graph, followed)
+        steps = _steps(graph, followed.model)
+        followed.close()
+        traces.append(_steps_of_copy(parts, training, arguments))
+        if not _are_equal(steps, traces[-1]):
+            raise ValueError(f"the forward of {type(parts.model).__name__} takes other steps each time")
         flow.add(followed.flow)
-    return flow
+    return flow, traces
 
 
-def check_traces(parts: Parts, change: Change, changed: str) -> None:
+def check_traces(parts: Parts, before: list[Steps], change: Change, changed: str) -> None:
     """Raise ValueError if the forward of a copy is traced otherwise after ``change``.
 
     Args:
         parts: those of the model.
+        before: the steps of its traces.
         change: carries the change out on a copy.
         changed: what was changed, for the message.
     """
-    for way in _ways(parts.model):
-        before, after = _steps_of_copy(parts, *way), _steps_of_copy(parts, *way, change)
-        if _are_equal(before, after) or not _are_equal(before, _steps_of_copy(parts, *way)):  # it is never the same
-            continue
-        what = after[0] if len(after) == 1 else "takes other steps"
+    for steps, way in zip(before, _ways(parts.model), strict=True):
+        try:
+            after = _steps_of_copy(parts, *way, change)
+        except Exception as error:
+            what = f"raises {error_text(error)}"
+        else:
+            if _are_equal(steps, after):
+                continue
+            what = "takes other steps"
         raise ValueError(
-            f"the forward of model ({type(parts.model).__name__}), traced on a copy, {what} after {changed}. Something "
-            "in it depends on them in another way than by calls. The model is unchanged"
+            f"the forward of model ({type(parts.model).__name__}), traced on a copy, {what} after {changed}. "
+            f"{BY_OTHER_WAYS}"
         )
 
 
-def _steps_of_copy(parts: Parts, training: bool, arguments: dict[str, Any], change: Change | None = None) -> list[Any]:
-    """Return the steps of a copy's forward, or what it raises."""
-    copied = model_copy(parts.model)
-    twins = dict(zip(parts.model.modules(), copied.modules(), strict=True))
-    for own, twin in twins.items():
-        twin.training = training and own not in parts.norms
+def _steps_of_copy(parts: Parts, training: bool, arguments: dict[str, Any], change: Change | None = None) -> Steps:
+    copied, twins = copy_of(parts, training)
     if change is not None:
         change(twins)
     for own in parts.names:
-        twins[own].forward = twins[own].__call__  # called as a function, it is one step too
-    try:
-        return _steps(_trace(copied, parts, twins, arguments), copied)
-    except Exception as error:
-        return [f"raises {type(error).__name__}: {error}"]
+        twins[own].forward = partial(_call, twins[own])  # called as a function, it is one step too
+    steps = _steps(_trace(copied, parts, twins, arguments), copied)
+    for own in parts.names:
+        del twins[own].forward
+    return steps
+
+
+def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module(*args, **kwargs)
 
 
 def _check_traceable(parts: Parts) -> None:
@@ -131,7 +144,11 @@ def _trace(model: nn.Module, parts: Parts, twins: Twins, arguments: dict[str, An
     leaves = {twins[own] for own in parts.names}
     with same_random_numbers(model), warnings.catch_warnings(), Redirect(parts, twins):
         warnings.simplefilter("ignore")  # of copies, which the user does not have
-        return _Tracer(leaves).trace(model, concrete_args=arguments or None)
+        tracer = _Tracer(leaves)
+        try:
+            return tracer.trace(model, concrete_args=arguments or None)
+        finally:
+            vars(tracer).clear()  # it refers to itself, and so would keep the copy
 
 
 class _Tracer(fx.Tracer):
@@ -227,7 +244,7 @@ def _proxies_in(value: Any) -> Iterator[fx.Proxy]:
             yield from _proxies_in(item)
 
 
-def _steps(graph: fx.Graph, model: nn.Module) -> list[Any]:
+def _steps(graph: fx.Graph, model: nn.Module) -> Steps:
     """Return the steps of a graph as text, and the values of tensors that are constants in it."""
     numbers = {node: i for i, node in enumerate(graph.nodes)}
     steps: list[Any] = []
@@ -240,8 +257,11 @@ def _steps(graph: fx.Graph, model: nn.Module) -> list[Any]:
     return steps
 
 
-def _are_equal(steps: list[Any], others: list[Any]) -> bool:
-    return len(steps) == len(others) and all(
-        a.equal(b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or str(a) == str(b)
-        for a, b in zip(steps, others, strict=True)
-    )
+def _are_equal(steps: Steps, others: Steps) -> bool:
+    return len(steps) == len(others) and all(map(_is_equal, steps, others))
+
+
+def _is_equal(step: Any, other: Any) -> bool:
+    if isinstance(step, Tensor) and isinstance(other, Tensor):
+        return step.shape == other.shape and torch.allclose(step, other, 0, 0, equal_nan=True)
+    return type(step) is type(other) and bool(step == other)
