@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import vcl_kernels as vk
 from vcl_kernels import torch_private
-from vcl_kernels.nn import recorder, statistics, undo
+from vcl_kernels.nn import look, statistics, undo
 from vcl_kernels.nn.rows import read_csv
 
 
@@ -143,15 +143,24 @@ def test_an_error_in_the_model_leaves_no_layer_hooks():
     assert [row["step"] for row in monitor.flush()] == [1, 1]
 
 
-def test_the_training_path_fetches_nothing():
-    """On the meta device nothing can be read."""
+def test_the_training_path_fetches_nothing(monkeypatch):
+    """On the meta device nothing can be read: an attempt would be in ``skipped``. The flush is the first."""
     with torch.device("meta"):
         model, x = net(), torch.empty(32, 4)
         handle = vk.attach(model, x)
     monitor = vk.VCLMonitor(handle)
-    (model(x).mean() + handle.loss()).backward()
-    with pytest.raises(NotImplementedError, match="meta"):
+    with monkeypatch.context() as looking:
+        looking.setattr(look, "why_not", lambda _: None)
+        (model(x).mean() + handle.loss()).backward()
+    assert monitor.skipped == {}
+    with pytest.warns(vk.VCLWarning, match="NotImplementedError"):
         monitor.flush()
+    (model(x).mean() + handle.loss()).backward()
+    assert monitor.flush() == []
+    other = vk.VCLMonitor(handle)
+    with pytest.warns(vk.VCLWarning, match="on the meta device: it has no values"):
+        model(x)
+    assert other.flush() == []
 
 
 def test_short_batches_and_dead_units():
@@ -348,7 +357,7 @@ def test_an_unforeseen_error_stops_nothing(monkeypatch, name):
     model, x = nn.Sequential(nn.Linear(4, 8), nn.ELU()), torch.randn(20, 4)
     handle = vk.attach(model, x)
     monitor = vk.VCLMonitor(handle)
-    monkeypatch.setattr(recorder, name, mock.Mock(side_effect=OverflowError("never seen")))
+    monkeypatch.setattr(look, name, mock.Mock(side_effect=OverflowError("never seen")))
     with pytest.warns(vk.VCLWarning, match="layer '1': OverflowError: never seen"):
         (model(x).mean() + handle.loss()).backward()
     assert list(monitor.skipped) == ["1"]
@@ -362,7 +371,7 @@ def test_an_unforeseen_error_in_backward_stops_nothing(monkeypatch, name):
     model, x = nn.Sequential(nn.Linear(4, 8), nn.ELU()), torch.randn(20, 4)
     handle = vk.attach(model, x)
     monitor = vk.VCLMonitor(handle)
-    monkeypatch.setattr(recorder.Share, name, mock.Mock(side_effect=OverflowError("never seen")))
+    monkeypatch.setattr(look.Share, name, mock.Mock(side_effect=OverflowError("never seen")))
     objective = model(x).mean() + handle.loss()
     with pytest.warns(vk.VCLWarning, match="layer '1': OverflowError: never seen"):
         objective.backward()
@@ -398,7 +407,7 @@ def test_an_interrupt_leaves_no_hooks(then, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         optimized(x)
     model.stop = False
-    assert hooks(model) == 2
+    assert hooks(model) == 4
     copy.deepcopy(model)(x)  # whose hooks do nothing
     ends = {"training": lambda: optimized(x), "evaluation": lambda: model.eval() and optimized(x)}
     ends |= {"flush": monitor.flush, "remove": monitor.remove, "exit": lambda: monitor.__exit__(None)}
@@ -407,7 +416,7 @@ def test_an_interrupt_leaves_no_hooks(then, tmp_path):
     else:
         ends[then]()
     assert hooks(model) == 0  # those of the wrapper are not among them
-    assert undo.uncompiled.looking == 0
+    assert not undo.uncompiled.looking
     if then == "garbage":
         rows = read_csv(path)
     else:

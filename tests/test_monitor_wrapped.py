@@ -185,7 +185,7 @@ def test_two_monitors_leave_compiled_code_as_it_was():
     run = torch.compile(model, backend=backend)
     with vk.VCLMonitor(run, every=2) as one, vk.VCLMonitor(run, every=3, unit="activation") as other:
         train(run, handle, x)
-        assert undo.uncompiled.looking == 0
+        assert not undo.uncompiled.looking
         assert backend.graphs == 1  # of the steps 1 and 5
         seen = [sorted({row["step"] for row in monitor.flush()}) for monitor in (one, other)]
     assert seen == [[0, 2, 4], [0, 3]]

@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +101,19 @@ def has_global_hooks() -> bool:
     return any(getattr(nn.modules.module, name, None) for name in names)
 
 
+def remove_hooks(module: nn.Module, owner: object) -> None:
+    """Remove the hooks of ``module`` that are methods of ``owner``, as far as they were registered."""
+    tables = [table for table in hooks_of(module).values() if isinstance(table, dict)]
+    keys = [key for table in tables for key, hook in list(table.items()) if _owner_of(hook) is owner]
+    for table in tables:
+        for key in keys:
+            table.pop(key, None)
+
+
+def _owner_of(hook: Any) -> Any:
+    return getattr(getattr(hook, "func", hook), "__self__", None)  # also of functools.partial
+
+
 def batch_norm_types() -> tuple[type[nn.Module], ...]:
     """The base of all batch norms, or its public subclasses."""
     public = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -127,13 +140,20 @@ def scale_of(scaler: torch.amp.GradScaler) -> Tensor | None:
 
 def runs_inside_itself(module: nn.Module) -> bool:
     """Whether the forward of ``module`` that begins now was called by one that runs. Fallback: no."""
-    if torch.compiler.is_compiling():
-        return False
+    return not torch.compiler.is_compiling() and _forwards_that_run(module) > 1
+
+
+def is_running(module: nn.Module) -> bool:
+    """Whether a forward of ``module`` runs on this thread. Fallback: no."""
+    return _forwards_that_run(module) > 0
+
+
+def _forwards_that_run(module: nn.Module) -> int:
     frame, forwards = inspect.currentframe(), 0
     while frame is not None:
         forwards += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module
         frame = frame.f_back
-    return forwards > 1
+    return forwards
 
 
 # What torch.compile, and torch's wrappers of parts of a model, put into the names of modules
@@ -158,6 +178,28 @@ def compiles_itself(module: nn.Module) -> bool:
 def may_be_compiled() -> bool:
     """Whether the compiler was imported; without it nothing is compiled, and to import it takes seconds."""
     return "torch._dynamo" in sys.modules
+
+
+class Stance(NamedTuple):
+    """What compiled code does when it is called: the arguments of ``torch.compiler.set_stance``."""
+
+    stance: str = "default"
+    skip_guard_eval_unsafe: bool = False
+    force_backend: Any = None
+
+
+def compiler_stance() -> Stance | None:
+    """The stance of the compiler at present, if PyTorch tells."""
+    now: Any = getattr(sys.modules.get("torch._dynamo.eval_frame"), "_stance", None)
+    if not hasattr(now, "stance"):
+        return None
+    return Stance(now.stance, getattr(now, "skip_guard_eval_unsafe", False), getattr(now, "backend", None))
+
+
+def is_batched(g: Tensor) -> bool:
+    """Whether ``g`` stands for the gradients of several backward passes. Fallback: no."""
+    legacy = getattr(torch._C._functorch, "is_legacy_batchedtensor", _never)
+    return legacy(g) or getattr(torch._C._functorch, "is_functorch_wrapped_tensor", _never)(g)
 
 
 def is_replica(module: nn.Module) -> bool:

@@ -2,38 +2,70 @@
 
 from __future__ import annotations
 
-from torch import nn
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
 
 from ..torch_private import plain_name
 from .fused import Calls
 from .modules import VCLActivation
 from .recognise import is_activation
 
-__all__ = ["is_behind", "layers_of", "vcls_of"]
+__all__ = ["Layers", "is_behind", "same", "vcls_of"]
 
 
-def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the modules to watch, by name. A VCL that attach gave to another module is watched there."""
-    attached = {vcl for calls in model.modules() if isinstance(calls, Calls) for vcl in calls}
-    layers = [
-        (plain_name(name) or type(model).__name__, module)
-        for name, module in model.named_modules()
-        if module not in attached and (vcls_of(module) or is_activation(module))
-    ]
-    if not layers:
-        raise ValueError(f"model ({type(model).__name__}) has no activation or VCL module to monitor")
-    return layers
+class Layers:
+    """The modules of a model that are watched. They may change: VCL is attached, or a module is replaced.
+
+    Raises:
+        ValueError: there is none.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.activations: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # those known; to try one takes long
+        if not self.find():
+            raise ValueError(f"model ({type(model).__name__}) has no activation or VCL module to monitor")
+
+    def find(self) -> dict[nn.Module, str]:
+        """Return the modules to watch, with their names. A VCL that attach gave to another module is watched there."""
+        attached = {vcl for calls in self.model.modules() if isinstance(calls, Calls) for vcl in calls}
+        return {
+            module: plain_name(name) or type(self.model).__name__
+            for name, module in self.model.named_modules()
+            if module not in attached and (vcls_of(module) or self._is_activation(module))
+        }
+
+    def _is_activation(self, module: nn.Module) -> bool:
+        known = self.activations.get(module)
+        if known is None:
+            # Hooks that do nothing, in place of those of a checkpoint: it counts what its forward saves
+            with torch.autograd.graph.saved_tensors_hooks(same, same):
+                known = self.activations[module] = is_activation(module)
+        return known
+
+
+def same(t: Tensor) -> Tensor:
+    """Return ``t``: a hook of saved tensors that does nothing."""
+    return t
 
 
 def vcls_of(module: nn.Module) -> list[VCLActivation]:
     """Return ``module`` if it is a VCL, else those that attach gave it."""
     if isinstance(module, VCLActivation):
         return [module]
-    calls = getattr(module, "vcl", None)
-    return list(calls) if isinstance(calls, Calls) else []  # type: ignore[arg-type]
+    return list(_calls_of(module) or ())  # type: ignore[arg-type]
 
 
 def is_behind(module: nn.Module) -> bool:
     """Whether ``module`` has VCL of its output."""
-    calls = getattr(module, "vcl", None)
-    return isinstance(calls, Calls) and calls.behind
+    calls = _calls_of(module)
+    return calls is not None and calls.behind
+
+
+def _calls_of(module: nn.Module) -> Calls | None:
+    for name, child in module.named_children():  # ``vcl`` of another module may be a property that raises
+        if name == "vcl" and isinstance(child, Calls):
+            return child
+    return None

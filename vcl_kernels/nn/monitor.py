@@ -15,8 +15,10 @@ from ..checks import check_channel_dim, check_choice, check_count
 from ..options import UNITS, Unit
 from ..torch_private import compiles_itself, inside_compiled
 from .handle import VCLHandle
+from .look import Settings
 from .plot import plot
-from .recorder import Recorder, Settings, tell_compiled
+from .recorder import Recorder, tell_compiled
+from .report import Report
 from .rows import Rows
 from .undo import Hooks
 
@@ -94,32 +96,31 @@ class VCLMonitor:
         *,
         every: int = 1,
         sub_batch_size: int | None = None,
-        unit: Unit = "channel",
+        unit: Unit | None = None,
         channel_dim: int | None = None,
         csv: str | Path | None = None,
         tensorboard: Any = None,
     ) -> None:
         check_count("every", every, 1)
-        check_choice("unit", unit, UNITS)
+        if unit is not None:
+            check_choice("unit", unit, UNITS)
         if sub_batch_size is not None:
             check_count("sub_batch_size", sub_batch_size, 1)
         if channel_dim is not None:
             check_channel_dim(channel_dim)
         self.model = model.model if isinstance(model, VCLHandle) else model
-        folder = str(tensorboard) if isinstance(tensorboard, str | Path) else None
-        self._rows = Rows(None if csv is None else Path(csv), folder, None if folder else tensorboard)
-        self._hooks = Hooks()
+        folder = _folder(tensorboard) if isinstance(tensorboard, str | Path) else None
+        self._report, self._hooks = Report(), Hooks()
+        path = None if csv is None else Path(csv).absolute()
+        self._rows = Rows(path, folder, None if folder else tensorboard, self._report)
         settings = Settings(every, sub_batch_size, unit, channel_dim)
-        self._recorder = Recorder(_inside(self.model), settings, self._rows, self._hooks)
+        self._recorder = Recorder(_inside(self.model), settings, self._rows, self._report, self._hooks)
         if compiles_itself(self.model):
-            tell_compiled(self._hooks)
+            tell_compiled(self._report)
         # Hooks refer to the recorder, which does not refer to the monitor: it goes when its last variable does.
-        self._hooks.of_model = [
-            self.model.register_forward_pre_hook(self._recorder.before_forward),
-            self.model.register_forward_hook(self._recorder.after_forward, always_call=True),
-        ]
-        weakref.finalize(self, _close, os.getpid(), self._hooks, self._rows)
-        weakref.finalize(self, _tell_dropped, self._hooks).atexit = False  # runs before the other: the latest first
+        weakref.finalize(self, _close, os.getpid(), self._hooks, self._rows, self._report)
+        weakref.finalize(self, _tell_dropped, self._report).atexit = False
+        self._recorder.watch(self.model)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -128,41 +129,50 @@ class VCLMonitor:
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Why a layer, or a call of it, was left out."""
-        return self._recorder.skipped
+        """Why a layer was left out, or one of its calls."""
+        return self._report.skipped
 
     @property
     def step(self) -> int:
         """Training forwards so far."""
-        return self._hooks.forwards
+        return self._report.forwards
 
     def __enter__(self) -> VCLMonitor:
         return self
 
     def __exit__(self, kind: object, *_error: object) -> None:
         if kind is not None:
-            self._hooks.said.add("unseen")  # an error came before
+            self._report.said.add("unseen")  # an error came before
         try:
-            self.flush()
-        finally:
-            self.remove()
+            try:
+                self.flush()
+            finally:
+                self.remove()
+        except Exception as error:
+            if kind is None:
+                raise
+            _tell_lost(self._report, error)
 
     def flush(self) -> list[dict[str, Any]]:
         """Fetch what waits on the device; write it to the CSV file and TensorBoard; return and keep its rows.
 
-        If writing fails, the rows are in :attr:`rows`, and the next flush writes them too.
+        If writing fails, the rows are in :attr:`rows`, and the next flush writes them too. Rows of a forward that runs
+        wait for the next one.
         """
-        self._recorder.end()
-        if self.step == 0 and not self._hooks.said & {"compiled", "unseen"}:
-            self._hooks.tell(
+        self._recorder.end_what_was_left()
+        if self._report.saw_nothing:
+            self._report.tell(
                 "unseen",
                 "VCLMonitor saw no training forward of the model. Likely causes: it is in evaluation mode, it was "
                 "compiled before (give the monitor what torch.compile returned), or only parts of it are called",
             )
-        return self._rows.flush()
+        rows = self._rows.flush(self._recorder.unfinished())
+        self._report.raise_untold()
+        return rows
 
     def remove(self) -> None:
         """Take the hooks away. What waits can still be flushed, into the rows and the CSV file."""
+        self._report.said.add("removed")
         self._hooks.remove()
         self._recorder.end()
         if self._rows.folder is not None:
@@ -191,16 +201,25 @@ def _inside(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _tell_dropped(hooks: Hooks) -> None:
-    if hooks.of_model and hooks.forwards == 0 and not hooks.said & {"compiled", "unseen"}:
-        hooks.tell(
+def _folder(tensorboard: str | Path) -> str:
+    """Return the same folder wherever the process goes. One of a remote file system stays as it is."""
+    return str(tensorboard) if "://" in str(tensorboard) else str(Path(tensorboard).absolute())
+
+
+def _tell_dropped(report: Report) -> None:
+    if report.saw_nothing:
+        report.tell(
             "dropped",
             "a VCLMonitor was dropped before it saw a training forward. Keep it in a variable, or use it in a `with` "
             "statement",
         )
 
 
-def _close(process: int, hooks: Hooks, rows: Rows) -> None:
+def _tell_lost(report: Report, error: Exception) -> None:
+    report.tell("lost", f"a VCLMonitor is gone, and its last rows could not be written ({error})")
+
+
+def _close(process: int, hooks: Hooks, rows: Rows, report: Report) -> None:
     """Remove the hooks, and write what waits: the monitor is gone, or the interpreter ends."""
     if os.getpid() != process:  # a fork has a copy of all this
         return
@@ -210,4 +229,4 @@ def _close(process: int, hooks: Hooks, rows: Rows) -> None:
             rows.flush()
         rows.close()
     except Exception as error:
-        hooks.tell("lost", f"a VCLMonitor is gone, and its last rows could not be written ({error})")
+        _tell_lost(report, error)

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..functional import sub_batch_moments
@@ -19,6 +19,7 @@ from .modules import VCLActivation
 
 __all__ = ["acting_beta", "is_sharded", "of_input", "of_vcl", "why_not"]
 
+ROUNDINGS = 8  # of one value: more of them make a unit that varies
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -26,10 +27,14 @@ def why_not(x: Any) -> str | None:
     """Return why the input ``x`` of a layer has no statistics, or None if it has."""
     if not isinstance(x, Tensor):
         return f"its input is of type {type(x).__name__}, not a tensor"
-    if x.is_nested or x.layout is not torch.strided:
-        return f"its input is {'a nested' if x.is_nested else 'a sparse'} tensor"
     if is_sharded(x):
         return "its input is a DTensor, whose values lie in several processes"
+    if x.is_nested or x.layout is not torch.strided:
+        return f"its input is {'a nested' if x.is_nested else 'a sparse'} tensor"
+    if type(x) not in (Tensor, nn.Parameter):
+        return f"its input is of type {type(x).__name__}, a subclass of Tensor"
+    if x.device.type == "meta":
+        return "its input is on the meta device: it has no values"
     if x.dtype not in DTYPES:
         return f"its input has values of {x.dtype}"
     if x.dim() < 2:
@@ -50,20 +55,29 @@ def of_input(x: Tensor, n: int, unit: str) -> dict[str, Tensor]:
     """Return variance, constancy and kurtosis of x ``(N, C, *spatial)``, each a scalar on x's device."""
     x = x.detach().to(accumulation_dtype(x.dtype))
     over = [0] if unit == "activation" else [0, *range(2, x.dim())]
-    square = (x - x.mean(over, keepdim=True)).square()
-    found = {"kurtosis": _mean_of_varying(square.square().mean(over), square.mean(over))}
+    mean = x.mean(over, keepdim=True)
+    centred = x - mean
+    variance = centred.square().mean(over, keepdim=True)
+    # A unit of one value has a variance of 0, but for the rounding of its mean
+    rounding = ROUNDINGS * torch.finfo(x.dtype).eps * mean.abs()
+    varies = ~(variance <= rounding.square()).flatten()  # NaN stays
+    # Divided before the power, which otherwise leaves float32's range for a deviation of 1e-10 or 1e10
+    fourth = (centred / variance.sqrt()).square().square().mean(over)
+    found = {"kurtosis": _mean_where(varies, fourth)}
     M = n if unit == "activation" else n * math.prod(x.shape[2:])
     if x.shape[0] >= 2 * n and M >= 2:
         _, var = sub_batch_moments(x, n, unit=unit)  # type: ignore[arg-type]
-        mean = var.mean(0)
-        found |= {"variance": mean.mean(), "constancy": _mean_of_varying(var.var(0), mean)}
+        mean_var = var.mean(0)
+        found |= {
+            "variance": mean_var.mean(),
+            "constancy": _mean_where(varies & (mean_var != 0).flatten(), (var / mean_var).var(0)),
+        }
     return found
 
 
-def _mean_of_varying(numerator: Tensor, variance: Tensor) -> Tensor:
-    """Mean over units of numerator / variance², without units whose variance is 0 (NaN stays)."""
-    varying = variance != 0
-    return torch.where(varying, numerator / variance.square(), 0.0).sum() / varying.sum()
+def _mean_where(varies: Tensor, values: Tensor) -> Tensor:
+    """Mean over units that vary."""
+    return torch.where(varies, values.reshape(varies.shape), 0.0).sum() / varies.sum()
 
 
 @torch.no_grad()
