@@ -4,9 +4,11 @@ import copy
 import csv
 import gc
 import math
+import os
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -88,6 +90,24 @@ def test_plot(tmp_path):
     assert (tmp_path / "seen.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="'skew'"):
         monitor.plot(statistics=["skew"])
+    with pytest.raises(ValueError, match="at least one"):
+        monitor.plot(statistics=[])
+
+
+def test_plot_of_values_between_gaps_and_of_private_names():
+    """A value without neighbours is a point; a name that begins with "_" is in the legend, and "$" is itself."""
+    pytest.importorskip("matplotlib")
+    values = {"_act": [1.0, math.nan, 2.0, math.nan], "a$_{": [1.0, 2.0, math.nan, 3.0]}
+    rows = [
+        {"step": step, "layer": layer, **dict.fromkeys(STATISTICS, math.nan), "loss": value}
+        for layer, numbers in values.items()
+        for step, value in enumerate(numbers)
+    ]
+    figure = plot(rows)
+    figure.canvas.draw()
+    assert [line.get_markevery() for line in figure.axes[0].lines] == [[0, 2], [3]]
+    assert {line.get_marker() for line in figure.axes[0].lines} == {"."}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(values)
 
 
 def test_plot_draws_variance_with_its_scale_and_leaves_out_what_is_nan(tmp_path):
@@ -144,6 +164,7 @@ def test_the_plot_command(tmp_path, capsys):
     assert [int(step) for step in line.get_xdata() if not math.isnan(step)] == [0, 1, 0, 1]
     assert len(line.get_xdata()) == 5  # a gap between the runs
     wrong = {"a,b\n1,2\n": "no CSV of VCLMonitor", "step,layer\n": "no rows", "step,layer\nx,1\n": "line 2"}
+    wrong |= {"step,layer\n0,1,2\n": "line 2", "step,layer\n0," + "a" * 200_000 + "\n": "field larger"}
     for text, message in wrong.items():
         path.write_text(text)
         with pytest.raises(SystemExit):
@@ -158,6 +179,81 @@ def test_without_a_command_it_says_what_runs_here(capsys):
 
 
 # Nothing is lost
+
+
+def test_a_line_that_a_killed_process_left_stays_alone(tmp_path):
+    model, path = net(), tmp_path / "run.csv"
+    for cut in (20, 0, 2):  # within a line, not at all, and behind its last field: that is a whole row
+        with vk.VCLMonitor(model, csv=path):
+            model(torch.randn(20, 4))
+        path.write_bytes(path.read_bytes()[: -cut or None])
+    assert written(path) == [(0, "1"), *[(0, "1"), (0, "4")] * 2]
+    assert path.read_bytes().count(b"\r\n") == 6  # a header, five rows; the cut line is in one of them
+
+
+def test_paths_stay_where_they_were(tmp_path, monkeypatch):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    monkeypatch.chdir(first)
+    made = mock.Mock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=made))
+    with vk.VCLMonitor(model := nn.Sequential(ModuleNamed("β")), csv="run.csv", tensorboard="logs"):
+        model(torch.randn(20, 4))
+        monkeypatch.chdir(second)
+    assert written(first / "run.csv") == [(0, "0.β")]
+    assert "β".encode() in (first / "run.csv").read_bytes()
+    made.assert_called_once_with(str(first / "logs"))
+    vk.VCLMonitor(model, tensorboard="gs://bucket/logs")._rows.report.said.add("unseen")  # noqa: SLF001  # so no warning
+    assert list(second.iterdir()) == []
+
+
+class ModuleNamed(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.add_module(name, nn.ELU())
+
+    def forward(self, x):
+        return next(self.children())(x)
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_an_error_of_the_training_is_not_replaced(filtered, tmp_path):
+    """By one of writing, nor by its warning."""
+    folder, model = tmp_path / "run", net()
+    folder.mkdir()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("error" if filtered else "always", vk.VCLWarning)
+        monitor = vk.VCLMonitor(model, csv=folder / "run.csv")
+        model(torch.randn(20, 4))
+        folder.rmdir()
+        with pytest.raises(ZeroDivisionError), monitor:
+            raise ZeroDivisionError
+    assert ["could not be written" in str(warning.message) for warning in told] == [True] * (not filtered)
+    assert len(monitor.rows) == 2
+    assert hooks(model) == 0
+    folder.mkdir()
+    monitor.flush()
+    assert written(folder / "run.csv") == [(0, "1"), (0, "4")]
+
+
+def test_a_fork_writes_its_own_rows(tmp_path):
+    """Those that wait are its parent's."""
+    model, path = nn.Sequential(nn.ELU()), tmp_path / "run.csv"
+    monitor = vk.VCLMonitor(model, csv=path)
+    model(torch.randn(20, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork with threads
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = int([row["step"] for row in monitor.flush()] != [] or path.exists())
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    monitor.flush()
+    assert written(path) == [(0, "0")]
 
 
 def test_another_header_is_refused_before_anything_is_hooked(tmp_path):

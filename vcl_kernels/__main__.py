@@ -4,6 +4,7 @@
 """
 
 import argparse
+import csv
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     try:
         plot(read_csv(options.csv), options.picture, options.statistics)
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError, csv.Error) as error:
         parser.error(str(error))
 
 

@@ -90,7 +90,7 @@ def layers_work(unit: Record) -> Record:
         histograms.append({"density": [round(d, 4) for d in found["density"]], "edges": found["edges"]})
 
     look()
-    with vk.VCLMonitor(learner.model, every=steps) as monitor:
+    with vk.VCLMonitor(learner.model, every=steps, sub_batch_size=5, unit="channel") as monitor:
         trained = train(learner, seen, epochs=unit["epochs"], batch_size=batch, seed=unit["seed"], after=look)
     return {
         "accuracy": trained.test_accuracy[-1],

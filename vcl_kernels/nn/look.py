@@ -56,13 +56,12 @@ class Look:
         rows_here: the rows of this forward.
     """
 
-    copied = True
     over = True
 
     def __init__(self, step: int, settings: Settings, rows: Rows, report: Report, hooks: Hooks) -> None:
         self.step, self.settings = step, settings
         self.rows, self.report, self.hooks = rows, report, hooks
-        self.copied = self.over = False
+        self.over = False
         self.layers: dict[nn.Module, str] = {}
         self.layer_of: dict[VCLActivation, nn.Module] = {}
         self.counts: dict[str, int] = {}
@@ -139,7 +138,7 @@ class Look:
         """Whether nothing is to be recorded: under a compiler, in a copy, in a checkpoint's recomputation."""
         if torch.compiler.is_compiling():
             return True
-        if self.copied:
+        if self.over:  # a copy, or two threads
             remove_hooks(module, self)
         return self.over or in_backward()
 

@@ -152,6 +152,7 @@ class VCLMonitor:
             if kind is None:
                 raise
             _tell_lost(self._report, error)
+            self._report.untold.clear()
 
     def flush(self) -> list[dict[str, Any]]:
         """Fetch what waits on the device; write it to the CSV file and TensorBoard; return and keep its rows.

@@ -28,8 +28,10 @@ def plot(rows: list[dict[str, Any]], path: str | Path | None = None, statistics:
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: an unknown statistic, or no rows.
+        ValueError: an unknown statistic, none of them, or no rows.
     """
+    if statistics is not None and not statistics:
+        raise ValueError("statistics must name at least one, or be None")
     for name in statistics or ():
         check_choice("statistics", name, STATISTICS)
     if not rows:
@@ -49,9 +51,10 @@ def plot(rows: list[dict[str, Any]], path: str | Path | None = None, statistics:
     for axes, name in zip(panels, names, strict=True):
         for layer, colour in zip(layers, colours, strict=True):
             steps, values = _line(rows, layer, name)
-            axes.plot(steps, values, label=layer, color=colour, marker="." if len(steps) == 1 else None)
+            axes.plot(steps, values, label=layer, color=colour, **_points(values))
             if name == "variance":
-                axes.plot(*_line(rows, layer, "scale"), color=colour, linestyle="--", linewidth=1)
+                steps, values = _line(rows, layer, "scale")
+                axes.plot(steps, values, color=colour, linestyle="--", linewidth=1, **_points(values))
         axes.set(title=name, xlabel="step")
         if name == "variance" and not all(math.isnan(row["scale"]) for row in rows):
             axes.set_ylabel("dashed: scale, which beta asks for", fontsize="small")
@@ -83,11 +86,20 @@ def _line(rows: list[dict[str, Any]], layer: str, name: str) -> Line:
     return steps, values
 
 
+def _points(values: list[float]) -> dict[str, Any]:
+    """Return the settings by which a value between gaps, of which no line is drawn, is a point."""
+    gaps = [True, *map(math.isnan, values), True]
+    return {"marker": ".", "markevery": [i for i in range(len(values)) if gaps[i] and gaps[i + 2]]}
+
+
 def _name_layers(figure: Any, panels: list[Any], layers: list[str], of_many: Any) -> None:
     """Tell which colour is which layer: a legend beside the panels, or a colour bar with some of the names."""
     if len(layers) <= IN_A_LEGEND:
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper", fontsize="small")
+        lines = [line for line in panels[0].lines if line.get_linestyle() == "-"]
+        numbers = [str(i) for i in range(len(layers))]  # a label that begins with "_" is left out
+        legend = figure.legend(lines, numbers, loc="outside right upper", fontsize="small")
+        for text, layer in zip(legend.get_texts(), layers, strict=True):
+            text.set(text=layer, parse_math=False)
         return
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize

@@ -222,7 +222,7 @@ def _summary_writer_class() -> Any:
 def read_csv(path: str | Path) -> list[dict[str, Any]]:
     """Return the rows of a CSV file that a monitor wrote; a statistic that it lacks is NaN.
 
-    A line with too few fields is left out: a process was killed while it wrote it.
+    A line that lacks fields is left out: a process was killed while it wrote it.
 
     Raises:
         ValueError: it is no such file, or has no rows.
@@ -233,7 +233,7 @@ def read_csv(path: str | Path) -> list[dict[str, Any]]:
         if not {"step", "layer"} <= set(table.fieldnames or ()):
             raise ValueError(f"{str(path)!r} is no CSV of VCLMonitor: its header is {table.fieldnames}")
         for line in table:
-            if None in line.values():
+            if not {None, ""}.isdisjoint(line.values()):
                 continue
             try:
                 if None in line:
