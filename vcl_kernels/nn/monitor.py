@@ -29,10 +29,11 @@ class VCLMonitor:
     r"""Statistics of the input of every layer through training, with VCL or without.
 
     Layers are the activation modules of the model, its :class:`vcl_kernels.VCL` modules, and what has VCL by
-    ``after=`` (there "input" means that output). Of a unit (a channel, or an activation), v_1 … v_K are the variances
+    ``after=`` (there "input" means that output), as they are at the time. The input is what the layer gets after the
+    hooks of others. Of a unit (a channel, or an activation), v_1 … v_K are the variances
     of all K = N // n sub-batches of n samples. The columns, after ``step`` and ``layer``:
 
-    - ``loss``: the layer's part of :meth:`VCLHandle.loss` (weighted).
+    - ``loss``: the layer's part of :meth:`VCLHandle.loss` (weighted, not divided by ``accumulation``).
     - ``share``: ``‖g_vcl‖ / (‖g_vcl‖ + ‖g - g_vcl‖)``, g the gradient that arrives at the input, g_vcl the part of it
       from this layer's own loss. 0 where that loss is not in the objective; NaN before the backward pass, and after a
       second one through the same forward.
@@ -41,18 +42,20 @@ class VCLMonitor:
     - ``scale``: the variance that beta asks for, mean over units: beta times the multiple of it at which the ratio is
       least in expectation, for Gaussian values (:func:`vcl_kernels.scale.variance_over_beta`); NaN for other forms.
     - ``variance``: ``v̄ = Σ v_k / K``, mean over units.
-    - ``constancy``: ``Σ (v_k - v̄)² / ((K - 1) v̄²)``, mean over units with v̄ > 0: 0 is perfect constancy; i.i.d.
+    - ``constancy``: ``Σ (v_k - v̄)² / ((K - 1) v̄²)``, mean over units that vary: 0 is perfect constancy; i.i.d.
       values of kurtosis κ have ``κ/M - (M - 3) / (M (M - 1))`` for M values in a sub-batch, a Gaussian 2 / (M - 1).
       NaN below 2n samples.
     - ``kurtosis``: ``E[(x - mean)⁴] / E[(x - mean)²]²`` over the batch, mean over units that vary: 3 for a Gaussian,
       1 for two points of equal weight.
 
-    The first five are NaN where no VCL acted: the layer has none, it was paused, its input needs no gradient, or it is
-    under reentrant checkpointing (VCL acts in the recomputation).
+    ``loss`` to ``scale`` are NaN where no VCL acted: the layer has none, it was paused, its input needs no gradient, or
+    it is a part under reentrant checkpointing (VCL acts in the recomputation). A unit varies if its variance is more
+    than that of rounding.
 
-    The monitor never stops a training: what it cannot look at is in :attr:`skipped`, and a ``VCLWarning`` says so.
+    The monitor never stops a training: what it cannot look at is in :attr:`skipped`, and a ``VCLWarning`` says so; if a
+    filter makes that an error, :meth:`flush` raises it. Use the model in one thread at a time.
     Nothing is fetched from the device before :meth:`flush`, which fetches everything in one transfer. Between the
-    steps that are looked at, one hook counts. Keep the monitor in a variable: when it goes, its hooks go, and what
+    steps that are looked at, two hooks run, which count. Keep the monitor in a variable: when it goes, its hooks go, and what
     waits is written. A copy or a pickle of it has the rows, and watches nothing. A recomputation in checkpointing is no
     step. In distributed training, rank 0 writes.
 
@@ -61,15 +64,16 @@ class VCLMonitor:
             ``DistributedDataParallel`` returned. Compiled code runs uncompiled in the steps that are looked at.
         every: look at each ``every``-th training forward, from the first.
         sub_batch_size: n. None: the VCL's own where a layer has one, else 5.
-        unit: ``"channel"`` or ``"activation"``.
+        unit: ``"channel"`` or ``"activation"``. None: the VCL's own where a layer has one, else ``"channel"``.
         channel_dim: where inputs have their channels (-1 for ``(N, L, C)``). None: the VCL's own where a layer has one,
             else 1.
         csv: file to which :meth:`flush` appends a row for each step and layer.
         tensorboard: folder, or ``SummaryWriter``, to which :meth:`flush` writes scalars ``<statistic>/<layer>``.
 
     Attributes:
-        rows: what was flushed, dictionaries of the columns.
-        skipped: why a layer, or a call of it, was left out.
+        model: what is watched, the model of a handle.
+        rows: what was flushed, dictionaries of the columns. ``rows.clear()`` drops them.
+        skipped: why a layer was left out, or one of its calls; the first reason of each.
         step: training forwards so far.
 
     Warns:
