@@ -55,9 +55,9 @@ class VCLMonitor:
     The monitor never stops a training: what it cannot look at is in :attr:`skipped`, and a ``VCLWarning`` says so; if a
     filter makes that an error, :meth:`flush` raises it. Use the model in one thread at a time.
     Nothing is fetched from the device before :meth:`flush`, which fetches everything in one transfer. Between the
-    steps that are looked at, two hooks run, which count. Keep the monitor in a variable: when it goes, its hooks go, and what
-    waits is written. A copy or a pickle of it has the rows, and watches nothing. A recomputation in checkpointing is no
-    step. In distributed training, rank 0 writes.
+    steps that are looked at, two hooks run, which count. Keep the monitor in a variable: when it goes, its hooks go,
+    and what waits is written. A copy or a pickle of it has the rows, and watches nothing. A recomputation in
+    checkpointing is no step. In distributed training, rank 0 writes.
 
     Args:
         model: any module with activation modules; what :func:`vcl_kernels.attach`, ``torch.compile`` or
