@@ -72,7 +72,7 @@ def test_the_readmes_code_runs():
     torch.testing.assert_close(names["loss"], vk.vcl_loss(names["x"], names["beta"]))
 
 
-OF_THE_MONITOR = ("monitor.py", "recorder.py")
+OF_THE_MONITOR = ("monitor.py", "recorder.py", "report.py")
 
 
 @pytest.mark.parametrize("page", ["attach", "monitor"])

@@ -53,8 +53,9 @@ class Report:
         """Note why a layer is left out, and warn once of each layer."""
         if layer not in self.skipped:
             self.skipped[layer] = reason
+            self.said.discard("skipped")
             self.tell(
-                f"skipped {layer}",
+                "skipped",
                 f"VCLMonitor cannot look at layer {layer!r}: {reason}. It goes on without it. monitor.skipped has all "
                 "that was left out",
             )

@@ -233,7 +233,7 @@ def read_csv(path: str | Path) -> list[dict[str, Any]]:
         if not {"step", "layer"} <= set(table.fieldnames or ()):
             raise ValueError(f"{str(path)!r} is no CSV of VCLMonitor: its header is {table.fieldnames}")
         for line in table:
-            if not {None, ""}.isdisjoint(line.values()):
+            if any(field is None or field == "" for field in line.values()):
                 continue
             try:
                 if None in line:
