@@ -331,14 +331,28 @@ def test_tracing_is_left_out():
     assert monitor.flush() == []
 
 
-def test_a_replica_is_left_out():
-    """``nn.DataParallel`` makes replicas on several devices, and this stands for one."""
-    model = net()
+class Replicas(nn.Module):
+    """Runs a replica of a layer, as ``nn.DataParallel`` does on several devices, and a shallow copy of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.ELU(), nn.Mish(), nn.ReLU()
+
+    def forward(self, x):
+        first = self.first._replicate_for_data_parallel()  # noqa: SLF001
+        return self.third(copy.copy(self.second)(first(x)))
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_replica_is_left_out(attached):
+    model, x = Replicas(), torch.randn(20, 4, requires_grad=True)
+    if attached:
+        vk.attach(nn.Sequential(model.second, model.third), x.detach(), inject=True)
     monitor = vk.VCLMonitor(model)
-    model[1]._is_replica = True  # noqa: SLF001
-    with pytest.warns(vk.VCLWarning, match="'1': it runs in nn.DataParallel"):
-        model(torch.randn(20, 4))
-    assert [row["layer"] for row in monitor.flush()] == ["4"]
+    with pytest.warns(vk.VCLWarning, match="cannot look at layer"):
+        model(x).sum().backward()
+    assert monitor.skipped == {"first": "it runs in nn.DataParallel", "second": "a copy of it runs"}
+    assert [row["layer"] for row in monitor.flush()] == ["third"]
 
 
 def test_a_transform_is_left_out():

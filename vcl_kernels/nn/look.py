@@ -76,10 +76,10 @@ class Look:
         """Hook the layers. The hooks of ``outer``, whose forward has begun, cannot change any more."""
         self.layers = layers
         self.layer_of = {vcl: module for module in self.layers for vcl in vcls_of(module)}
-        for module in self.layers:
+        for module, name in layers.items():
             if module is not outer:
                 self._note(module)
-                module.register_forward_pre_hook(self.begin_call, prepend=True)
+                module.register_forward_pre_hook(partial(self.begin_call, name), prepend=True)
                 if is_behind(module):
                     module.register_forward_hook(self.see_output)
                 else:
@@ -101,13 +101,16 @@ class Look:
 
     # Hooks. Torch may call one that was removed meanwhile, and then without kwargs
 
-    def begin_call(self, module: nn.Module, _args: Any = ()) -> None:
+    def begin_call(self, name: str, module: nn.Module, _args: Any = ()) -> None:
         """Begin a call of a layer, before all other hooks."""
-        if not self._rests(module):
-            name = self.layers[module]
-            number = self.counts.get(name, 0)
-            self.counts[name] = number + 1
+        if self._rests(module):
+            return
+        number = self.counts.get(name, 0)
+        self.counts[name] = number + 1
+        if module in self.layers:
             self.calls[module] = Call(name, number)
+        else:  # a shallow copy has the same hooks
+            self.report.skip(name, "it runs in nn.DataParallel" if is_replica(module) else "a copy of it runs")
 
     def see_input(self, module: nn.Module, args: Any = (), kwargs: Any = None) -> None:
         """Look at the input of a layer, after all other hooks, unless its VCL came before."""
@@ -119,8 +122,8 @@ class Look:
 
     def before_vcl(self, vcl: Any, args: Any = (), kwargs: Any = None) -> None:
         """Look at the input of a layer's VCL."""
-        module = None if self._rests(vcl) else self.layer_of[vcl]
-        call = self.calls.get(module)  # type: ignore[arg-type]
+        module = None if self._rests(vcl) else self.layer_of.get(vcl)
+        call = None if module is None else self.calls.get(module)
         if module is None or call is None or call.vcl is not None or not (args or kwargs):
             return
         x = first_input(args, kwargs or {})
@@ -130,7 +133,8 @@ class Look:
 
     def after_vcl(self, vcl: Any, _args: Any = (), _y: Any = None) -> None:
         """Look at the loss of a layer's VCL."""
-        call = None if self._rests(vcl) else self.calls.get(self.layer_of[vcl])
+        module = None if self._rests(vcl) else self.layer_of.get(vcl)
+        call = None if module is None else self.calls.get(module)
         if call is not None and call.row is not None and call.vcl is vcl:
             self.report.guard(call.name, partial(self._end_vcl, call.vcl, call, call.row))
 
@@ -151,8 +155,6 @@ class Look:
             self.report.guard(call.name, partial(self._record, module, call, *inputs))
 
     def _record(self, module: nn.Module, call: Call, *inputs: Any) -> str | None:
-        if is_replica(module):
-            return "it runs in nn.DataParallel"
         reason = why_not(inputs[0]) if inputs else "it is called without arguments"
         if reason is not None:
             return reason

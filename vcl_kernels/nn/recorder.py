@@ -120,7 +120,7 @@ class Recorder:
         self.look = Look(step, self.settings, self.rows, self.report, self.hooks)
         self.look.begin(self.layers.find(), outer)
         if outer in self.look.layers:
-            self.look.begin_call(outer)
+            self.look.begin_call(self.look.layers[outer], outer)
         return None
 
     def _after(self, model: nn.Module, output: Any) -> None:
