@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..torch_private import without_modes
@@ -36,11 +37,15 @@ class Report:
 
     def guard(self, layer: str, do: Callable[[], str | None]) -> None:
         """Do it, or note why not: what it returns, or raises. Training goes on whatever happens here."""
+        grad_mode = torch.is_grad_enabled()
         try:
             with without_modes():
                 reason = do()
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
+        except BaseException:
+            torch.set_grad_enabled(grad_mode)  # an interrupt inside of no_grad's own code leaves it off
+            raise
         if reason is not None:
             self.skip(layer, reason)
 
