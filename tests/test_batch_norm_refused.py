@@ -166,7 +166,11 @@ REFUSED = {
     "own call": (lambda: with_norm(nn.Conv2d(3, 4, 3), OwnCall), BOTH, "OwnCall, '1', with a __call__ of its own"),
     "own buffer": (lambda: with_norm(nn.Conv2d(3, 4, 3), OwnBuffer), BOTH, r"buffers of its own \(centres\)"),
     "slots": (lambda: with_norm(nn.Conv2d(3, 4, 3), Slots), BOTH, "Slots, '1', with __slots__"),
-    "other order": (lambda: with_norm(nn.Conv2d(3, 4, 3), ActThenNorm), BOTH, "children that do not simply follow it"),
+    "other order": (
+        lambda: with_norm(nn.Conv2d(3, 4, 3), ActThenNorm),
+        BOTH,
+        "children that are not simply run after it",
+    ),
     "hooks": (lambda: hooked(cnn(), 5), BOTH, "BatchNorm2d, '5', with hooks"),
     "state hooks": (with_state_hook, BOTH, "BatchNorm2d, '1', with hooks"),
     "scripted": (scripted, BOTH, "scripted batch norm, '1'; remove it before"),

@@ -16,7 +16,7 @@ from .doubts import check_not_wrapped_outside
 from .flow import OTHER, PARAMETER, Flow, follow_example
 from .fold import LAYERS, NewValues, modules_that_share, new_values, why_not_into
 from .norms import batch_norms, norms_that_stay
-from .parts import Parts, ReachedError, Twins, error_text
+from .parts import OriginalCalledError, Parts, Twins, error_text
 from .same import check_outputs
 from .table import aligned
 from .trace import check_traces, follow_traces
@@ -24,7 +24,7 @@ from .wrappers import check_module, check_not_wrapped
 
 __all__ = ["BatchNormRemoval", "RemovedBatchNorm", "remove_batch_norm"]
 
-OF_NORMS = {*vars(nn.BatchNorm2d(1)), *vars(nn.SyncBatchNorm(1))}
+NORM_ATTRIBUTES = {*vars(nn.BatchNorm2d(1)), *vars(nn.SyncBatchNorm(1))}
 MOST_CHARACTERS = 150  # of an error in a note
 
 
@@ -69,11 +69,12 @@ def remove_batch_norm(model: nn.Module, example_input: Any = None) -> BatchNormR
     becomes a :class:`~vcl_kernels.nn.affine.ChannelAffine`. Names stay, and so do the modules and the layers'
     parameters as objects. In training, no sample depends on the others any more.
 
-    Only what is proved is folded. Proof is a trace of the forward (``torch.fx``), or a run on ``example_input`` in
-    which every use of every layer's output is followed; both in training and in evaluation, on copies. Where neither
-    is to be had, batch norms become affine maps. With ``example_input`` the outputs before and after are compared too,
-    in float64 on copies, before the model is changed. BatchNorm1d and SyncBatchNorm take several shapes, and only an
-    example shows which, so that they are folded with one alone. See docs/batch_norm.md.
+    A batch norm is folded only if a trace of the forward (``torch.fx``), or a run on ``example_input`` in which every
+    operation is followed, shows that nothing else uses the layer's output; both in training and in evaluation, on
+    copies. A branch that the example does not take is not checked. Where neither is to be had, batch norms become
+    affine maps. With ``example_input`` the outputs before and after are compared too, in float64 on copies, before the
+    model is changed. BatchNorm1d and SyncBatchNorm take several shapes, and only an example shows which, so that they
+    are folded with one alone. See docs/batch_norm.md.
 
     Nothing is folded into layers with hooks, parametrizations or memory that other modules use, nor a batch
     norm that learns into a frozen layer. The affine map or new bias of a batch norm that is frozen, or has
@@ -129,7 +130,7 @@ def remove_batch_norm(model: nn.Module, example_input: Any = None) -> BatchNormR
             kind = type(norm).__name__
             rows.append(RemovedBatchNorm(name or kind, kind, None if layer is None else names[layer], reason))
         notes = [*evidence.notes(), *_check_same(evidence, plan)]
-        _carry_out(plan)
+        _apply(plan)
     notes += [
         f"Batch norms in {place} stay: they are not among the model's modules" for place in norms_that_stay(model)
     ]
@@ -141,7 +142,7 @@ class Evidence(NamedTuple):
 
     parts: Parts
     example: Any
-    flow: Flow | None  # None: none could be followed
+    flow: Flow | None  # None: neither traces nor the example could be followed
     traces: list[Any]  # the steps of each
     trace_error: str | None
     example_error: str | None
@@ -152,7 +153,12 @@ class Evidence(NamedTuple):
             "The forward cannot be traced": self.trace_error if self.flow is None or self.example is None else None,
             "The forward cannot be followed on example_input, in both modes": self.example_error,
         }
-        return [f"{what}: {error}" for what, error in errors.items() if error is not None]
+        notes = [f"{what}: {error}" for what, error in errors.items() if error is not None]
+        if self.example is not None and self.trace_error is not None and self.flow is not None:
+            notes.append(
+                f"Seen on the example alone; branches that it does not take were not checked ({self.trace_error})"
+            )
+        return notes
 
 
 def _follow(parts: Parts, example: Any) -> Evidence:
@@ -168,7 +174,9 @@ def _follow(parts: Parts, example: Any) -> Evidence:
             if isinstance(found, tuple):
                 found, traces = found
         except Exception as error:  # the user's code runs, on fx proxies too
-            (text, *_) = (str(error) if type(error) in (ValueError, ReachedError) else error_text(error)).splitlines()
+            (text, *_) = (
+                str(error) if type(error) in (ValueError, OriginalCalledError) else error_text(error)
+            ).splitlines()
             errors.append(text if len(text) < MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…")
         else:
             errors.append(None)
@@ -228,7 +236,7 @@ def _check_same(evidence: Evidence, plan: Mapping[Any, Any]) -> list[str]:
     """Raise ValueError if the forward of a copy changes by more than rounding. Return what could not be compared."""
 
     def change(twins: Twins) -> None:
-        _carry_out({twins[norm]: None if layer is None else twins[layer] for norm, layer in plan.items()})
+        _apply({twins[norm]: None if layer is None else twins[layer] for norm, layer in plan.items()})
 
     changed = "its batch norms are removed"
     if evidence.example is not None:
@@ -239,7 +247,7 @@ def _check_same(evidence: Evidence, plan: Mapping[Any, Any]) -> list[str]:
     return []
 
 
-def _carry_out(plan: Mapping[Any, Any]) -> None:
+def _apply(plan: Mapping[Any, Any]) -> None:
     """Change a model: compute all new values first, then put them where they belong."""
     values = {norm: new_values(norm, layer) for norm, layer in plan.items()}
     for norm, new in values.items():
@@ -257,7 +265,7 @@ def _carry_out(plan: Mapping[Any, Any]) -> None:
 
 
 def _set_values(parameter: nn.Parameter, values: Tensor) -> None:
-    """Give a parameter new values, in new memory: what else lies over the old one keeps its values."""
+    """Give a parameter new values, in new memory: views of the old one keep its values."""
     parameter.data = values
     parameter.grad = None  # that of the old values
 
@@ -277,7 +285,7 @@ def _become(norm: nn.Module, other: nn.Module) -> None:
     other.training = norm.training
     for name, child in norm.named_children():
         other.add_module(name, child)
-    of_users = {name: value for name, value in vars(norm).items() if name not in OF_NORMS}
+    of_users = {name: value for name, value in vars(norm).items() if name not in NORM_ATTRIBUTES}
     attributes = norm.__dict__
     object.__setattr__(norm, "__class__", type(other))
     attributes.clear()

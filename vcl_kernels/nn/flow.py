@@ -19,7 +19,7 @@ from .example import run
 from .fused import first_input
 from .parts import Parts, Redirect, change_class, copy_of, same_random_numbers
 
-__all__ = ["OTHER", "PARAMETER", "Flow", "Followed", "follow_example"]
+__all__ = ["OTHER", "PARAMETER", "Flow", "InstrumentedCopy", "follow_example"]
 
 OTHER = "other"
 PARAMETER = "parameter"  # a use of a layer by its weight or bias
@@ -40,7 +40,7 @@ class Flow:
                 mine[module] |= found
 
 
-class Followed:
+class InstrumentedCopy:
     """A copy of a model whose norms and layers tell when they are called, and when others read what they have.
 
     A ``twin`` is a module of the copy, and ``own`` the same one of the model itself, under which all is noted.
@@ -72,11 +72,11 @@ class Followed:
         change_class(twin, forward=called, __getattribute__=read)
 
     def _follow_layer(self, twin: nn.Module, own: nn.Module) -> None:
-        # A forward asks for the class of a layer: it stays. A layer's weight and bias are read from _parameters
+        # Forwards may ask for type(layer), so its class stays. Its weight and bias are read from _parameters
         forward = twin.forward
         twin.forward = lambda *args, **kwargs: self._called(twin, own, forward, args, kwargs)
         if not any(map(is_lazy, own.parameters(recurse=False))):  # a lazy layer reads them before its forward
-            vars(twin)["_parameters"] = Told(vars(twin)["_parameters"], partial(self.read_layer, own))
+            vars(twin)["_parameters"] = ReportingDict(vars(twin)["_parameters"], partial(self.read_layer, own))
 
     def read_layer(self, own: nn.Module) -> None:
         """Note that something reads the parameters of a layer."""
@@ -136,7 +136,7 @@ class Followed:
                 self.flow.users[layer].add(OTHER)
 
 
-class Told(dict[str, Any]):
+class ReportingDict(dict[str, Any]):
     """A dictionary that tells when a value is looked up by its name."""
 
     def __init__(self, values: Mapping[str, Any], tell: Callable[[], None]) -> None:
@@ -163,7 +163,7 @@ def follow_example(parts: Parts, example: Any) -> Flow:
     """Return what a run on ``example`` shows, in both modes."""
     flow = Flow()
     for training in (False, True):
-        followed = Followed(parts, training)
+        followed = InstrumentedCopy(parts, training)
         with same_random_numbers(parts.model), warnings.catch_warnings(), Redirect(parts, followed.twins):
             warnings.simplefilter("ignore")  # of copies, which the user does not have
             with watching_ops(followed.use):

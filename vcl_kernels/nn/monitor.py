@@ -29,9 +29,9 @@ class VCLMonitor:
     r"""Statistics of the input of every layer through training, with VCL or without.
 
     Layers are the activation modules of the model, its :class:`vcl_kernels.VCL` modules, and what has VCL by
-    ``after=`` (there "input" means that output), as they are at the time. The input is what the layer gets after the
-    hooks of others. Of a unit (a channel, or an activation), v_1 … v_K are the variances
-    of all K = N // n sub-batches of n samples. The columns, after ``step`` and ``layer``:
+    ``after=`` (whose output is measured in place of the input). They are found again at each step that is looked at.
+    The input is what the layer gets after the hooks of others. Of a unit (a channel, or an activation), v_1 … v_K are
+    the variances of all K = N // n sub-batches of n samples. The columns, after ``step`` and ``layer``:
 
     - ``loss``: the layer's part of :meth:`VCLHandle.loss` (weighted, not divided by ``accumulation``).
     - ``share``: ``‖g_vcl‖ / (‖g_vcl‖ + ‖g - g_vcl‖)``, g the gradient that arrives at the input, g_vcl the part of it
@@ -54,8 +54,8 @@ class VCLMonitor:
 
     The monitor never stops a training: what it cannot look at is in :attr:`skipped`, and a ``VCLWarning`` says so; if a
     filter makes that an error, :meth:`flush` raises it. Use the model in one thread at a time.
-    Nothing is fetched from the device before :meth:`flush`, which fetches everything in one transfer. Between the
-    steps that are looked at, two hooks run, which count. Keep the monitor in a variable: when it goes, its hooks go,
+    Nothing is fetched from the device before :meth:`flush`, which fetches everything in one transfer. On
+    other steps only two hooks run, which count forwards. Keep the monitor in a variable: when it goes, its hooks go,
     and what waits is written. A copy or a pickle of it has the rows, and watches nothing. A recomputation in
     checkpointing is no step. In distributed training, rank 0 writes.
 
@@ -140,6 +140,10 @@ class VCLMonitor:
     def step(self) -> int:
         """Training forwards so far."""
         return self._report.forwards
+
+    def __repr__(self) -> str:
+        seen = f"{self.step} training forwards, {len(self.rows)} rows, {len(self._rows.waiting)} waiting"
+        return f"VCLMonitor of {type(self.model).__name__}: {seen}, {len(self.skipped)} skipped"
 
     def __enter__(self) -> VCLMonitor:
         return self

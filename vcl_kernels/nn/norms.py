@@ -32,7 +32,7 @@ def batch_norms(model: nn.Module) -> dict[Any, str]:
     for module in model.modules():
         if type(module).__eq__ is not object.__eq__:
             raise ValueError(
-                f"model has a {type(module).__name__}, whose class has an __eq__; modules are told apart by it"
+                f"model has a {type(module).__name__}, whose class has an __eq__, so that modules cannot be told apart"
             )
     if any(not is_lazy(t) and t.is_inference() for t in (*model.parameters(), *model.buffers())):
         raise ValueError(f"model ({type(model).__name__}) was made in torch.inference_mode(), and cannot be changed")
@@ -87,7 +87,7 @@ def _what_would_be_lost(norm: Any) -> str | None:
     if "forward" in vars(norm) or not (plain or children):
         return "a forward of its own"
     if children and not _computes_its_children_after(norm):
-        return "children that do not simply follow it"
+        return "children that are not simply run after it"
     return None
 
 

@@ -16,10 +16,10 @@ from .norms import own_names
 from .trial import model_copy
 
 __all__ = [
-    "BY_OTHER_WAYS",
+    "OTHER_DEPENDENCY",
     "Change",
+    "OriginalCalledError",
     "Parts",
-    "ReachedError",
     "Redirect",
     "Twins",
     "change_class",
@@ -31,7 +31,7 @@ __all__ = [
 Twins = Mapping[nn.Module, nn.Module]  # the modules of a copy by those of the model
 Change = Callable[[Twins], None]  # of a copy
 
-BY_OTHER_WAYS = "Something in it depends on them in another way than by calls. The model is unchanged"
+OTHER_DEPENDENCY = "Something in it depends on them in another way than by calls. The model is unchanged"
 
 
 def error_text(error: Exception) -> str:
@@ -89,7 +89,7 @@ def copy_of(parts: Parts, training: bool) -> tuple[nn.Module, dict[nn.Module, nn
     return copied, twins
 
 
-class ReachedError(RuntimeError):
+class OriginalCalledError(RuntimeError):
     """A forward of a copy calls a module of the model itself, so that it shows nothing of the model."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -100,7 +100,7 @@ class Redirect:
     """While entered, the model's norms and layers stand for those of a copy: for calls, and readings of what changes.
 
     The copy runs, and a function or a weak reference that it holds may lead to the model. All modules of the model have
-    the copy's mode meanwhile. Calls of others than norms and layers raise :class:`ReachedError`.
+    the copy's mode meanwhile. Calls of others than norms and layers raise :class:`OriginalCalledError`.
 
     Args:
         parts: those of the model.
@@ -109,7 +109,7 @@ class Redirect:
 
     def __init__(self, parts: Parts, twins: Twins) -> None:
         self.parts, self.twins = parts, dict(twins)
-        self.kinds: dict[nn.Module, type] = {}
+        self.original_classes: dict[nn.Module, type] = {}
         self.modes = [(module, module.training) for module in twins]
         self.hooks: list[Any] = []
 
@@ -119,7 +119,7 @@ class Redirect:
             for module, twin in self.twins.items():
                 module.training = twin.training
             for module, names in self.parts.names.items():
-                self.kinds[module] = type(module)
+                self.original_classes[module] = type(module)
                 with suppress(TypeError, AttributeError):  # a class that allows no subclass
                     self._redirect(module, names)
         except BaseException:  # an interrupt too
@@ -129,7 +129,7 @@ class Redirect:
     def __exit__(self, *_error: object) -> None:
         for hook in self.hooks:
             hook.remove()
-        for module, kind in self.kinds.items():
+        for module, kind in self.original_classes.items():
             object.__setattr__(module, "__class__", kind)
         for module, training in self.modes:
             module.training = training
@@ -137,7 +137,7 @@ class Redirect:
 
     def _refuse(self, module: nn.Module, _args: Any) -> None:
         if module in self.twins:
-            raise ReachedError(module)
+            raise OriginalCalledError(module)
 
     def _redirect(self, module: nn.Module, names: set[str]) -> None:
         kind = type(module)

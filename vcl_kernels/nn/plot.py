@@ -60,6 +60,8 @@ def plot(rows: list[dict[str, Any]], path: str | Path | None = None, statistics:
             axes.set_ylabel("dashed: scale, which beta asks for", fontsize="small")
         if name in ("variance", "scale"):
             axes.set_yscale("log")
+        else:
+            axes.ticklabel_format(axis="y", useOffset=False)
     _name_layers(figure, panels, layers, of_many)
     if path is not None:
         figure.savefig(path)

@@ -9,7 +9,17 @@ from torch import Tensor, nn
 
 from ..torch_private import map_tensors, tensors_in, watching_ops
 from .example import run
-from .parts import BY_OTHER_WAYS, Change, Parts, ReachedError, Redirect, Twins, copy_of, error_text, same_random_numbers
+from .parts import (
+    OTHER_DEPENDENCY,
+    Change,
+    OriginalCalledError,
+    Parts,
+    Redirect,
+    Twins,
+    copy_of,
+    error_text,
+    same_random_numbers,
+)
 
 __all__ = ["check_outputs"]
 
@@ -33,7 +43,7 @@ def check_outputs(parts: Parts, example: Any, change: Change, changed: str) -> s
     """
     try:
         compared = _check(parts, example, change, changed)
-    except ReachedError as error:
+    except OriginalCalledError as error:
         return f"Outputs were not compared: {error}"
     return None if compared else "Outputs were not compared: the output on example_input holds no tensors"
 
@@ -71,14 +81,14 @@ def _check_mode(trial: _Trial, training: bool, before: Outputs, change: Change, 
     when = f"in {'training' if training else 'evaluation'} after {changed} in a copy"
     try:
         after = trial.outputs(training, change)
-    except ReachedError:
+    except OriginalCalledError:
         raise
     except Exception as error:
-        raise ValueError(f"the forward of {model} raises {error_text(error)}, {when}. {BY_OTHER_WAYS}") from error
+        raise ValueError(f"the forward of {model} raises {error_text(error)}, {when}. {OTHER_DEPENDENCY}") from error
     difference = _difference(before, after)
     if difference:
         raise ValueError(
-            f"the output of {model} moves by {difference:.2g} of its largest value {when}. {BY_OTHER_WAYS}"
+            f"the output of {model} moves by {difference:.2g} of its largest value {when}. {OTHER_DEPENDENCY}"
         )
 
 

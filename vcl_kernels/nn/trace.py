@@ -16,15 +16,15 @@ from torch import Tensor, fx, nn
 
 from ..torch_private import has_global_hooks, hooks_of, tensors_in
 from .code import asks_for_tensors
-from .flow import OTHER, Flow, Followed
-from .parts import BY_OTHER_WAYS, Change, Parts, Redirect, Twins, copy_of, error_text, same_random_numbers
+from .flow import OTHER, Flow, InstrumentedCopy
+from .parts import OTHER_DEPENDENCY, Change, Parts, Redirect, Twins, copy_of, error_text, same_random_numbers
 
 __all__ = ["check_traces", "follow_traces"]
 
 MOST_TRACES = 8  # in each mode: arguments that are None by default, or True or False, in all combinations
 METADATA = {"shape", "ndim", "dtype", "device", "size", "dim", "numel", "is_cuda"}  # reading them is no use of values
 PLAIN = (type(None), bool, int, float, str, Enum, type, torch.dtype, torch.device, torch.memory_format, Tensor)
-GIVEN = object()  # by whoever calls the forward: unknown
+PASSED = object()  # the caller passes the argument: its value is unknown
 OF_TORCH = set(vars(nn.Module()))
 
 
@@ -39,8 +39,8 @@ def follow_traces(parts: Parts) -> tuple[Flow, list[Steps]]:
     """
     _check_traceable(parts)
     flow, traces = Flow(), []
-    for training, arguments in _ways(parts.model):
-        followed = Followed(parts, training)
+    for training, arguments in _modes_and_arguments(parts.model):
+        followed = InstrumentedCopy(parts, training)
         graph = _trace(followed.model, parts, followed.twins, arguments)
         _read(graph, followed)
         steps = _steps(graph, followed.model)
@@ -61,7 +61,7 @@ def check_traces(parts: Parts, before: list[Steps], change: Change, changed: str
         change: carries the change out on a copy.
         changed: what was changed, for the message.
     """
-    for steps, way in zip(before, _ways(parts.model), strict=True):
+    for steps, way in zip(before, _modes_and_arguments(parts.model), strict=True):
         try:
             after = _steps_of_copy(parts, *way, change)
         except Exception as error:
@@ -72,7 +72,7 @@ def check_traces(parts: Parts, before: list[Steps], change: Change, changed: str
             what = "takes other steps"
         raise ValueError(
             f"the forward of model ({type(parts.model).__name__}), traced on a copy, {what} after {changed}. "
-            f"{BY_OTHER_WAYS}"
+            f"{OTHER_DEPENDENCY}"
         )
 
 
@@ -116,17 +116,17 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
 
 def _is_users_hook(hook: Any) -> bool:
     module = getattr(hook, "__module__", None) or type(hook).__module__ or ""
-    return hook is not True and not module.startswith("torch.")  # but weight_norm's, for instance
+    return hook is not True and not module.startswith("torch.")  # torch's own are weight_norm's, for instance
 
 
-def _ways(model: nn.Module) -> Iterator[tuple[bool, dict[str, Any]]]:
+def _modes_and_arguments(model: nn.Module) -> Iterator[tuple[bool, dict[str, Any]]]:
     """Yield modes and the arguments that are fixed: an option is given or None, True or False; others at defaults."""
     fixed, choices = {}, {}
     for name, p in inspect.signature(model.forward).parameters.items():
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             raise ValueError(f"the forward of {type(model).__name__} takes any arguments ({p})")
         if p.default is None or isinstance(p.default, bool):
-            choices[name] = (GIVEN, None) if p.default is None else (False, True)
+            choices[name] = (PASSED, None) if p.default is None else (False, True)
         elif p.default is not inspect.Parameter.empty:
             fixed[name] = p.default
     if 2 ** len(choices) > MOST_TRACES:
@@ -137,7 +137,7 @@ def _ways(model: nn.Module) -> Iterator[tuple[bool, dict[str, Any]]]:
     for training in (False, True):
         for chosen in product(*choices.values()):
             of_options = dict(zip(choices, chosen, strict=True))
-            yield training, fixed | {name: value for name, value in of_options.items() if value is not GIVEN}
+            yield training, fixed | {name: value for name, value in of_options.items() if value is not PASSED}
 
 
 def _trace(model: nn.Module, parts: Parts, twins: Twins, arguments: dict[str, Any]) -> fx.Graph:
@@ -180,7 +180,7 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def _read(graph: fx.Graph, followed: Followed) -> None:
+def _read(graph: fx.Graph, followed: InstrumentedCopy) -> None:
     """Note what a traced forward does with norms and layers."""
     flow, norms = followed.flow, followed.parts.norms
 
@@ -220,7 +220,7 @@ def _read(graph: fx.Graph, followed: Followed) -> None:
                     flow.users[layer].add(OTHER)
 
 
-def _read_attribute(target: str, followed: Followed) -> None:
+def _read_attribute(target: str, followed: InstrumentedCopy) -> None:
     owner, _, name = target.rpartition(".")
     module = followed.originals.get(followed.model.get_submodule(owner))
     if module is None:
