@@ -10,24 +10,11 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from watched import close, hooks, net
 
 import vcl_kernels as vk
-from vcl_kernels import torch_private
 from vcl_kernels.nn import look, statistics, undo
 from vcl_kernels.nn.rows import read_csv
-
-
-def net():
-    return nn.Sequential(nn.Linear(4, 8), nn.ELU(), nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU6(), nn.Linear(6, 2))
-
-
-def hooks(model):
-    attributes = [item for module in model.modules() for item in torch_private.hooks_of(module).items()]
-    return sum(len(hooks) for name, hooks in attributes if name.endswith("hooks"))
-
-
-def close(value):
-    return pytest.approx(float(value), rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
+from watched import hooks
 
 import vcl_kernels as vk
 from vcl_kernels import torch_private
@@ -27,11 +28,6 @@ X = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
 
 def net():
     return nn.Sequential(nn.Linear(4, 8), nn.ELU(), nn.Linear(8, 6), nn.Mish(), nn.Linear(6, 2))
-
-
-def hooks(model):
-    attributes = [item for module in model.modules() for item in torch_private.hooks_of(module).items()]
-    return sum(len(hooks) for name, hooks in attributes if name.endswith("hooks"))
 
 
 def step(model, handle, x=X):

@@ -16,26 +16,13 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from watched import hooks, net
 
 import vcl_kernels as vk
-from vcl_kernels import torch_private
 from vcl_kernels.__main__ import main
 from vcl_kernels.nn import look
 from vcl_kernels.nn.plot import plot
 from vcl_kernels.nn.rows import STATISTICS, read_csv
-
-
-def net():
-    return nn.Sequential(nn.Linear(4, 8), nn.ELU(), nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU6(), nn.Linear(6, 2))
-
-
-def hooks(model):
-    attributes = [item for module in model.modules() for item in torch_private.hooks_of(module).items()]
-    return sum(len(hooks) for name, hooks in attributes if name.endswith("hooks"))
-
-
-def close(value):
-    return pytest.approx(float(value), rel=1e-4)
 
 
 def written(path):
