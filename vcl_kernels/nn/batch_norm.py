@@ -163,28 +163,23 @@ class Evidence(NamedTuple):
 
 def _follow(parts: Parts, example: Any) -> Evidence:
     """Follow the forward of a model, in traces and on ``example``."""
-    flow = Flow()
-    errors: list[str | None] = []
-    traces: list[Any] = []
-    ways: list[Callable[[], Any]] = [partial(follow_traces, parts)]
-    ways += [] if example is None else [partial(follow_example, parts, example)]
-    for way in ways:
-        try:
-            found = way()
-            if isinstance(found, tuple):
-                found, traces = found
-        except Exception as error:  # the user's code runs, on fx proxies too
-            (text, *_) = (
-                str(error) if type(error) in (ValueError, OriginalCalledError) else error_text(error)
-            ).splitlines()
-            errors.append(text if len(text) < MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…")
-        else:
-            errors.append(None)
-            flow.add(found)
-    known = None in errors
-    return Evidence(
-        parts, example, flow if known else None, traces, errors[0], errors[1] if example is not None else None
-    )
+    traced, trace_error = _tried(partial(follow_traces, parts))
+    seen, example_error = (None, None) if example is None else _tried(partial(follow_example, parts, example))
+    of_traces, traces = traced or (None, [])
+    flows = [flow for flow in (of_traces, seen) if flow is not None]
+    for flow in flows[1:]:
+        flows[0].add(flow)
+    return Evidence(parts, example, flows[0] if flows else None, traces, trace_error, example_error)
+
+
+def _tried(follow: Callable[[], Any]) -> tuple[Any, str | None]:
+    """Return what ``follow`` returns, or None and the error: the user's code runs, on fx proxies too."""
+    try:
+        return follow(), None
+    except Exception as error:
+        of_ours = type(error) in (ValueError, OriginalCalledError)
+        (text, *_) = (str(error) if of_ours else error_text(error)).splitlines()
+        return None, text if len(text) < MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"
 
 
 def _check_reads(evidence: Evidence) -> None:

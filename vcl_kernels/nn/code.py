@@ -42,9 +42,12 @@ def asks_for_tensors(modules: Iterable[nn.Module]) -> str | None:
 
 
 def _found_in_code(modules: Iterable[nn.Module], find: Callable[[nn.Module, CodeType], str | None]) -> str | None:
+    methods: dict[type, list[tuple[str, CodeType]]] = {}
     for module in modules:
         kind = type(module)
-        for name, code in [*_methods(kind, "forward"), *_functions_of(module)]:
+        if kind not in methods:
+            methods[kind] = list(_methods(kind, "forward"))
+        for name, code in [*methods[kind], *_functions_of(module)]:
             found = find(module, code)
             if found:
                 return f"{kind.__name__}.{name} names {found!r}"

@@ -51,11 +51,11 @@ def check_outputs(parts: Parts, example: Any, change: Change, changed: str) -> s
 def _check(parts: Parts, example: Any, change: Change, changed: str) -> bool:
     trial = _Trial(parts, example, torch.float64)
     try:
-        trial.outputs(training=False)
+        before = trial.outputs(training=False)
     except Exception:  # it runs the user's code
         trial = trial._replace(dtype=None)
-    before, again = trial.outputs(training=False), trial.outputs(training=False)
-    if _difference(before, again):
+        before = trial.outputs(training=False)
+    if _difference(before, trial.outputs(training=False)):
         raise ValueError(
             f"the output of model ({type(parts.model).__name__}) on example_input differs from one call to the next, "
             "and cannot be compared. Leave example_input out, or make the forward deterministic. The model is unchanged"
