@@ -90,9 +90,14 @@ def hooks_of(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if "hook" in name}
 
 
+def hook_tables(module: nn.Module) -> list[dict[int, Any]]:
+    """The dictionaries that hold the hooks of forwards and backwards of ``module``, and flags of these hooks."""
+    return [value for name, value in hooks_of(module).items() if isinstance(value, dict) and "state" not in name]
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a forward or backward of ``module`` runs hooks."""
-    return any(isinstance(value, dict) and value for name, value in hooks_of(module).items() if "state" not in name)
+    return any(hook_tables(module))
 
 
 def has_global_hooks() -> bool:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..torch_private import has_global_hooks, hooks_of, tensors_in
+from ..torch_private import has_global_hooks, hook_tables, tensors_in
 from .code import asks_for_tensors
 from .flow import OTHER, Flow, InstrumentedCopy
 from .parts import OTHER_DEPENDENCY, Change, Parts, Redirect, Twins, copy_of, error_text, same_random_numbers
+from .trial import MODULE_ATTRIBUTES
 
 __all__ = ["check_traces", "follow_traces"]
 
@@ -25,8 +26,6 @@ MOST_TRACES = 8  # in each mode: arguments that are None by default, or True or 
 METADATA = {"shape", "ndim", "dtype", "device", "size", "dim", "numel", "is_cuda"}  # reading them is no use of values
 PLAIN = (type(None), bool, int, float, str, Enum, type, torch.dtype, torch.device, torch.memory_format, Tensor)
 PASSED = object()  # the caller passes the argument: its value is unknown
-OF_TORCH = set(vars(nn.Module()))
-
 
 Steps = list[Any]  # of a trace: texts, and tensors that are constants in it
 
@@ -98,7 +97,7 @@ def _check_traceable(parts: Parts) -> None:
     if "forward" in vars(model):
         raise ValueError(f"the forward of {type(model).__name__} is replaced on the object")
     for module in model.modules():
-        if any(map(_is_users_hook, _hooks(module))):
+        if any(_is_users_hook(hook) for table in hook_tables(module) for hook in table.values()):
             raise ValueError(f"{type(module).__name__} has hooks, which a trace does not run")
     if has_global_hooks():
         raise ValueError("there are hooks for all modules, which a trace does not run")
@@ -106,12 +105,6 @@ def _check_traceable(parts: Parts) -> None:
     found = asks_for_tensors([model, *(m for m in model.modules() if not tracer.is_leaf_module(m, ""))])
     if found:
         raise ValueError(f"{found}, and may ask whether a value is one; in a trace, none is")
-
-
-def _hooks(module: nn.Module) -> Iterator[Any]:
-    for name, hooks in hooks_of(module).items():
-        if isinstance(hooks, dict) and "state" not in name:
-            yield from hooks.values()
 
 
 def _is_users_hook(hook: Any) -> bool:
@@ -168,7 +161,7 @@ def _is_closed(module: nn.Module) -> bool:
     if "forward" in vars(module):
         return False
     return type(module).__module__.startswith(("torch.nn.", __package__)) or all(
-        _is_plain(value) for name, value in vars(module).items() if name not in OF_TORCH
+        _is_plain(value) for name, value in vars(module).items() if name not in MODULE_ATTRIBUTES
     )
 
 

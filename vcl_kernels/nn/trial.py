@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from ..torch_private import tensors_in
 
-__all__ = ["model_copy", "trial_copy"]
+__all__ = ["MODULE_ATTRIBUTES", "model_copy", "trial_copy"]
+
+MODULE_ATTRIBUTES = set(vars(nn.Module()))  # that every module has
 
 
 def trial_copy(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
@@ -72,6 +74,5 @@ def model_copy(model: nn.Module) -> nn.Module:
 
 def _attributes(value: Any) -> list[Any]:
     """Return the attributes of a module that are its user's, with those of plain objects among them."""
-    of_torch = vars(nn.Module())
-    found = [item for name, item in vars(value).items() if name not in of_torch]
+    found = [item for name, item in vars(value).items() if name not in MODULE_ATTRIBUTES]
     return found + [list(vars(item).values()) for item in found if hasattr(item, "__dict__") and not callable(item)]
