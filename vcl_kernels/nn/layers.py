@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..torch_private import plain_name
 from .fused import Calls
 from .modules import VCLActivation
 from .recognise import is_activation
+from .report import unseen_by_checkpoints
 
-__all__ = ["Layers", "is_behind", "same", "vcls_of"]
+__all__ = ["Layers", "is_behind", "vcls_of"]
 
 
 class Layers:
@@ -40,15 +40,9 @@ class Layers:
     def _is_activation(self, module: nn.Module) -> bool:
         known = self.activations.get(module)
         if known is None:
-            # Hooks that do nothing, in place of those of a checkpoint: it counts what its forward saves
-            with torch.autograd.graph.saved_tensors_hooks(same, same):
+            with unseen_by_checkpoints():
                 known = self.activations[module] = is_activation(module)
         return known
-
-
-def same(t: Tensor) -> Tensor:
-    """Return ``t``: a hook of saved tensors that does nothing."""
-    return t
 
 
 def vcls_of(module: nn.Module) -> list[VCLActivation]:

@@ -15,6 +15,7 @@ from .look import Look, Settings
 from .report import Report
 from .rows import Row, Rows
 from .undo import Hooks, uncompiled
+from .warn import while_tracing
 
 __all__ = ["Recorder", "tell_compiled"]
 
@@ -182,5 +183,4 @@ def _tell(number: int) -> bool:
     return True
 
 
-# A compiler calls this while it traces: its graph has no trace of it, and it guards on nothing that it reads.
-_tell_compiled: Any = getattr(torch.compiler, "assume_constant_result", lambda function: function)(_tell)
+_tell_compiled = while_tracing(_tell)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,7 +12,16 @@ from torch import Tensor
 from ..torch_private import without_modes
 from .warn import VCLWarning, warn
 
-__all__ = ["Report"]
+__all__ = ["Report", "unseen_by_checkpoints"]
+
+
+def unseen_by_checkpoints() -> AbstractContextManager[Any]:
+    """A context in which a checkpoint does not count what is saved: with hooks that do nothing, in place of its own."""
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
+
+
+def _same(t: Tensor) -> Tensor:
+    return t
 
 
 class Report:

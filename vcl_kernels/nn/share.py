@@ -14,8 +14,8 @@ from ..geometry import accumulation_dtype
 from ..injection import Injection
 from ..options import number_of_sub_batches
 from ..torch_private import is_batched
-from .layers import same
 from .modules import VCLActivation
+from .report import unseen_by_checkpoints
 from .rows import Row
 
 __all__ = ["Share"]
@@ -101,8 +101,7 @@ def _derivative(x: Tensor, vcl: VCLActivation, beta: Tensor | None) -> Tensor | 
     wanted = None if vcl.num_sub_batches is None else min(vcl.num_sub_batches, rows // n)
     K = number_of_sub_batches(vcl.form, rows, n, wanted)
     settings: dict[str, Any] = {"sub_batch_size": n, "form": vcl.form, "unit": vcl.unit, "num_sub_batches": K}
-    # Hooks that do nothing, in place of those of a checkpoint: it counts what its forward saves
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(same, same):
+    with torch.enable_grad(), unseen_by_checkpoints():
         leaf = x.detach()[: n * K].to(accumulation_dtype(x.dtype)).requires_grad_()
         loss = vcl_loss(channels_first(leaf, vcl.channel_dim), beta, backend=vcl.backend, **settings)
         (derivative,) = torch.autograd.grad(loss, leaf)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["VCLWarning", "warn"]
+__all__ = ["VCLWarning", "warn", "while_tracing"]
 
 
 LIBRARIES = tuple(str(Path(file).parent) for file in (torch.__file__, Path(__file__).parent))
@@ -27,8 +28,12 @@ def _warn(text: str) -> bool:
     return True
 
 
-# A compiler calls this while it traces, and its graph has no trace of it.
-_while_tracing: Any = getattr(torch.compiler, "assume_constant_result", lambda function: function)(_warn)
+def while_tracing(function: Callable[..., bool]) -> Any:
+    """Let a compiler call ``function`` while it traces. Its graph has no trace of it, and guards on nothing."""
+    return getattr(torch.compiler, "assume_constant_result", lambda function: function)(function)
+
+
+_while_tracing = while_tracing(_warn)
 
 
 def warn(said: set[str], kind: str, text: str) -> None:
