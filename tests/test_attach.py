@@ -273,7 +273,7 @@ def test_a_model_that_is_wrapped_gains_and_loses_no_parameters():
     for change in (vk.attach, vk.remove_batch_norm):
         with pytest.raises(ValueError, match="DistributedDataParallel.*wrap it afterwards"):
             change(net)
-    assert list(vk.attach(net, learn_beta=False).parameters()) == []
+    assert list(vk.attach(net, beta_mode="fixed").parameters()) == []
 
 
 def attached(module):

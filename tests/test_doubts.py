@@ -22,7 +22,7 @@ def test_a_model_inside_a_distributed_one_is_refused():
     for model in (wrapped, wrapped.module, wrapped.module[0], sharded, sharded[0]):
         with pytest.raises(ValueError, match="DistributedDataParallel|FSDPModule.*[Ww]rap it afterwards"):
             vk.attach(model)
-    assert not list(vk.attach(wrapped.module, learn_beta=False).parameters())
+    assert not list(vk.attach(wrapped.module, beta_mode="fixed").parameters())
     net, x = network(), torch.randn(20, 4)
     handle = vk.attach(net, x)
     (DistributedDataParallel(net)(x).sum() + handle.loss()).backward()

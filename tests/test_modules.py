@@ -39,7 +39,7 @@ def test_sub_batches_are_those_asked_for_as_far_as_the_batch_has_them(form, aske
 )
 def test_values_and_gradients_are_those_of_the_transposed(unit, shape, dim, activation, form):
     x, dy = torch.randn(shape, requires_grad=True), torch.randn(shape)
-    settings = {"sub_batch_size": 4, "form": form, "unit": unit}
+    settings = {"sub_batch_size": 4, "form": form, "unit": unit, "beta_mode": "learned"}
     ours, plain = vk.VCLActivation(activation, channel_dim=dim, **settings), vk.VCLActivation(activation, **settings)
     results = []
     for act, y in ((ours, ours(x)), (plain, plain(x.movedim(dim, 1).contiguous()).movedim(1, dim))):
@@ -94,7 +94,7 @@ def test_a_second_derivative_of_an_injected_loss(activation, downstream):
     results = []
     for backend in ("cpu", "reference"):
         x = torch.linspace(-2, 3, 60, dtype=torch.float64).view(20, 3).requires_grad_()
-        act = vk.VCLActivation(activation, inject=True, learn_beta=False, backend=backend)
+        act = vk.VCLActivation(activation, inject=True, beta_mode="fixed", backend=backend)
         (dx,) = torch.autograd.grad(downstream(act(x)), x, create_graph=True)
         results.append((dx, *torch.autograd.grad(dx.square().sum(), x)))
     torch.testing.assert_close(*results)

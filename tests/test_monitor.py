@@ -56,9 +56,9 @@ def test_an_attached_model_shows_its_losses_and_betas(form):
             assert row["beta_least"] == close(1e-3)
 
 
-@pytest.mark.parametrize("learn_beta", [True, False])
-def test_vcl_modules_of_the_users_own_are_seen(learn_beta):
-    vcl = vk.VCL(8, weight=0.5, beta_init=2.0, learn_beta=learn_beta)
+@pytest.mark.parametrize("beta_mode", ["learned", "fixed"])
+def test_vcl_modules_of_the_users_own_are_seen(beta_mode):
+    vcl = vk.VCL(8, weight=0.5, beta_init=2.0, beta_mode=beta_mode)
     model = nn.Sequential(nn.Linear(4, 8), vcl, nn.Linear(8, 2))
     with vk.VCLMonitor(model) as monitor:
         model(torch.randn(20, 4))

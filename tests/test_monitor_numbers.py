@@ -155,7 +155,7 @@ def test_share_under_a_scaler_with_accumulation(inject):
 @pytest.mark.parametrize("in_place", [False, True])
 def test_share_of_a_module_of_the_users_own(in_place, channel_dim):
     """A later in-place activation overwrites its input."""
-    vcl = vk.VCL(weight=2.0, channel_dim=channel_dim, learn_beta=False, beta_init=0.3)
+    vcl = vk.VCL(weight=2.0, channel_dim=channel_dim, beta_mode="fixed", beta_init=0.3)
     model = nn.Sequential(nn.Linear(4, 8), vcl, nn.Hardtanh(0, 1, inplace=in_place), nn.Linear(8, 2)).double()
     x = torch.randn(20, 7, 4, dtype=torch.float64)
     seen = []

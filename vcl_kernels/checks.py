@@ -14,12 +14,15 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from .geometry import accumulation_dtype, unit_shape
 from .options import (
     ACTIVATIONS,
+    BETA_MODES,
     DEFAULT_BETA,
+    DEFAULT_BETA_MODE,
     FORMS,
     NO_MINIMUM,
     REDUCTIONS,
     UNITS,
     Activation,
+    BetaMode,
     LossSpec,
     SubBatches,
     number_of_sub_batches,
@@ -61,6 +64,20 @@ def check_channel_dim(channel_dim: object) -> None:
     check_integer("channel_dim", channel_dim)
     if channel_dim == 0:
         raise ValueError("channel_dim must not be 0, the dimension of samples")
+
+
+def check_beta(form: str, mode: BetaMode | None, init: float | None) -> tuple[BetaMode, float]:
+    """Check how a module has its beta and where it starts; return both resolved."""
+    check_choice("form", form, FORMS)
+    if mode is not None:
+        check_choice("beta_mode", mode, BETA_MODES)
+        if mode != "fixed" and form == "variance":
+            raise ValueError(f'form="variance" has no beta; got beta_mode={mode!r}')
+        if mode == "running" and form != "ratio":
+            raise ValueError(f'beta_mode="running" is for form="ratio", whose beta sets a scale; got form={form!r}')
+    if init is not None:
+        check_number("beta_init", init)
+    return mode or DEFAULT_BETA_MODE[form], DEFAULT_BETA[form] if init is None else init
 
 
 def check_activation(

@@ -11,13 +11,16 @@ Reduction = Literal["mean", "sum", "none"]
 ActivationName = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "identity"]
 Approximate = Literal["none", "tanh"]
 BackendName = Literal["cpu", "triton", "reference"]
+BetaMode = Literal["learned", "fixed", "running"]
 
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 FORMS: tuple[Form, ...] = get_args(Form)
 UNITS: tuple[Unit, ...] = get_args(Unit)
+BETA_MODES: tuple[BetaMode, ...] = get_args(BetaMode)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
 DEFAULT_BETA = {"ratio": 1.0, "variance": 0.0, "relative_variance": 1e-5}
+DEFAULT_BETA_MODE: dict[str, BetaMode] = {"ratio": "learned", "variance": "fixed", "relative_variance": "fixed"}
 
 
 def _named(argument: str, names: tuple[str, ...], index: int) -> str:

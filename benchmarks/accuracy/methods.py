@@ -42,7 +42,7 @@ VCL: dict[str, dict[str, Any]] = {
     "vcl-n10": {"form": "ratio", "sub_batch_size": 10},
     "vcl-n25": {"form": "ratio", "sub_batch_size": 25},
     "vcl-beta100": {"form": "ratio", "beta_init": 100.0},
-    "vcl-relative": {"form": "relative_variance", "learn_beta": False, "beta_init": 1e-3},
+    "vcl-relative": {"form": "relative_variance", "beta_mode": "fixed", "beta_init": 1e-3},
 }
 
 

@@ -80,6 +80,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--state", type=Path, help="folder of checkpoints (out/cifar-gpu)")
     add("--results", type=Path, help=f"folder of records ({RESULTS / 'cifar-gpu'})")
 
+    studies.add_parser("defaults", parents=[shared], help="which settings attach should have: PLAN-defaults.md")
+
     for name, text in (
         ("sensitivity", "to n, weight, form, unit, sub-batches and the learning of beta"),
         ("modes", "two Gaussians through a linear unit; pre-activations through training"),

@@ -13,8 +13,8 @@ from .work import Record, do
 WEIGHTS = (0.001, 0.1, 0.3, 1.0)  # beside 0.01, which the bases have
 SUB_BATCHES = (2, 3, 8, 16, 32)  # beside 5
 BASE: dict[str, dict[str, Any]] = {
-    "ratio": {"form": "ratio", "learn_beta": True},
-    "relative_variance": {"form": "relative_variance", "learn_beta": False, "beta_init": 1e-3},
+    "ratio": {"form": "ratio", "beta_mode": "learned"},
+    "relative_variance": {"form": "relative_variance", "beta_mode": "fixed", "beta_init": 1e-3},
 }
 COUNTS = {"ratio": (4, 10, 20), "relative_variance": (2, 4, 10)}  # beside 2 and all 20
 RATES = (0.01, 0.2)  # beside 0.05
@@ -42,10 +42,10 @@ def variants() -> list[Variant]:
             found += [("demo", f"weight, {form}", str(weight), {"vcl": {**base, "weight": weight}})]
         found += [("demo", f"unit, {form}", "activation", {"vcl": per_activation})]
         found += [("demo", f"unit, {form}", "activation, weight 0.1", {"vcl": {**per_activation, "weight": 0.1}})]
-    found += [("multilayer", "form", "variance", {"vcl": {"form": "variance", "learn_beta": False}})]
+    found += [("multilayer", "form", "variance", {"vcl": {"form": "variance", "beta_mode": "fixed"}})]
     for beta, learn in ((0.01, True), (0.01, False), (0.1, True), (0.1, False), (1.0, False)):
         name = f"{beta:g}, {'learned' if learn else 'fixed'}"
-        settings = {"form": "ratio", "beta_init": beta, "learn_beta": learn}
+        settings = {"form": "ratio", "beta_init": beta, "beta_mode": "learned" if learn else "fixed"}
         found += [("multilayer", "beta, ratio", name, {"vcl": settings})]
     for rate in RATES:
         found += by_method("demo", f"learning rate {rate}", learning_rate=rate)

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..checks import check_number
-from ..options import Activation, BackendName, Form, Unit
+from ..checks import check_beta, check_number
+from ..options import Activation, BackendName, BetaMode, Form, Unit
 from ..torch_private import tensors_in
 from .choose import Choice, Layers, choose
 from .doubts import check_not_wrapped_outside, scripted_activations, tell_backend, tell_rows, written
@@ -43,8 +43,9 @@ def attach(  # noqa: PLR0913  # the public signature
     form: Form = "ratio",
     unit: Unit = "channel",
     num_sub_batches: int | None = None,
-    learn_beta: bool = True,
-    beta_init: float = 1.0,
+    beta_mode: BetaMode | None = None,
+    beta_init: float | None = None,
+    beta_momentum: float = 0.1,
     beta_min: float = 1e-3,
     layers: Layers | None = None,
     after: Layers | None = None,
@@ -76,7 +77,8 @@ def attach(  # noqa: PLR0913  # the public signature
             dimensions get no VCL. Without it, or where it does not reach, betas get their shape in the first training
             forward: make the optimizer after that.
         weight: multiplies the sum over layers; ``handle.weight`` may change it.
-        sub_batch_size, form, unit, num_sub_batches, learn_beta, beta_init, beta_min: as for :class:`vcl_kernels.VCL`.
+        sub_batch_size, form, unit, num_sub_batches, beta_mode, beta_init, beta_momentum, beta_min: as for
+            :class:`vcl_kernels.VCL`.
         layers: modules whose *input* gets VCL, instead of all activations: names (as ``handle.layers`` has them) or
             modules, or a predicate of (name, module).
         after: layers whose *output* gets VCL, in addition to ``layers`` or the activations; with ``layers=[]``, only
@@ -124,9 +126,10 @@ def attach(  # noqa: PLR0913  # the public signature
         "unit": unit,
         "num_sub_batches": num_sub_batches,
     }
-    settings |= {"learn_beta": learn_beta, "beta_init": beta_init, "beta_min": beta_min, "backend": backend}
+    settings |= {"beta_mode": beta_mode, "beta_init": beta_init, "beta_momentum": beta_momentum, "beta_min": beta_min}
+    settings |= {"backend": backend}
     VCL(**settings, channel_dim=1 if channel_dim is None else channel_dim)  # raises before the model is changed
-    if learn_beta and form != "variance":
+    if check_beta(form, beta_mode, beta_init)[0] != "fixed":
         check_not_wrapped(model)
         check_not_wrapped_outside(model)
     _check_not_attached(model)

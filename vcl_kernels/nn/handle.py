@@ -89,7 +89,7 @@ class VCLHandle:
     def _idle_betas(self) -> list[nn.Parameter]:
         """Return the betas that get no gradient from the present forward: DistributedDataParallel waits for all."""
         idle = [v.beta for v in self.layers.values() if self._steering.pauses or v.latest.loss is None]
-        return [beta for beta in idle if beta is not None and beta.requires_grad and not is_lazy(beta)]
+        return [beta for beta in idle if isinstance(beta, nn.Parameter) and beta.requires_grad and not is_lazy(beta)]
 
     def optimizer_stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """Note a step of any optimizer: one of this model is to move betas. PyTorch calls it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from .. import reference
 from ..checks import (
     channels_first,
     check_activation,
+    check_beta,
     check_channel_dim,
     check_choice,
     check_count,
@@ -22,11 +24,23 @@ from ..checks import (
     check_number,
     check_tensor,
 )
-from ..functional import activation_and_loss
+from ..functional import activation_and_loss, sub_batch_moments
 from ..geometry import accumulation_dtype, unit_shape
 from ..injection import Injection, injected
-from ..options import BACKENDS, FORMS, UNITS, ActivationName, Approximate, BackendName, Form, Unit
-from ..torch_private import in_functorch
+from ..options import (
+    BACKENDS,
+    FORMS,
+    UNITS,
+    ActivationName,
+    Approximate,
+    BackendName,
+    BetaMode,
+    Form,
+    Unit,
+    number_of_sub_batches,
+)
+from ..scale import variance_over_beta
+from ..torch_private import in_backward, in_functorch
 from .steering import Steering
 
 __all__ = ["VCL", "VCLActivation"]
@@ -78,7 +92,7 @@ class VCLActivation(nn.Module):
         num_sub_batches: K, or as many as the batch has where those are fewer; default 2 for ``"ratio"``, all for the
             others.
         weight: multiplies the loss.
-        learn_beta: whether beta is a parameter, or stays at ``beta_init``.
+        beta_mode: "learned", "fixed" or "running".
         beta_init: first value of beta.
         beta_min: least value that acts.
         inject: the loss enters the graph through the output, so that ``backward`` of whatever is made from it adds
@@ -113,8 +127,9 @@ class VCLActivation(nn.Module):
         unit: Unit = "channel",
         num_sub_batches: int | None = None,
         weight: float = 1.0,
-        learn_beta: bool = True,
-        beta_init: float = 1.0,
+        beta_mode: BetaMode | None = None,
+        beta_init: float | None = None,
+        beta_momentum: float = 0.1,
         beta_min: float = 1e-3,
         inject: bool = False,
         channel_dim: int = 1,
@@ -129,26 +144,30 @@ class VCLActivation(nn.Module):
         check_count("sub_batch_size", sub_batch_size, 1)
         if num_sub_batches is not None:
             check_count("num_sub_batches", num_sub_batches, 2)
-        for name, value in (("weight", weight), ("beta_init", beta_init), ("beta_min", beta_min)):
+        for name, value in (("weight", weight), ("beta_momentum", beta_momentum), ("beta_min", beta_min)):
             check_number(name, value)
+        beta_mode, beta_init = check_beta(form, beta_mode, beta_init)
         check_channel_dim(channel_dim)
         self.sub_batch_size, self.form, self.unit, self.num_sub_batches = sub_batch_size, form, unit, num_sub_batches
         self.first_weight = self.weight = weight
+        self.beta_mode, self.beta_momentum = beta_mode, beta_momentum
         self.beta_init, self.beta_min = beta_init, beta_min
         self.channel_dim, self.backend = channel_dim, backend
         self.steering = Steering(inject)
         self.place = ""  # its name in a model, told by attach
         self.sums_calls = False  # of one forward, where several calls share beta
         self.latest = LatestForward()
-        self.beta: nn.Parameter | None
-        if not learn_beta or form == "variance":
+        self.beta: nn.Parameter | Tensor | None
+        if beta_mode == "running":
+            self.register_buffer("beta", torch.tensor(math.nan))
+        elif beta_mode == "fixed":
             self.register_parameter("beta", None)
         elif units is None:
             self.register_parameter("beta", nn.UninitializedParameter())  # type: ignore[arg-type]
         else:
             shape = (units,) if isinstance(units, int) else units
             self.beta = nn.Parameter(
-                torch.full(shape, float(beta_init), dtype=accumulation_dtype(torch.get_default_dtype()))
+                torch.full(shape, self.beta_init, dtype=accumulation_dtype(torch.get_default_dtype()))
             )
 
     @property
@@ -259,6 +278,8 @@ class VCLActivation(nn.Module):
     def _beta_for(self, x: Tensor) -> Tensor | float | None:
         """Return the argument ``beta`` for x, whose channels are in dimension 1. A beta without a shape gets it now."""
         beta, wide = self.beta, accumulation_dtype(x.dtype)
+        if self.beta_mode == "running":
+            return self._running_beta(x).to(wide)
         if beta is None:
             return None if self.form == "variance" else self.beta_init
         if type(beta) is UninitializedParameter:  # isinstance takes longer, through a metaclass
@@ -268,13 +289,35 @@ class VCLActivation(nn.Module):
             self._make_beta(unit_shape(x.shape, self.unit == "activation"), wide, x.device)
         return beta if beta.dtype in (wide, x.dtype) else beta.to(wide)  # x may be float32 in a bfloat16 model
 
+    def _running_beta(self, x: Tensor) -> Tensor:
+        """Let the running beta follow x, but not again in a checkpoint's recomputation; return a copy of it."""
+        beta = self.beta
+        assert isinstance(beta, Tensor)
+        if beta.device != x.device:
+            beta = self.beta = beta.to(x.device)
+        if in_backward():
+            return beta.clone()
+        followed = self.followed(x)
+        beta.copy_(followed)
+        return followed
+
+    @torch.no_grad()
+    def followed(self, x: Tensor) -> Tensor:
+        """Return the running beta after a batch x, whose channels are in dimension 1; nothing changes."""
+        beta, n, per_activation = self.beta, self.sub_batch_size, self.unit == "activation"
+        assert isinstance(beta, Tensor)
+        K = number_of_sub_batches(self.form, x.shape[0], n, self.num_sub_batches)
+        _, var = sub_batch_moments(x.detach(), n, unit=self.unit, num_sub_batches=min(K, x.shape[0] // n))
+        fits = (var.mean() / variance_over_beta(n if per_activation else n * math.prod(x.shape[2:]))).to(beta.dtype)
+        return torch.where(beta.isnan(), fits, beta.lerp(fits, self.beta_momentum))
+
     def materialize(self, x: Tensor) -> VCLActivation:
         """Give a beta without a shape that of a training forward of ``x``, on x's device; return the module."""
         if type(self.beta) is UninitializedParameter:
             view = channels_first(x, self.channel_dim)
             check_dimensions(view.shape)
             shape, wide = unit_shape(view.shape, self.unit == "activation"), accumulation_dtype(x.dtype)
-            self.beta = nn.Parameter(torch.full(shape, float(self.beta_init), dtype=wide, device=x.device))
+            self.beta = nn.Parameter(torch.full(shape, self.beta_init, dtype=wide, device=x.device))
         return self
 
     def reset_parameters(self) -> None:

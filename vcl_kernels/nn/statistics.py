@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..checks import channels_first
 from ..functional import sub_batch_moments
 from ..geometry import accumulation_dtype
 from ..reference import bounded_beta
@@ -89,6 +90,10 @@ def acting_beta(vcl: VCLActivation, x: Tensor, like: Tensor) -> Tensor | None:
     beta = vcl.beta
     if vcl.form == "variance" or (beta is not None and is_sharded(beta)):
         return None
+    if vcl.beta_mode == "running":
+        if x.shape[0] < 2 * vcl.sub_batch_size:
+            return None
+        return torch.as_tensor(bounded_beta(vcl.followed(channels_first(x, vcl.channel_dim)).to(like), vcl.beta_min))
     lazy = beta is not None and is_lazy(beta)
     if lazy and x.shape[0] < 2 * vcl.sub_batch_size:
         return None

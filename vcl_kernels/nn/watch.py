@@ -142,7 +142,7 @@ class Watch:
         steering.warn(
             "betas",
             f"an optimizer made {ENOUGH_STEPS} steps in which no beta of VCL could change. It {text}. To keep betas "
-            "fixed, use attach(..., learn_beta=False)",
+            "fixed, use attach(..., beta_mode='fixed')",
         )
 
     def _held(self, optimizer: Optimizer, handle: Any) -> Held:
