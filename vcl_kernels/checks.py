@@ -15,6 +15,7 @@ from .geometry import accumulation_dtype, unit_shape
 from .options import (
     ACTIVATIONS,
     BETA_MODES,
+    BETA_MOMENTUM,
     DEFAULT_BETA,
     DEFAULT_BETA_MODE,
     FORMS,
@@ -66,8 +67,10 @@ def check_channel_dim(channel_dim: object) -> None:
         raise ValueError("channel_dim must not be 0, the dimension of samples")
 
 
-def check_beta(form: str, mode: BetaMode | None, init: float | None) -> tuple[BetaMode, float]:
-    """Check how a module has its beta and where it starts; return both resolved."""
+def check_beta(
+    form: str, mode: BetaMode | None, init: float | None, momentum: float | None
+) -> tuple[BetaMode, float, float]:
+    """Check how a module has its beta; return mode, first value and momentum."""
     check_choice("form", form, FORMS)
     if mode is not None:
         check_choice("beta_mode", mode, BETA_MODES)
@@ -75,9 +78,18 @@ def check_beta(form: str, mode: BetaMode | None, init: float | None) -> tuple[Be
             raise ValueError(f'form="variance" has no beta; got beta_mode={mode!r}')
         if mode == "running" and form != "ratio":
             raise ValueError(f'beta_mode="running" is for form="ratio", whose beta sets a scale; got form={form!r}')
+    chosen = mode or DEFAULT_BETA_MODE[form]
     if init is not None:
         check_number("beta_init", init)
-    return mode or DEFAULT_BETA_MODE[form], DEFAULT_BETA[form] if init is None else init
+        if chosen == "running":
+            raise ValueError(f'beta_mode="running" takes no beta_init: the first batch sets it; got {init}')
+    if momentum is not None:
+        check_number("beta_momentum", momentum)
+        if chosen != "running":
+            raise ValueError(f'beta_momentum is for beta_mode="running"; got {momentum} with beta_mode={chosen!r}')
+        if not 0 < momentum <= 1:
+            raise ValueError(f"beta_momentum must be above 0 and at most 1; got {momentum}")
+    return chosen, DEFAULT_BETA[form] if init is None else init, BETA_MOMENTUM if momentum is None else momentum
 
 
 def check_activation(

@@ -51,7 +51,9 @@ def activation_and_loss(x: Tensor, beta: Tensor | None, settings: ActivationSett
 
 def moments(x: Tensor, sub_batches: SubBatches, backend: Backend) -> tuple[Tensor, Tensor]:
     """Differentiable moments of ``x``, which lies in a supported layout."""
-    if _in_graph(backend) and wants_gradient(x, None):
+    if not wants_gradient(x, None):
+        return backend.moments(x, sub_batches)
+    if _in_graph(backend):
         return torch.ops.vcl_kernels.moments_autograd.default(x, *sub_batches)
     return autograd.Moments.apply(x, sub_batches, backend)
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from ..checks import check_beta, check_number
-from ..options import Activation, BackendName, BetaMode, Form, Unit
+from ..options import BackendName, BetaMode, Form, Unit
 from ..torch_private import tensors_in
+from .beta import Fit
 from .choose import Choice, Layers, choose
-from .doubts import check_not_wrapped_outside, scripted_activations, tell_backend, tell_rows, written
-from .functions import FunctionCall
-from .fused import Calls, fuse, put_before, put_behind
+from .doubts import check_not_wrapped_outside, scripted_activations, tell_backend, tell_rows
 from .handle import VCLHandle
-from .modules import VCL, VCLActivation
-from .probe import Call, Probed, probe
+from .layout import Layout
+from .modules import VCL
+from .probe import Probed, probe
 from .recognise import Recognised, UnknownError, is_activation, recognise
 from .steering import Steering
 from .table import LEFT_OUT, Row
@@ -44,8 +42,8 @@ def attach(  # noqa: PLR0913  # the public signature
     unit: Unit = "channel",
     num_sub_batches: int | None = None,
     beta_mode: BetaMode | None = None,
-    beta_init: float | None = None,
-    beta_momentum: float = 0.1,
+    beta_init: float | Literal["example"] | None = None,
+    beta_momentum: float | None = None,
     beta_min: float = 1e-3,
     layers: Layers | None = None,
     after: Layers | None = None,
@@ -78,7 +76,8 @@ def attach(  # noqa: PLR0913  # the public signature
             forward: make the optimizer after that.
         weight: multiplies the sum over layers; ``handle.weight`` may change it.
         sub_batch_size, form, unit, num_sub_batches, beta_mode, beta_init, beta_momentum, beta_min: as for
-            :class:`vcl_kernels.VCL`.
+            :class:`vcl_kernels.VCL`. ``beta_init="example"``: in each layer beta starts where the ratio is least for
+            the variance that the example has there. The example is then a batch of training data.
         layers: modules whose *input* gets VCL, instead of all activations: names (as ``handle.layers`` has them) or
             modules, or a predicate of (name, module).
         after: layers whose *output* gets VCL, in addition to ``layers`` or the activations; with ``layers=[]``, only
@@ -126,10 +125,17 @@ def attach(  # noqa: PLR0913  # the public signature
         "unit": unit,
         "num_sub_batches": num_sub_batches,
     }
-    settings |= {"beta_mode": beta_mode, "beta_init": beta_init, "beta_momentum": beta_momentum, "beta_min": beta_min}
-    settings |= {"backend": backend}
+    from_example = beta_init == "example"
+    settings |= {"beta_mode": beta_mode, "beta_init": None if from_example else beta_init}
+    settings |= {"beta_momentum": beta_momentum, "beta_min": beta_min, "backend": backend}
     VCL(**settings, channel_dim=1 if channel_dim is None else channel_dim)  # raises before the model is changed
-    if check_beta(form, beta_mode, beta_init)[0] != "fixed":
+    mode, _, _ = check_beta(form, beta_mode, settings["beta_init"], beta_momentum)
+    if from_example and (form != "ratio" or mode == "running" or example_input is None):
+        raise ValueError(
+            'beta_init="example" wants an example_input, form="ratio" and a beta_mode of "learned" or "fixed"; got '
+            f"{'no' if example_input is None else 'an'} example_input, form={form!r}, beta_mode={mode!r}"
+        )
+    if mode != "fixed":
         check_not_wrapped(model)
         check_not_wrapped_outside(model)
     _check_not_attached(model)
@@ -137,12 +143,17 @@ def attach(  # noqa: PLR0913  # the public signature
     choice = choose(model, layers, after)
     probed, functions = None, []
     if example_input is not None:
-        probed, choice = _probe(model, choice, example_input)
+        fit = Fit(model, sub_batch_size, unit, num_sub_batches, channel_dim) if from_example else None
+        probed, choice = _probe(model, choice, example_input, fit)
     made = Layout(settings, channel_dim, shared_beta, steering)
     for name, module in choice.before.items():
         made.add(name, module, probed, choice.recognised.get(module), named=layers is not None)
     for name, module in choice.behind.items():
         made.add(name, module, probed, None, behind=True)
+    if from_example and made.missed:
+        raise ValueError(
+            f'beta_init="example" wants an example that reaches every layer; it does not reach {_few(made.missed)}'
+        )
     if probed is not None:
         functions = made.add_unreachable(model, probed, choice)
     scripted = {} if layers is not None else scripted_activations(model)
@@ -169,7 +180,7 @@ def _check_not_attached(model: nn.Module) -> None:
         raise ValueError(f"model has VCL attached already{where}; call vk.handle_of(model).remove() first")
 
 
-def _probe(model: nn.Module, choice: Choice, example: Any) -> tuple[Probed, Choice]:
+def _probe(model: nn.Module, choice: Choice, example: Any, fit: Fit | None) -> tuple[Probed, Choice]:
     """Run the example. Recognise the modules that only take what they get there."""
     before = [*choice.before.values(), *choice.unknown.values()]
     in_place = [
@@ -177,7 +188,7 @@ def _probe(model: nn.Module, choice: Choice, example: Any) -> tuple[Probed, Choi
         for module in choice.before.values()
         if getattr(module, "inplace", False) or (module in choice.recognised and choice.recognised[module].in_place)
     ]
-    probed = probe(model, before, list(choice.behind.values()), in_place, example)
+    probed = probe(model, before, list(choice.behind.values()), in_place, example, fit)
     found: dict[nn.Module, Recognised] = {}
     for module in choice.unknown.values():
         for call in probed.calls.get(module, [])[:1]:
@@ -238,105 +249,3 @@ def _tell(made: Layout, probed: Probed, functions: list[str], choice: Choice) ->
 def _few(texts: list[str]) -> str:
     different = list(dict.fromkeys(texts))
     return ", ".join(different[:6]) + f" and {len(different) - 6} more" * (len(different) > 6)
-
-
-class Layout:
-    """The VCLs of chosen modules, and the rows of the table."""
-
-    def __init__(
-        self, settings: dict[str, Any], channel_dim: int | None, shared_beta: bool, steering: Steering
-    ) -> None:
-        self.settings, self.channel_dim, self.shared_beta, self.steering = settings, channel_dim, shared_beta, steering
-        self.calls: dict[str, Calls] = {}
-        self.put: list[Callable[[], list[Callable[[], Any]]]] = []  # each changes the model and returns what undoes it
-        self.rows: list[Row] = []
-        self.reached: dict[str, list[Call]] = {}
-        self.missed: list[str] = []
-        self.strangers: list[str] = []
-
-    def add(
-        self,
-        name: str,
-        module: nn.Module,
-        probed: Probed | None,
-        recognised: Recognised | None,
-        *,
-        behind: bool = False,
-        named: bool = False,
-    ) -> None:
-        """Make the VCLs of ``module``, or a row that says why it gets none."""
-        seen = [] if probed is None else probed.calls.get(module, [])
-        kind = type(module).__name__
-        why_not = next(filter(None, map(_why_not, seen)), None)
-        if why_not is not None and (behind or named):
-            raise ValueError(f"{'after' if behind else 'layers'} names {name!r}, which has {why_not}")
-        if why_not is not None:
-            self.rows.append(Row(name, kind, LEFT_OUT, why_not))
-            return
-        fused = None if recognised is None or behind or any(call.inputs != 1 for call in seen) else recognised.fused
-        if seen:
-            self.reached[name] = seen
-            vcls = [self._vcl(fused, self.channel_dim or call.channel_dim).materialize(call.x) for call in seen]
-            vcls = [_shared(name, vcls)] if self.shared_beta else vcls
-        else:
-            self.missed += [name]
-            vcls = [self._vcl(fused, self.channel_dim or 1)]
-        calls = self.calls[name] = Calls(vcls, self.steering, name, self.shared_beta)
-        if fused is not None:
-            how, put = "fused", partial(fuse, module, calls)
-            kind += "" if kind.lower() == fused.name.replace("_", "") else f" ({fused.name})"
-        elif behind:
-            how, put = "after", partial(put_behind, module, calls)
-        else:
-            copies = recognised is not None and recognised.in_place and not getattr(module, "inplace", False)
-            how, put = "before", partial(put_before, module, calls, copies=copies)
-        self.put.append(put)
-        self.rows += [Row(vcl.place, kind, how, "") for vcl in vcls]
-
-    def _vcl(self, fused: Activation | None, channel_dim: int) -> VCLActivation:
-        if fused is None:
-            return VCL(**self.settings, channel_dim=channel_dim)
-        vcl = VCLActivation("identity", **self.settings, channel_dim=channel_dim)
-        vcl.activation = Activation(*fused)  # of its own: compiled code checks what is shared, and slowly
-        return vcl
-
-    def add_unreachable(self, model: nn.Module, probed: Probed, choice: Choice) -> list[str]:
-        """Add rows for activations that VCL cannot reach; return those that are functions."""
-        names = {module: name for name, module in model.named_modules()}
-        behind = set(choice.behind.values())
-
-        def out_of_reach(call: FunctionCall) -> bool:  # neither served by after= nor a part of an activation
-            return call.owner not in activations and behind.isdisjoint(call.sources)
-
-        activations = set(choice.recognised)
-        for module, call in probed.strangers.items():
-            if call.owner in activations or is_activation(module):
-                activations.add(module)
-                if out_of_reach(call):
-                    self.strangers += written([call], names, activations)
-        functions = written(list(filter(out_of_reach, probed.functions)), names, activations)
-        self.rows += [Row("-", stranger, LEFT_OUT, "not in the model") for stranger in self.strangers]
-        self.rows += [Row("-", function, LEFT_OUT, "a function") for function in functions]
-        return functions
-
-
-def _why_not(call: Call) -> str | None:
-    """Why a call cannot have VCL."""
-    if not isinstance(call.x, Tensor):
-        return f"{type(call.x).__name__} where a tensor is wanted"
-    if not call.x.is_floating_point():
-        return f"values of {call.x.dtype}"
-    return f"a {call.x.dim()}-D tensor where (N, C, …) is wanted" if call.x.dim() < 2 else None
-
-
-def _shared(name: str, vcls: list[VCLActivation]) -> VCLActivation:
-    """Return one VCL for all calls of a module."""
-    shapes = {tuple(vcl.beta.shape) for vcl in vcls if vcl.beta is not None}
-    if len(shapes) > 1:
-        raise ValueError(
-            f"shared_beta wants the same units in each call; those of {name!r} have betas of shapes "
-            f"{', '.join(map(str, sorted(shapes)))}"
-        )
-    if len({vcl.channel_dim for vcl in vcls}) > 1:
-        raise ValueError(f"shared_beta wants channels in the same dimension in each call of {name!r}; set channel_dim=")
-    return vcls[0]

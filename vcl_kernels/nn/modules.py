@@ -24,12 +24,13 @@ from ..checks import (
     check_number,
     check_tensor,
 )
-from ..functional import activation_and_loss, sub_batch_moments
+from ..functional import activation_and_loss
 from ..geometry import accumulation_dtype, unit_shape
 from ..injection import Injection, injected
 from ..options import (
     BACKENDS,
     FORMS,
+    NO_MINIMUM,
     UNITS,
     ActivationName,
     Approximate,
@@ -37,39 +38,15 @@ from ..options import (
     BetaMode,
     Form,
     Unit,
-    number_of_sub_batches,
 )
-from ..scale import variance_over_beta
 from ..torch_private import in_backward, in_functorch
+from .beta import fitting_beta
+from .latest import LatestForward
 from .steering import Steering
 
 __all__ = ["VCL", "VCLActivation"]
 
 SHORT_CALLS = 4  # calls in a row that may be short after others: of the last batch a model may make several
-
-
-class LatestForward:
-    """The latest training forward: its loss, and what else a warning needs to know of it and of those before.
-
-    An object of its own: an attribute of a module takes longer to set. Copies and pickles of a module start with a new
-    one.
-    """
-
-    loss: Tensor | None = None
-    in_grad_mode = True  # else the loss has no gradient
-    acts: bool | None = None  # whether the call had VCL; None: it ran without grad mode, in a reentrant checkpoint
-    had_rows = False  # enough for two sub-batches
-    short = 0  # calls in a row that had fewer
-    read = False  # by the handle
-    replaced = 0  # losses in a row that the next call replaced before they were read, in a part that runs alone
-    recomputes = False  # the present call is a checkpoint's: the loss of its forward stays, which has the graph
-
-    def record(self, loss: Tensor, adds: bool) -> None:
-        """Keep the loss of a call; ``adds`` to that of the calls before."""
-        if self.recomputes:
-            self.recomputes = False
-        else:
-            self.loss = self.loss + loss if adds and self.loss is not None else loss
 
 
 class VCLActivation(nn.Module):
@@ -92,9 +69,18 @@ class VCLActivation(nn.Module):
         num_sub_batches: K, or as many as the batch has where those are fewer; default 2 for ``"ratio"``, all for the
             others.
         weight: multiplies the loss.
-        beta_mode: "learned", "fixed" or "running".
-        beta_init: first value of beta.
-        beta_min: least value that acts.
+        beta_mode: ``"learned"``: beta is a parameter, one for each unit. ``"fixed"``: it stays at ``beta_init``.
+            ``"running"``: it is one buffer for all units, and follows their mean variance v̄ in the batch: at each
+            training forward ``beta = (1 - m) beta + m v̄ / variance_over_beta(M)``, m = ``beta_momentum``, with
+            :func:`vcl_kernels.scale.variance_over_beta`; the first batch sets it. Then the ratio asks for constancy
+            alone, and not for a scale. Default ``"learned"`` for the ratio, ``"fixed"`` for
+            ``"relative_variance"``; ``"variance"`` has no beta.
+            A running beta is saved in the state dict. As batch norm's running variance, it is that of rank 0 under
+            DistributedDataParallel, which sends buffers at each forward; under FSDP each rank has its own.
+        beta_init: first value of beta, learned or fixed. Default 1.0 for the ratio and 1e-5 for
+            ``"relative_variance"``.
+        beta_momentum: of a running beta, the weight of the present batch; default 0.1.
+        beta_min: a learned or running beta acts as at least this.
         inject: the loss enters the graph through the output, so that ``backward`` of whatever is made from it adds
             the loss's gradient; :attr:`loss` is then detached. Set :attr:`grad_scaler` where one scales the loss.
         channel_dim: where x has its channels: -1 for ``(N, L, C)``, as linear layers of a transformer make them, and
@@ -129,7 +115,7 @@ class VCLActivation(nn.Module):
         weight: float = 1.0,
         beta_mode: BetaMode | None = None,
         beta_init: float | None = None,
-        beta_momentum: float = 0.1,
+        beta_momentum: float | None = None,
         beta_min: float = 1e-3,
         inject: bool = False,
         channel_dim: int = 1,
@@ -144,23 +130,22 @@ class VCLActivation(nn.Module):
         check_count("sub_batch_size", sub_batch_size, 1)
         if num_sub_batches is not None:
             check_count("num_sub_batches", num_sub_batches, 2)
-        for name, value in (("weight", weight), ("beta_momentum", beta_momentum), ("beta_min", beta_min)):
+        for name, value in (("weight", weight), ("beta_min", beta_min)):
             check_number(name, value)
-        beta_mode, beta_init = check_beta(form, beta_mode, beta_init)
         check_channel_dim(channel_dim)
         self.sub_batch_size, self.form, self.unit, self.num_sub_batches = sub_batch_size, form, unit, num_sub_batches
         self.first_weight = self.weight = weight
-        self.beta_mode, self.beta_momentum = beta_mode, beta_momentum
-        self.beta_init, self.beta_min = beta_init, beta_min
+        self.beta_mode, self.beta_init, self.beta_momentum = check_beta(form, beta_mode, beta_init, beta_momentum)
+        self.beta_min = beta_min
         self.channel_dim, self.backend = channel_dim, backend
         self.steering = Steering(inject)
         self.place = ""  # its name in a model, told by attach
         self.sums_calls = False  # of one forward, where several calls share beta
         self.latest = LatestForward()
         self.beta: nn.Parameter | Tensor | None
-        if beta_mode == "running":
+        if self.beta_mode == "running":
             self.register_buffer("beta", torch.tensor(math.nan))
-        elif beta_mode == "fixed":
+        elif self.beta_mode == "fixed":
             self.register_parameter("beta", None)
         elif units is None:
             self.register_parameter("beta", nn.UninitializedParameter())  # type: ignore[arg-type]
@@ -175,6 +160,11 @@ class VCLActivation(nn.Module):
         """``weight`` times the loss of the latest training forward."""
         self.steering.ever_read = True
         return self.latest.loss
+
+    @property
+    def least_beta(self) -> float:
+        """What beta acts as at least: a fixed one acts as it is."""
+        return NO_MINIMUM if self.beta_mode == "fixed" else self.beta_min
 
     @property
     def inject(self) -> bool:
@@ -226,7 +216,7 @@ class VCLActivation(nn.Module):
             weight, factor = first, weight / first
             injection = None if injection is None else injection._replace(weight=factor)
         beta, spec = check_loss(
-            view, self._beta_for(view), self.sub_batch_size, self.form, self.unit, K, "mean", weight, self.beta_min
+            view, self._beta_for(view), self.sub_batch_size, self.form, self.unit, K, "mean", weight, self.least_beta
         )
         y, loss = activation_and_loss(view, beta, spec, self.activation, self.backend, injection)
         latest.record(loss if factor == 1.0 else loss * factor, self.sums_calls)
@@ -270,7 +260,7 @@ class VCLActivation(nn.Module):
         check_dimensions(x.shape)
         self._warn_of_rows(x)
         loss = x.new_zeros((), dtype=accumulation_dtype(x.dtype))
-        if self.beta is not None and type(self.beta) is not UninitializedParameter:
+        if isinstance(self.beta, nn.Parameter) and type(self.beta) is not UninitializedParameter:
             loss = loss + 0 * self.beta.sum()  # DistributedDataParallel waits for a gradient
         y = reference.activate(x, self.activation)
         return (y, loss) if injection is None else injected(y, loss, injection)
@@ -290,29 +280,38 @@ class VCLActivation(nn.Module):
         return beta if beta.dtype in (wide, x.dtype) else beta.to(wide)  # x may be float32 in a bfloat16 model
 
     def _running_beta(self, x: Tensor) -> Tensor:
-        """Let the running beta follow x, but not again in a checkpoint's recomputation; return a copy of it."""
+        """Let the running beta follow x; return its value as a tensor of its own, which backward may save.
+
+        A checkpoint's recomputation does not move it again, and gets what the forward had.
+        """
         beta = self.beta
-        assert isinstance(beta, Tensor)
+        assert beta is not None
         if beta.device != x.device:
             beta = self.beta = beta.to(x.device)
-        if in_backward():
+        if self._runs_again():
             return beta.clone()
         followed = self.followed(x)
-        beta.copy_(followed)
+        if not in_functorch():  # which forbids what outlives the transform
+            beta.copy_(followed)
         return followed
+
+    def _runs_again(self) -> bool:
+        """Whether a checkpoint runs a forward of this VCL again. In a reentrant one attach leaves out the first run."""
+        first_now = self.steering.attached and not self.steering.in_forward and self.latest.acts is None
+        return in_backward() and not first_now
 
     @torch.no_grad()
     def followed(self, x: Tensor) -> Tensor:
         """Return the running beta after a batch x, whose channels are in dimension 1; nothing changes."""
-        beta, n, per_activation = self.beta, self.sub_batch_size, self.unit == "activation"
-        assert isinstance(beta, Tensor)
-        K = number_of_sub_batches(self.form, x.shape[0], n, self.num_sub_batches)
-        _, var = sub_batch_moments(x.detach(), n, unit=self.unit, num_sub_batches=min(K, x.shape[0] // n))
-        fits = (var.mean() / variance_over_beta(n if per_activation else n * math.prod(x.shape[2:]))).to(beta.dtype)
+        beta = self.beta
+        assert beta is not None
+        fits = fitting_beta(x, self.sub_batch_size, self.unit, self.num_sub_batches, self.backend).to(beta)
         return torch.where(beta.isnan(), fits, beta.lerp(fits, self.beta_momentum))
 
     def materialize(self, x: Tensor) -> VCLActivation:
         """Give a beta without a shape that of a training forward of ``x``, on x's device; return the module."""
+        if self.beta_mode == "running":
+            self.beta = self.beta.to(x.device, accumulation_dtype(x.dtype))  # type: ignore[union-attr]
         if type(self.beta) is UninitializedParameter:
             view = channels_first(x, self.channel_dim)
             check_dimensions(view.shape)
@@ -321,9 +320,9 @@ class VCLActivation(nn.Module):
         return self
 
     def reset_parameters(self) -> None:
-        """Set beta to ``beta_init``, as after ``to_empty``; a beta without a shape stays so."""
+        """Set beta to its first value, as after ``to_empty``; a beta without a shape stays so."""
         if self.beta is not None and type(self.beta) is not UninitializedParameter:
-            nn.init.constant_(self.beta, self.beta_init)
+            nn.init.constant_(self.beta, math.nan if self.beta_mode == "running" else self.beta_init)
 
     def _make_beta(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None) -> None:
         assert isinstance(self.beta, UninitializedParameter)
@@ -366,7 +365,9 @@ class VCLActivation(nn.Module):
     def extra_repr(self) -> str:
         """Return the settings."""
         lazy = type(self.beta) is UninitializedParameter
-        shape = "none" if self.beta is None else "from the first batch" if lazy else tuple(self.beta.shape)
+        shape: Any = self.beta_mode if self.beta is None else "from the first batch" if lazy else tuple(self.beta.shape)
+        if self.beta_mode == "running" or self.form == "variance":
+            shape = "none" if self.beta is None else "running"
         activation = "" if self.activation.name == "identity" else f"{self.activation.name}, "
         weight = self.weight * self.steering.weight
         settings = f"form={self.form}, n={self.sub_batch_size}, unit={self.unit}, weight={weight:g}"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from ..torch_private import tensors_in, version_of
+from .beta import Fit
 from .example import copied, evaluate
 from .features import FeaturesLast, acts_on_last_dim
 from .functions import FunctionCall, FunctionCalls
@@ -25,6 +26,7 @@ class Call(NamedTuple):
     channel_dim: int  # -1 where x has three or more dimensions, of which the last is features; else 1
     inputs: int  # how many arguments the call has
     time_first: bool  # inside a module that says batch_first=False
+    beta: float | None = None  # at which the ratio asks for the variance of x; None: nobody asked
 
 
 class Probed(NamedTuple):
@@ -37,7 +39,12 @@ class Probed(NamedTuple):
 
 
 def probe(
-    model: nn.Module, before: list[nn.Module], behind: list[nn.Module], in_place: list[nn.Module], example: Any
+    model: nn.Module,
+    before: list[nn.Module],
+    behind: list[nn.Module],
+    in_place: list[nn.Module],
+    example: Any,
+    fit: Fit | None = None,
 ) -> Probed:
     """Run ``model`` on ``example`` (a tensor, or tuple or mapping of arguments); return what it shows.
 
@@ -47,6 +54,7 @@ def probe(
         behind: modules whose outputs are wanted.
         in_place: those that overwrite their input.
         example: copied, so that nothing of it changes.
+        fit: returns the beta for a module, the tensor there that VCL is for, and where its channels are.
 
     Raises:
         ValueError: the output of ``model`` changes when modules run out of place, as they do in training with VCL, or
@@ -62,7 +70,9 @@ def probe(
     def keep(module: nn.Module, x: Any, inputs: int) -> None:
         last = isinstance(x, Tensor) and x.dim() > 2 and (acts_on_last_dim(module) or features.knows(x))
         time_first = any(getattr(_attention_of(outer), "batch_first", None) is False for outer in running)
-        calls.setdefault(module, []).append(Call(x, -1 if last else 1, inputs, time_first))
+        dim = -1 if last else 1
+        beta = None if fit is None or not can_have_vcl(x) else fit(module, x, dim)  # now: x may be overwritten
+        calls.setdefault(module, []).append(Call(x, dim, inputs, time_first, beta))
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         if module not in known:
@@ -103,6 +113,11 @@ def probe(
         len(images) for images in arguments if isinstance(images, (list, tuple)) and images
     }  # detectors take a list
     return Probed(calls, strangers, functions.found, rows)
+
+
+def can_have_vcl(x: Any) -> bool:
+    """Whether ``x`` is a tensor of floating-point numbers that has samples and channels."""
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1
 
 
 def _attention_of(module: nn.Module) -> nn.Module:

@@ -93,12 +93,12 @@ def acting_beta(vcl: VCLActivation, x: Tensor, like: Tensor) -> Tensor | None:
     if vcl.beta_mode == "running":
         if x.shape[0] < 2 * vcl.sub_batch_size:
             return None
-        return torch.as_tensor(bounded_beta(vcl.followed(channels_first(x, vcl.channel_dim)).to(like), vcl.beta_min))
+        return torch.as_tensor(bounded_beta(vcl.followed(channels_first(x, vcl.channel_dim)).to(like), vcl.least_beta))
     lazy = beta is not None and is_lazy(beta)
     if lazy and x.shape[0] < 2 * vcl.sub_batch_size:
         return None
     value = like.new_full((), vcl.beta_init) if beta is None or lazy else beta.detach().to(like)
-    return torch.as_tensor(bounded_beta(value, vcl.beta_min))
+    return torch.as_tensor(bounded_beta(value, vcl.least_beta))
 
 
 @torch.no_grad()
