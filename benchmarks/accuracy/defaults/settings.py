@@ -8,7 +8,7 @@ from ..methods import ALL
 
 BETAS: dict[str, dict[str, Any]] = {
     "1": {"beta_mode": "learned", "beta_init": 1.0},
-    "first batch": {"beta_mode": "learned", "beta_init": "data"},
+    "first batch": {"beta_mode": "learned", "beta_init": "example"},  # the example is the first batch
     "running": {"beta_mode": "running"},
 }
 UNITS, WEIGHTS, SIZES = ("channel", "activation"), (0.01, 0.03, 0.1), (5, 10)
@@ -31,7 +31,7 @@ class Setting(NamedTuple):
             return None
         shared = {"form": self.method, "unit": self.unit, "weight": self.weight, "sub_batch_size": self.n}
         if self.method == "relative_variance":
-            return shared | {"beta_mode": "fixed", "beta_init": 1e-5}
+            return shared | {"beta_mode": "fixed", "beta_init": 1e-3}
         return shared | BETAS[self.beta] | ({"num_sub_batches": ALL} if self.pairs == "all" else {})
 
     def __str__(self) -> str:
@@ -49,5 +49,5 @@ AUTHORS = TODAY._replace(unit="activation")
 SETTINGS = (
     *(Setting("ratio", u, b, w, n, "one") for n in SIZES for w in WEIGHTS for b in BETAS for u in UNITS),
     *(Setting("ratio", u, b, 0.03, 5, "all") for b in BETAS for u in UNITS),
-    *(Setting("relative_variance", u, "1e-5", w, 5, "all") for w in WEIGHTS for u in UNITS),
+    *(Setting("relative_variance", u, "1e-3", w, 5, "all") for w in WEIGHTS for u in UNITS),
 )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vcl_kernels as vk
-from examples.demo.learning import CLIP, Learner
+from examples.demo.learning import CLIP, Learner, batches
 
 from ..cifar import machine
 from ..data import Data
@@ -82,12 +82,13 @@ def work(unit: Record) -> Record:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", vk.VCLWarning)  # tables of few rows
-        handle = None if setting.vcl is None else vk.attach(model, data.train_x[:1], **setting.vcl)
+        order = torch.Generator().manual_seed(unit["seed"])
+        first = batches(len(data.train_x), batch, order.clone_state())[0]
+        handle = None if setting.vcl is None else vk.attach(model, data.train_x[first], **setting.vcl)
         learner = ApartLearner(
             model, handle, steps=steps, learning_rate=unit["learning_rate"], weight_decay=WEIGHT_DECAY
         )
         learner.dtype = dtype
-        order = torch.Generator().manual_seed(unit["seed"])
         for _ in range(math.ceil(steps / a_pass)):
             learner.epoch(data.train_x, data.train_y, batch, order)
         with autocast(dtype):
