@@ -13,7 +13,7 @@ from rich.console import Console
 from . import figures, results
 from .comparisons import LEAST_SEEDS, LEVEL, SAME_WITHIN, VERDICTS
 from .methods import ACTIVATIONS, METHODS
-from .page import cifar, images, modes, settings, tabular
+from .page import cifar, defaults, images, modes, settings, tabular
 from .page.markdown import table
 
 HEAD = f"""# Findings
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
 def render(folder: Path) -> str:
     """Return the page for the results in ``folder``."""
-    sections = [line for part in (cifar, tabular, images, settings, modes) for line in part.section(folder)]
+    sections = [line for part in (defaults, cifar, tabular, images, settings, modes) for line in part.section(folder)]
     return "\n".join([HEAD, *in_short(folder), *sections]).rstrip() + "\n"
 
 
