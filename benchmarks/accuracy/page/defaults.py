@@ -80,12 +80,13 @@ def _on(judgement: Judgement, networks: list[str]) -> Iterator[Judged]:
 def _screened(records: list[results.Record]) -> list[str]:
     scores, best = screen_scores(records), best_runs(records)
     kept = sorted((s for s, score in scores.items() if score is not None), key=lambda s: scores[s] or 0.0)
+    networks = [network for network in SCREENED if (NONE, network, "") in best]
     rows = []
     for setting in [*kept[:SHOWN], *([NONE] if NONE not in kept[:SHOWN] else [])]:
-        cells = [f"{run['error']:.2f}; {run['nll']:.3f}" for n in SCREENED for run in [best[setting, n, ""]]]
+        cells = [f"{run['error']:.2f}; {run['nll']:.3f}" for n in networks for run in [best[setting, n, ""]]]
         rows.append([str(setting), *cells, f"{scores[setting]:+.3f}"])
     text = (
         f"The best {SHOWN} of {len(scores)} methods in phase 1, on validation images of one seed, each at the better "
         f"of two learning rates: error in per cent; negative log-likelihood ({linked('defaults-screen')})."
     )
-    return [text, "", *table(["method", *SCREENED, "score"], rows)]
+    return [text, "", *table(["method", *networks, "score"], rows)]
