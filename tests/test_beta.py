@@ -152,6 +152,21 @@ def test_compiled_it_is_the_same(unit):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("inject", [True, False])
+def test_distributed(inject):
+    net = nn.Sequential(nn.Linear(4, 8), nn.ELU())
+    handle = vk.attach(net, torch.randn(2, 4), beta_mode="running", unit="activation", inject=inject)
+    parallel, alone = nn.parallel.DistributedDataParallel(net, static_graph=not inject), copy.deepcopy(net)
+    for _ in range(2):
+        x = torch.randn(20, 4)
+        for model in (parallel, alone):
+            y = model(x).square().mean()
+            (y if inject else y + vk.handle_of(model).loss()).backward()
+    torch.testing.assert_close(handle.layers["1"].beta, vk.handle_of(alone).layers["1"].beta)
+    torch.testing.assert_close([p.grad for p in net.parameters()], [p.grad for p in alone.parameters()])
+
+
 def test_in_a_transform_it_follows_and_stays():
     vcl, x = running(), torch.randn(3, 20, 4)
     vcl(x[0])

@@ -49,8 +49,8 @@ def test_candidates_are_the_best_of_each_kind_and_two_more():
     assert found == [*kinds, *rest, TODAY, AUTHORS]
 
 
-def runs_of(setting, network, *, gain=0.0, **layers):
-    gains = [gain * (0.9 + 0.05 * seed) for seed in range(5)]
+def runs_of(setting, network, *, gain=0.0, noise=0.05, **layers):
+    gains = [gain * (1 + noise * (seed - 2)) for seed in range(5)]
     return [record(setting, network, seed, error=5 - g, nll=0.2 - g / 20, **layers) for seed, g in enumerate(gains)]
 
 
@@ -66,6 +66,7 @@ def runs_of(setting, network, *, gain=0.0, **layers):
             False,
         ),  # does not act
         ({"gain": 1.0, "constancy": ".8 .8 .8"}, {"constancy": ".8 .8 .8", "gain": -0.6}, False),  # harms
+        ({"gain": 1.0, "constancy": ".8 .8 .8"}, {"constancy": ".8 .8 .8", "gain": -0.6, "noise": 2}, True),  # unsure
         ({"gain": 0.0, "constancy": ".8 .8 .8"}, {"constancy": ".8 .8 .8"}, False),  # gains nowhere
     ],
 )

@@ -38,8 +38,9 @@ class Judged(NamedTuple):
 
     @property
     def harms(self) -> bool:
-        """In error or in negative log-likelihood."""
-        return -self.error.gain > HARM_ERROR or self.nll_ratio > HARM_NLL
+        """In error or in negative log-likelihood: beyond the margin, and the interval leaves out 0."""
+        in_error = -self.error.gain > max(HARM_ERROR, self.error.half)
+        return in_error or (self.nll_ratio > HARM_NLL and -self.nll.gain > self.nll.half)
 
 
 Judgement = dict[str, Judged]  # by network
