@@ -15,7 +15,7 @@ from .errors import DataError
 from .options import parse
 
 # Where a study is that is not a module of its name; each is imported when it runs, with what only it needs
-STUDIES = {"cifar": ".cifar.queue", "cifar-gpu": ".cifar.turns", "defaults": ".defaults.study"}
+STUDIES = {"cifar": ".cifar.queue", "cifar-gpu": ".cifar.turns", "defaults": ".defaults.study", "scale": ".scale.study"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

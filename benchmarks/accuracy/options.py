@@ -82,6 +82,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     studies.add_parser("defaults", parents=[shared], help="which settings attach should have: PLAN-defaults.md")
 
+    studies.add_parser(
+        "scale", parents=[shared], help="which variance the loss asks for; layers that learn by it alone"
+    )
+
     for name, text in (
         ("sensitivity", "to n, weight, form, unit, sub-batches and the learning of beta"),
         ("modes", "two Gaussians through a linear unit; pre-activations through training"),
