@@ -333,8 +333,15 @@ def test_a_family_is_corrected_for_its_number_and_few_seeds_are_not_judged():
 
 
 def test_the_page_and_its_figures_are_what_the_results_render(tmp_path):
+    guide = PAGE.with_name(report.GUIDE).read_text()
+    (tmp_path / report.GUIDE).write_text(guide)
     assert main(["report", "--page", str(tmp_path / "findings.md")]) == 0
     assert (tmp_path / "findings.md").read_text() == PAGE.read_text()
+    assert (tmp_path / report.GUIDE).read_text() == guide
+    assert "Not measured yet" not in guide
+    for name in {part.split(")")[0] for part in guide.split("](what_vcl_does/")[1:]}:
+        assert (tmp_path / "what_vcl_does" / name).exists()
+        assert (PAGE.parent / "what_vcl_does" / name).exists()
     assert figures.COLOURS.keys() >= methods.METHODS.keys()
     names = {part.split(")")[0] for part in PAGE.read_text().split("](findings/")[1:]}
     assert names == {path.name for path in (tmp_path / "findings").iterdir()}

@@ -13,8 +13,11 @@ from rich.console import Console
 from . import figures, results
 from .comparisons import LEAST_SEEDS, LEVEL, SAME_WITHIN, VERDICTS
 from .methods import ACTIVATIONS, METHODS
-from .page import cifar, defaults, images, modes, settings, tabular
+from .page import cifar, defaults, images, modes, scale, settings, tabular
 from .page.markdown import table
+from .scale.figures import draw_ends, draw_expected
+
+GUIDE = "what_vcl_does.md"  # beside the page: its measurements are rendered too
 
 HEAD = f"""# Findings
 
@@ -42,11 +45,16 @@ LIMITS = [
 
 
 def run(options: argparse.Namespace, console: Console) -> None:
-    """Write the page, and its figures beside it."""
+    """Write the page and its figures; fill in the measurements of the guide beside it, if it is there."""
     options.page.parent.mkdir(parents=True, exist_ok=True)
     options.page.write_text(render(options.results))
     draw(options.results, options.page.with_suffix(""))
     console.print(f"wrote {options.page}")
+    guide = options.page.with_name(GUIDE)
+    if guide.exists():
+        guide.write_text(scale.filled(guide.read_text(), options.results))
+        draw_guide(options.results, guide.with_suffix(""))
+        console.print(f"wrote the measurements of {guide}")
 
 
 def render(folder: Path) -> str:
@@ -101,3 +109,11 @@ def draw(folder: Path, out: Path) -> None:
         histograms = json.loads((folder / "layers.json").read_text())["settings"]["histograms"]
         figures.draw_layers(rows, histograms, out / "layers.png")
         figures.draw_beta(rows, out / "beta.png")
+
+
+def draw_guide(folder: Path, out: Path) -> None:
+    """Draw the figures of the guide."""
+    draw_expected(out / "expected.png")
+    rows = results.read("scale", folder)
+    if rows:
+        draw_ends(rows, out / "ends.png")
