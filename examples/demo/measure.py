@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -56,15 +56,24 @@ def saved_bytes(forward: Callable[[], object], known: Iterable[Tensor] = ()) -> 
     return sum(storage.nbytes() for storage in saved.values())
 
 
-@torch.no_grad()
 def pre_activations(model: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
     """Return what enters ``activation`` in evaluation, as (C, values of that channel)."""
-    seen: list[Tensor] = []
-    hook = activation.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    return inputs_of([activation], model, x)[0]
+
+
+@torch.no_grad()
+def inputs_of(activations: Sequence[nn.Module], model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Return what enters each of the activations in one evaluation forward, as (C, values of that channel)."""
+    seen: dict[nn.Module, Tensor] = {}
+    hooks = [
+        activation.register_forward_pre_hook(lambda module, args: seen.update({module: args[0]}))
+        for activation in activations
+    ]
     model.eval()
     model(x)
-    hook.remove()
-    return seen[0].transpose(0, 1).flatten(1).cpu()
+    for hook in hooks:
+        hook.remove()
+    return [seen[activation].transpose(0, 1).flatten(1).cpu() for activation in activations]
 
 
 def kurtosis(values: Tensor) -> Tensor:
