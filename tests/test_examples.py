@@ -1,11 +1,13 @@
 """The demo: one short run from end to end, its measures and statistics, its schedule, what a wrong option gives."""
 
+import io
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from examples.demo import comparison, measure
 from examples.demo.__main__ import main
@@ -13,8 +15,9 @@ from examples.demo.comparison import Difference, paired
 from examples.demo.data import load
 from examples.demo.learning import Settings, build
 from examples.demo.options import FEWEST, MOST
+from examples.demo.progress import Bars
 from examples.demo.record import strict
-from examples.demo.schedule import Schedule
+from examples.demo.schedule import COMPARED, Schedule
 from examples.demo.training import Plan, Task
 from examples.demo.work import trained
 
@@ -121,6 +124,19 @@ def test_processes_find_what_this_one_finds():
     assert told
     for task in tasks:
         assert together[task]["test_nll"] == alone[task]["test_nll"]
+
+
+def test_news_of_a_training_that_has_ended_changes_nothing():
+    written = io.StringIO()
+    bars = Bars(Console(file=written, force_terminal=True, width=90), 3)
+    tasks = [Task(Plan("digits", 100, 3, 20, 0.05, 5e-4, "cpu", VCL), method, FEWEST) for method in COMPARED]
+    with bars.progress:
+        for task in tasks:
+            bars.tell(task, 2)
+            bars.end(task, {"test_error": [9.0, 4.5]}, 3)
+            bars.tell(task, 3)
+    assert [bar.completed for bar in bars.progress.tasks] == [3]  # that of all trainings
+    assert "split 5: error with no normalisation 4.50 %, batch norm 4.50 %, VCL 4.50 %" in written.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ docs/demo.png and benchmarks/results/accuracy/demo.json are demo.png and demo.js
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     drawing, written = options.out / "demo.png", options.out / "demo.json"
     record.write(found, written)
-    draw(found, drawing)
+    draw(found, written, drawing)
     console.print(table(summary["rows"], title(found)))
     for sentence in summary["sentences"]:
         console.print(sentence, highlight=False, soft_wrap=True)
@@ -116,4 +117,7 @@ def cost(plan: Plan, rounds: int) -> Results:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

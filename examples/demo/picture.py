@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,13 @@ EXAMPLES = ("none", "bn", "modes")  # whose channels are shown
 SHADES = (0.25, 0.42, 0.6, 0.8, 1.0)  # opacity of a layer's line, from the first layer to the last
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """Write the picture of what the JSON file has."""
+def digest(record: Path) -> str:
+    """Return a hash of the JSON file that a picture shows; it stands in the picture's ``Source``."""
+    return hashlib.sha256(record.read_bytes()).hexdigest()
+
+
+def draw(found: dict[str, Any], record: Path, path: Path) -> None:
+    """Write the picture of ``found``, which is what the JSON file ``record`` has."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 8.2), layout="constrained")
         top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.05), hspace=0.04)  # type: ignore[misc]
@@ -31,7 +37,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         left, right = bottom.subfigures(1, 2, width_ratios=(1.5, 1), wspace=0.03)
         modes(left, found)
         prices(right.subplots(), found)
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=120, metadata={"Source": digest(record)})
 
 
 def runs(found: dict[str, Any], method: str, of: str) -> np.ndarray:

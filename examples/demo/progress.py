@@ -29,7 +29,9 @@ class Bars:
         self.errors: dict[int, dict[str, float]] = {}  # of each split and method
 
     def tell(self, task: Task, epoch: int) -> None:
-        """A training has finished so many epochs."""
+        """A training has finished so many epochs. What a process said last may come after its result."""
+        if task.method in self.errors.get(task.split, {}):
+            return
         if task not in self.bars:
             self.bars[task] = self.progress.add_task(str(task), total=self.epochs, of="epochs")
         self.progress.update(self.bars[task], completed=epoch)

@@ -91,7 +91,7 @@ def scores(model: nn.Module, data: Data) -> tuple[float, float]:
     model.eval()
     logits = torch.cat([model(x) for x in data.test_x.split(1000)])
     wrong = int((logits.argmax(1) != data.test_y).sum())
-    return 100 * wrong / len(logits), float(F.cross_entropy(logits.double(), data.test_y))
+    return 100 * wrong / len(logits), float(F.cross_entropy(logits, data.test_y))
 
 
 def activations(model: nn.Module) -> list[nn.Module]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -41,8 +42,10 @@ def trained(tasks: Iterator[Task], processes: int, tell: Tell) -> Iterator[Ended
                 pass_on(news, tell)
                 for future in ended:
                     yield running.pop(future), future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException:  # Ctrl-C among them: do not wait for what is running
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def pass_on(news: multiprocessing.Queue[tuple[Task, int]], tell: Tell) -> None:
@@ -71,6 +74,7 @@ def begin(news: multiprocessing.Queue[tuple[Task, int]]) -> None:
     global _news
     _news = news
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the parent ends the others
     parent = multiprocessing.parent_process()
     assert parent is not None
 
