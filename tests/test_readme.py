@@ -16,6 +16,7 @@ from torch import nn
 import vcl_kernels as vk
 from benchmarks.speed.plots import digest
 from benchmarks.speed.report import SHOWN, ratios, render
+from examples.demo import picture as demo_picture
 from vcl_kernels.nn.rows import COLUMNS
 
 ROOT = Path(__file__).parent.parent
@@ -51,9 +52,11 @@ def test_reports_are_what_their_records_say(record):
     assert record.with_suffix(".md").read_text() == render(json.loads(record.read_text()))
 
 
-def test_the_picture_is_made_from_the_results():
+def test_the_pictures_are_made_from_the_results():
     with PngImageFile(ROOT / "docs/speed.png") as picture:
         assert picture.info["Source"] == digest(RESULTS / "cpu-epyc")
+    with PngImageFile(ROOT / "docs/demo.png") as picture:
+        assert picture.info["Source"] == demo_picture.digest(RESULTS / "accuracy/demo.json")
 
 
 def test_the_readmes_code_runs():

@@ -1,6 +1,6 @@
 """Train, measure, print the table, write the picture and the record.
 
-docs/demo.png and benchmarks/results/accuracy/demo.json are demo.png and demo.json of ``python -m examples.demo``.
+docs/demo.png and benchmarks/results/accuracy/demo.json are what it wrote with the settings in that file.
 """
 
 from __future__ import annotations
