@@ -18,6 +18,9 @@ from vcl_kernels.backends import triton_backend
 from vcl_kernels.ops import OPS
 from vcl_kernels.options import SubBatches
 
+# Settings of attach and the modules: their loss is that of ``vcl_loss(x, beta)``, and beta, from 1 on, is a parameter
+LEARNED: dict[str, Any] = {"unit": "channel", "beta_mode": "learned", "num_sub_batches": 2}
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

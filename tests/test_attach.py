@@ -2,13 +2,17 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
+from common import LEARNED
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import vcl_kernels as vk
+
+attach = partial(vk.attach, **LEARNED)  # a test that calls vk.attach is about any settings
 
 
 def network():
@@ -72,7 +76,7 @@ def losses_by_hand(net, x):
 def test_values_and_gradients_are_those_by_hand(make):
     net, x = make(), images()
     plain = copy.deepcopy(net)
-    handle = vk.attach(net, x[:2], weight=0.3)
+    handle = attach(net, x[:2], weight=0.3)
     y = net(x)
     (y.square().mean() + handle.loss()).backward()
     expected, loss = losses_by_hand(plain, x)
@@ -146,7 +150,7 @@ def test_remove_restores_only_what_attach_put_there_and_only_once():
 def test_inject_under_a_scaler_equals_adding_the_loss():
     plain, x, scaler = network(), images(), torch.amp.GradScaler("cpu", init_scale=1024.0)
     injected = copy.deepcopy(plain)
-    a, b = vk.attach(plain, x[:1], weight=0.3), vk.attach(injected, x[:1], weight=0.3, inject=True)
+    a, b = attach(plain, x[:1], weight=0.3), attach(injected, x[:1], weight=0.3, inject=True)
     b.grad_scaler = scaler
     assert b.grad_scaler is scaler
     (plain(x).square().mean() + a.loss()).backward()
@@ -174,7 +178,7 @@ def test_a_loss_without_a_graph_is_an_error():
 @pytest.mark.parametrize("inject", [False, True])
 def test_checkpoint_counts_the_loss_once(inject):
     net, x, gradients = network(), images(), []
-    handle = vk.attach(net, x[:1], weight=1.0, inject=inject)
+    handle = attach(net, x[:1], weight=1.0, inject=inject)
     for recompute in (False, True):
         y = checkpoint(net, x.requires_grad_(), use_reentrant=False) if recompute else net(x)
         loss = y.square().mean()
@@ -213,7 +217,7 @@ def test_losses_since_the_last_reading_count_and_no_older_ones(shared_beta):
 @pytest.mark.parametrize("cast", [nn.Module.bfloat16, nn.Module.half, lambda net: net.to("cpu", torch.bfloat16)])
 def test_betas_of_a_half_precision_model_move_by_small_steps(cast):
     net = mlp()
-    handle = vk.attach(net, torch.randn(2, 4))
+    handle = attach(net, torch.randn(2, 4))
     half = cast(net)[0].weight.dtype
     (beta,) = handle.parameters()
     assert beta.dtype == torch.float32 != half
@@ -225,7 +229,7 @@ def test_betas_of_a_half_precision_model_move_by_small_steps(cast):
 @pytest.mark.parametrize("inject", [False, True])
 def test_a_short_batch_gives_every_beta_a_gradient_of_zero(inject):
     net = network()
-    handle = vk.attach(net, images(1), inject=inject)
+    handle = attach(net, images(1), inject=inject)
     with pytest.warns(
         vk.VCLWarning, match=r"layer '1' got an input of shape \(9, 6, 6, 6\).*fewer than 2 .* = 10 rows"
     ):
@@ -237,7 +241,7 @@ def test_a_short_batch_gives_every_beta_a_gradient_of_zero(inject):
 
 def test_copies_have_handles_and_losses_of_their_own():
     net, x = nn.Sequential(*mlp(), nn.Linear(8, 4), nn.Hardswish(inplace=True)), torch.randn(20, 4)
-    handle = vk.attach(net, x)
+    handle = attach(net, x)
     net(x)
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert other[1].vcl[0].loss is None
@@ -253,7 +257,7 @@ def test_copies_have_handles_and_losses_of_their_own():
 
 def test_betas_without_a_shape_are_saved_and_loaded():
     first, second = network(), network()
-    vk.attach(first), vk.attach(second)
+    attach(first), attach(second)
     second.load_state_dict(first.state_dict())
     assert "from the first batch" in repr(second)
     first(images())
@@ -270,7 +274,7 @@ class Wrapped(nn.parallel.DistributedDataParallel):
 
 def test_a_model_that_is_wrapped_gains_and_loses_no_parameters():
     net = Wrapped(nn.Sequential(nn.BatchNorm1d(4), nn.ELU()))
-    for change in (vk.attach, vk.remove_batch_norm):
+    for change in (attach, vk.remove_batch_norm):
         with pytest.raises(ValueError, match="DistributedDataParallel.*wrap it afterwards"):
             change(net)
     assert list(vk.attach(net, beta_mode="fixed").parameters()) == []
@@ -324,7 +328,7 @@ def test_layers_are_chosen_by_name_or_predicate_and_count_once(layers):
 
 def test_param_groups():
     net = nn.ModuleList([network(), nn.LSTM(3, 4), nn.MultiheadAttention(4, 2)])
-    vk.attach(net[0], images(1))
+    attach(net[0], images(1))
     decayed, free = vk.param_groups(net, 1e-4)
     assert (decayed["weight_decay"], free["weight_decay"]) == (1e-4, 0)
     assert {p.dim() for p in decayed["params"]} == {2, 4}
@@ -335,7 +339,7 @@ def test_param_groups():
 
 def test_precisions_may_be_mixed():
     net, x = network(), images()
-    handle = vk.attach(net, x[:1])
+    handle = attach(net, x[:1])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = net(x)
     assert handle.loss().dtype == torch.float32

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from common import Model
+from common import LEARNED, Model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def running(**settings):
-    return vk.VCL(beta_mode="running", **{"unit": "activation", **settings})
+    return vk.VCL(beta_mode="running", **{"unit": "activation", "num_sub_batches": 2, **settings})
 
 
 def fits(x, n, unit="activation", pairs=1):
@@ -200,7 +200,7 @@ def test_the_monitor_shows_the_one_that_acted():
         ({"beta_mode": "moving"}, "beta_mode must be one of 'learned', 'fixed', 'running'; got 'moving'"),
         ({"beta_mode": "running", "beta_init": 2.0}, "beta_init"),
         ({"beta_mode": "running", "beta_momentum": 0.0}, "beta_momentum"),
-        ({"beta_momentum": 0.5}, "beta_momentum"),
+        ({"beta_mode": "learned", "beta_momentum": 0.5}, "beta_momentum"),
     ],
 )
 def test_settings_that_do_not_go_together(settings, said):
@@ -214,7 +214,7 @@ def test_it_starts_at_that_of_the_example(unit, inplace):
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(inplace), nn.Conv2d(4, 4, 3), nn.Mish())
     x, before = 3 * torch.randn(20, 1, 8, 8), []
     hooks = [net[i].register_forward_hook(lambda *args: before.append(args[2].clone())) for i in (0, 2)]
-    handle = vk.attach(net, x, beta_init="example", unit=unit, sub_batch_size=4)
+    handle = vk.attach(net, x, beta_init="example", sub_batch_size=4, **{**LEARNED, "unit": unit})
     del before[2:]  # later runs of the example
     for vcl, values in zip(handle.layers.values(), before, strict=True):
         expected = fits(values, 4, unit).expand(vcl.beta.shape)
@@ -229,7 +229,7 @@ def test_it_starts_at_that_of_the_example(unit, inplace):
 
 def test_channels_of_the_example_may_be_last():
     net, x = nn.Sequential(nn.Linear(4, 6), nn.ELU()), torch.randn(12, 7, 4)
-    handle = vk.attach(net, x, beta_init="example", beta_mode="fixed", sub_batch_size=3)
+    handle = vk.attach(net, x, beta_init="example", sub_batch_size=3, **{**LEARNED, "beta_mode": "fixed"})
     assert handle.layers["1"].beta_init == pytest.approx(float(fits(net[0](x).detach().transpose(1, 2), 3, "channel")))
 
 
@@ -245,14 +245,14 @@ def test_channels_of_the_example_may_be_last():
 def test_examples_that_say_nothing(example, settings, said):
     net = nn.Sequential(nn.Linear(4, 8), nn.ELU())
     with pytest.raises(ValueError, match=said):
-        vk.attach(net, None if example is None else torch.randn(example, 4), beta_init="example", **settings)
+        vk.attach(net, example and torch.randn(example, 4), beta_init="example", **{**LEARNED, **settings})
     assert not hasattr(net, "vcl_handle")
 
 
 def test_an_example_has_to_reach_every_layer():
     net = Model(lambda self, x: self.a(x), a=nn.Sequential(nn.Linear(4, 4), nn.ELU()), b=nn.ELU())
     with pytest.raises(ValueError, match="it does not reach b"):
-        vk.attach(net, torch.randn(20, 4), beta_init="example")
+        vk.attach(net, torch.randn(20, 4), beta_init="example", **LEARNED)
 
 
 def test_relative_variance_has_the_beta_of_vcl_loss():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from common import as_tuple, assert_all_close, results
+from common import LEARNED, as_tuple, assert_all_close, results
 from torch import _efficientzerotensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import UninitializedParameter
@@ -96,9 +96,10 @@ FUNCTIONS = {
     "reference loss": vk.reference.vcl_loss,
     "reference activation": vk.reference.vcl_activation,
     "reference moments": lambda x: vk.reference.sub_batch_moments(x, 5),
-    "VCL": lambda x: vk.VCL(6)(x),
-    "VCLActivation": lambda x: vk.VCLActivation("elu", 6, inject=True)(x),
-    "VCL of the first batch": lambda x: vk.VCL()(x),
+    "VCL": lambda x: vk.VCL(6, **LEARNED)(x),
+    "VCLActivation": lambda x: vk.VCLActivation("elu", 6, inject=True, **LEARNED)(x),
+    "VCL of the first batch": lambda x: vk.VCL(**LEARNED)(x),
+    "VCL with a running beta": lambda x: vk.VCL(beta_mode="running")(x),
     "VCL of a short batch": lambda x: vk.VCL(6, sub_batch_size=11)(x),
 }
 OF_BETA = [name for name in FUNCTIONS if "loss" in name or "activation" in name]
@@ -164,7 +165,7 @@ def test_a_meta_batch_and_a_beta_in_memory(name):
     with pytest.raises(ValueError, match="beta must be on x's device, meta; got cpu"):
         FUNCTIONS[name](X.to("meta"))
     with torch.device("meta"):
-        vcl = vk.VCL()
+        vcl = vk.VCL(**LEARNED)
     vcl(X.to("meta"))
     assert (vcl.loss.device.type, vcl.beta.shape) == ("meta", (6,))
 

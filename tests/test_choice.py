@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from common import Model
+from common import LEARNED, Model
 from torch import nn
 
 import vcl_kernels as vk
@@ -125,7 +125,7 @@ NAMES = ["layers.0.linear1", "layers.1.linear1"]
 def test_loss_and_gradient_of_outputs_are_those_by_hand(after, inject):
     net = encoder()
     plain, losses = copy.deepcopy(net), []
-    handle = vk.attach(net, TOKENS[:2], after=after(net), weight=0.3, inject=inject)
+    handle = vk.attach(net, TOKENS[:2], after=after(net), weight=0.3, inject=inject, **LEARNED)
     assert [(name, vcl.channel_dim, vcl.beta.shape) for name, vcl in handle.layers.items()] == [
         (name, -1, (12,)) for name in NAMES
     ]
@@ -151,7 +151,7 @@ def test_loss_and_gradient_of_outputs_are_those_by_hand(after, inject):
 def test_after_stands_beside_the_activations_or_alone():
     net = nn.Sequential(nn.Linear(1, 6), nn.ReLU(), nn.Linear(6, 1))
     assert repr(vk.attach(copy.deepcopy(net), X[:, :1], after=["0"])) == "VCLHandle(1, 0)"
-    handle = vk.attach(net, X[:, :1], after="0", layers=[], weight=1.0)
+    handle = vk.attach(net, X[:, :1], after="0", layers=[], weight=1.0, **LEARNED)
     pre = net[0](X[:, :1])
     net(X[:, :1])
     assert list(handle.losses) == ["0"]
@@ -206,7 +206,7 @@ def test_children_that_are_reached_by_another_way_get_vcl(way):
     net = Model(None, **linears(first=nn.ReLU(), second=nn.Softplus()))
     net.__dict__["way"] = way(net.a, net.first, net.b, net.second)
     net.__dict__["steps"] = lambda m, x: Helper(*(m.way.values() if isinstance(m.way, dict) else m.way))(x)
-    handle = vk.attach(net, X[:2], weight=1.0)
+    handle = vk.attach(net, X[:2], weight=1.0, **LEARNED)
     assert repr(handle) == "VCLHandle(first, second)"
     net(X)
     pre = net.a(X)
@@ -255,7 +255,7 @@ class Overwriting(nn.Module):
 def test_an_activation_that_overwrites_its_input_without_saying_so(function, how, inject):
     net = nn.Sequential(nn.Linear(4, 4), Overwriting(function), nn.Linear(4, 4))
     plain = copy.deepcopy(net)
-    handle = vk.attach(net, X[:2], weight=0.3, inject=inject)
+    handle = vk.attach(net, X[:2], weight=0.3, inject=inject, **LEARNED)
     assert how in str(handle)
     y = net(X)
     loss = y.square().mean()
@@ -276,7 +276,7 @@ class Sloped(nn.ReLU):
 
 def test_an_activation_that_gets_further_arguments_is_hooked():
     net = Model(lambda m, x: m.act(m.a(x), 3.0), **linears(act=Sloped()))
-    handle = vk.attach(net, X[:2], weight=1.0)
+    handle = vk.attach(net, X[:2], weight=1.0, **LEARNED)
     assert "before" in str(handle)
     pre = net.a(X)
     torch.testing.assert_close(net(X), 3 * pre.relu())
@@ -307,7 +307,7 @@ def test_the_table():
     steps = lambda m, x: F.elu(m.act2(m.c(m.act1(m.b(m.act1(m.a(x)))))) + m.act3(x.mean()))  # noqa: E731
     net = Model(steps, **linears(act1=nn.CELU(), act2=nn.Softplus(), act3=nn.Mish()))
     with pytest.warns(vk.VCLWarning, match="1 of 5 activation calls are functions"):
-        handle = vk.attach(net, TOKENS[:2], after=["a"], channel_dim=None)
+        handle = vk.attach(net, TOKENS[:2], after=["a"], channel_dim=None, **LEARNED)
     assert (
         str(handle)
         == """\

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from common import LAYOUTS, as_tuple, assert_all_close
+from common import LAYOUTS, LEARNED, as_tuple, assert_all_close
 from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 from torch.export import Dim, export
@@ -70,7 +70,7 @@ def of_moments(x, _):
 
 
 def of_module(name, inject):
-    module = vk.VCLActivation(name, 8, inject=inject, weight=0.5)
+    module = vk.VCLActivation(name, 8, inject=inject, weight=0.5, **LEARNED)
 
     def call(x, _):
         y = module(x)
@@ -154,10 +154,11 @@ class Inference(Net):
 
 
 class Layer(torch.nn.Module):
-    def __init__(self, unit="channel", **options):
+    def __init__(self, form, unit, **options):
         super().__init__()
+        options |= {"form": form, "unit": unit, "beta_mode": "fixed" if form == "variance" else "learned"}
         self.conv = torch.nn.Conv2d(3, 5, 1)
-        self.vcl = vk.VCLActivation("elu", 5 if unit == "channel" else (5, 4, 4), unit=unit, **options)
+        self.vcl = vk.VCLActivation("elu", 5 if unit == "channel" else (5, 4, 4), **options)
 
     def forward(self, x):
         return self.vcl(self.conv(x)), self.vcl.loss

@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from common import DTYPES, LAYOUTS, assert_all_close, check, results
+from common import DTYPES, LAYOUTS, LEARNED, assert_all_close, check, results
 from conftest import GPU
 from test_ops import calls
 from torch import nn
@@ -210,7 +210,7 @@ class Network(nn.Module):
 def test_training_step_does_not_wait(dtype, inject, scaled):
     net, x = Network().to(DEVICE), torch.randn(sized((64, 3, 32, 32), (20, 3, 8, 8)), device=DEVICE)
     target = torch.randint(4, (len(x),), device=DEVICE)
-    handle = vk.attach(net, x[:2], inject=inject)
+    handle = vk.attach(net, x[:2], inject=inject, **LEARNED)
     optimizer = torch.optim.SGD(vk.param_groups(net, 1e-4), lr=0.01, momentum=0.9)
     scaler = torch.amp.GradScaler(DEVICE, init_scale=16.0) if scaled else None
     handle.grad_scaler = scaler if inject else None
@@ -305,7 +305,7 @@ def test_more_elements_than_32_bits_count(layout):
 @pytest.mark.parametrize("name", ["functions", "module", "injected"])
 def test_compiled_without_a_break(name, layout, dynamic):
     """In a rehearsal without code generation, and on the backend of CPU tensors."""
-    module = vk.VCLActivation("elu", 6, sub_batch_size=4, inject=name == "injected").to(DEVICE)
+    module = vk.VCLActivation("elu", 6, sub_batch_size=4, inject=name == "injected", **LEARNED).to(DEVICE)
     inputs = [torch.randn(5).to(DEVICE).requires_grad_(), module.beta]
 
     def step(x):

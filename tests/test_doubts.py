@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from common import LEARNED
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,7 +25,7 @@ def test_a_model_inside_a_distributed_one_is_refused():
             vk.attach(model)
     assert not list(vk.attach(wrapped.module, beta_mode="fixed").parameters())
     net, x = network(), torch.randn(20, 4)
-    handle = vk.attach(net, x)
+    handle = vk.attach(net, x, **LEARNED)
     (DistributedDataParallel(net)(x).sum() + handle.loss()).backward()
     assert all(beta.grad.abs().sum() > 0 for beta in handle.parameters())
 

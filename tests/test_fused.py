@@ -8,10 +8,13 @@ from operator import methodcaller
 import pytest
 import torch
 import torch.nn.functional as F
+from common import LEARNED
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import vcl_kernels as vk
+
+attach = partial(vk.attach, weight=0.01, **LEARNED)
 
 
 def mlp(activation=None):
@@ -57,7 +60,7 @@ def test_an_activation_called_by_keyword(act):
     net, x = Repeated(act), torch.randn(20, 4)
     pre = net.linear(x)
     expected = copy.deepcopy(act)(pre.clone())
-    handle = vk.attach(net, {"x": x[:2]}, weight=1.0)
+    handle = attach(net, {"x": x[:2]}, weight=1.0)
     assert getattr(net.act, "inplace", None) == getattr(act, "inplace", None)
     torch.testing.assert_close(net(x), expected)
     torch.testing.assert_close(handle.loss(), vk.vcl_loss(pre, torch.ones(4)))
@@ -82,7 +85,7 @@ def test_hooks_on_activations_still_run():
 def test_modules_with_a_beta_are_called_as_modules():
     """Sharding and pruning provide parameters in hooks of the module."""
     net, called = nn.Sequential(*mlp(), nn.Linear(8, 8), nn.Mish()), []
-    vk.attach(net, torch.randn(2, 4))
+    attach(net, torch.randn(2, 4))
     for index in (1, 3):
         net[index].vcl[0].register_forward_hook(lambda *_, index=index: called.append(index))
     net(torch.randn(20, 4))
@@ -92,7 +95,7 @@ def test_modules_with_a_beta_are_called_as_modules():
 def test_an_activation_with_a_forward_of_its_own_is_not_replaced():
     net, x = nn.Sequential(nn.ReLU()), torch.randn(20, 4)
     net[0].forward = lambda input: 7 * input.relu()
-    handle = vk.attach(net)
+    handle = attach(net)
     torch.testing.assert_close(net(x.requires_grad_()), 7 * x.relu())
     torch.testing.assert_close(handle.loss(), 0.01 * vk.reference.vcl_loss(x))
 
@@ -148,7 +151,7 @@ class ByFunction(nn.Module):
 def test_a_function_that_a_module_keeps_is_compared_under_a_compiler_and_in_copies(function):
     net, x = mlp(ByFunction(function)), torch.randn(20, 4)
     pre = net[0](x)
-    assert "fused" in str(vk.attach(net, x))
+    assert "fused" in str(attach(net, x))
     compiled = torch.compile(net, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), net[1].act(pre))
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
@@ -181,7 +184,7 @@ class Noting(nn.Module):
 def test_a_forward_that_does_more_than_the_activation_runs():
     scaled, noting, x = Scaled(), Noting(), torch.randn(20, 4)
     net = nn.Sequential(nn.Linear(4, 8), scaled, nn.Linear(8, 8), noting)
-    handle = vk.attach(net, x, weight=1.0)
+    handle = attach(net, x, weight=1.0)
     assert (noting.calls, noting.latest.shape) == (1, (20, 8))  # the example's run is one call
     net(x)
     pre = net[0](x)

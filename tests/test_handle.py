@@ -5,12 +5,13 @@ import pickle
 
 import pytest
 import torch
+from common import LEARNED
 from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 
 import vcl_kernels as vk
 
-SETTINGS = {"weight": 0.5}
+SETTINGS = {**LEARNED, "weight": 0.5}
 
 
 def network():
@@ -164,7 +165,7 @@ class Recurrent(nn.Module):
 @pytest.mark.parametrize("act", [nn.Tanh, nn.Softplus])
 def test_one_beta_for_all_calls(act, inject, recompute):
     net = Recurrent(act(), recompute)
-    handle = vk.attach(net, (torch.randn(2, 4), 2), weight=0.5, shared_beta=True, inject=inject)
+    handle = vk.attach(net, (torch.randn(2, 4), 2), shared_beta=True, inject=inject, **SETTINGS)
     assert list(handle.layers) == ["act"]
     for steps in (5, 1, 2):
         net.zero_grad()
@@ -187,8 +188,8 @@ def test_calls_of_different_widths_cannot_share_a_beta():
     act = nn.GELU()
     net = nn.Sequential(nn.Linear(4, 6), act, nn.Linear(6, 5), act)
     with pytest.raises(ValueError, match=r"shared_beta wants the same units.*'1' have betas of shapes \(5,\), \(6,\)"):
-        vk.attach(net, torch.randn(2, 4), shared_beta=True)
-    assert len(vk.attach(net, torch.randn(2, 4)).layers) == 2
+        vk.attach(net, torch.randn(2, 4), shared_beta=True, **SETTINGS)
+    assert len(vk.attach(net, torch.randn(2, 4), **SETTINGS).layers) == 2
 
 
 def test_a_handle_is_found_by_its_model():
@@ -208,7 +209,7 @@ def test_a_handle_is_found_by_its_model():
 def test_plain_checkpoints_load_and_betas_stay():
     plain = nn.Sequential(network(), nn.ReLU())
     net = copy.deepcopy(plain)
-    handle = vk.attach(net, torch.randn(2, 4))
+    handle = vk.attach(net, torch.randn(2, 4), **SETTINGS)
     checkpoint = {name: torch.randn_like(p) for name, p in plain.state_dict().items()}
     for beta in handle.parameters():
         nn.init.constant_(beta, 3.0)
@@ -233,7 +234,7 @@ def test_an_optimizers_state_goes_on():
     step(net, None, torch.randn(20, 4))
     optimizer.step()
     before = copy.deepcopy(optimizer.state_dict())
-    handle = vk.attach(net, torch.randn(2, 4))
+    handle = vk.attach(net, torch.randn(2, 4), **SETTINGS)
     optimizer.add_param_group({"params": list(handle.parameters())})
     found = optimizer.state_dict()
     assert found["param_groups"][:1] == before["param_groups"]
@@ -254,7 +255,7 @@ def initialise(net):
 def test_an_example_on_meta_makes_betas_there():
     with torch.device("meta"):
         net = nn.Sequential(nn.Linear(4, 8), nn.ELU())
-    handle = vk.attach(net, torch.empty(2, 4, device="meta"))
+    handle = vk.attach(net, torch.empty(2, 4, device="meta"), **SETTINGS)
     assert [(beta.device.type, tuple(beta.shape)) for beta in handle.parameters()] == [("meta", (8,))]
 
 

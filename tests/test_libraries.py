@@ -10,12 +10,14 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from common import LEARNED
 from libraries import CASES, library
 from torch import nn
 
 import vcl_kernels as vk
 
 WEIGHT = 0.3  # so large that VCL has a part in the gradients that shows
+SETTINGS = {**LEARNED, "weight": WEIGHT}
 ROWS = 10  # two sub-batches of five
 
 # The largest error of a gradient, as a part of the largest gradient
@@ -34,7 +36,7 @@ def inputs_of(case, rows):
 
 def attach(net, case):
     with pytest.warns(vk.VCLWarning, match=case.warning) if case.warning else nullcontext():
-        return vk.attach(net, inputs_of(case, 2), weight=WEIGHT)
+        return vk.attach(net, inputs_of(case, 2), **SETTINGS)
 
 
 def record_losses(net, case):
@@ -105,7 +107,7 @@ def test_after_gives_vcl_to_what_gated_layers_take():
     net = case.make()
     plain, inputs = copy.deepcopy(net), case.inputs(ROWS)
     projections = [name for name, _ in net.named_modules() if name.endswith("ff.net.0.proj")]
-    handle = vk.attach(net, case.inputs(2), weight=WEIGHT, after=projections)
+    handle = vk.attach(net, case.inputs(2), after=projections, **SETTINGS)
     assert len(handle.layers) == case.count + 4
     net(**inputs)
     outputs = {}
@@ -124,7 +126,7 @@ def test_every_activation_of_transformers_is_found(subtests):
     for name in sorted(set(activations) - {"linear"}):
         with subtests.test(name):
             net = nn.Sequential(nn.Linear(4, 8), activations[name])
-            handle = vk.attach(net, x[:2], weight=WEIGHT)
+            handle = vk.attach(net, x[:2], **SETTINGS)
             assert list(handle.layers) == ["1"]
             net(x)
             torch.testing.assert_close(handle.loss(), WEIGHT * vk.reference.vcl_loss(net[0](x)))
@@ -135,7 +137,7 @@ def test_every_activation_of_transformers_is_found(subtests):
 
 def classifier():
     net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ELU(), nn.Flatten(), nn.Linear(216, 3))
-    vk.attach(net, torch.randn(2, 1, 8, 8), weight=WEIGHT)
+    vk.attach(net, torch.randn(2, 1, 8, 8), **SETTINGS)
     data = torch.utils.data.TensorDataset(torch.randn(2 * ROWS, 1, 8, 8), torch.randint(3, (2 * ROWS,)))
     return net, torch.utils.data.DataLoader(data, batch_size=ROWS)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import DTYPES, LAYOUTS, check, results, set_limit
+from common import DTYPES, LAYOUTS, LEARNED, check, results, set_limit
 from conftest import device_of
 
 import vcl_kernels as vk
@@ -195,7 +195,7 @@ def test_half_gradient_does_not_vanish_under_a_loss_scale(kernel_backend):
 
 @pytest.mark.parametrize("units", [(), 3])
 def test_a_nan_in_beta_is_not_hidden(backend, units):
-    vcl = vk.VCL(units, beta_init=float("nan"), beta_min=1e-3, backend=backend).to(device_of(backend))
+    vcl = vk.VCL(units, beta_init=float("nan"), beta_min=1e-3, backend=backend, **LEARNED).to(device_of(backend))
     vcl(torch.randn(10, 3, 4).to(device_of(backend)))
     vcl.loss.backward()
     assert vcl.beta.grad.isnan().all()
@@ -211,7 +211,7 @@ def test_beta_below_its_minimum_may_only_rise(monkeypatch, backend, rows, form, 
 
     def loss_and_dbeta(beta):
         options = {"form": form, "beta_init": beta, "beta_min": 1e-3, "weight": 0.5, "backend": backend}
-        vcl = vk.VCL(units if per_unit else (), **options).to(x.device)
+        vcl = vk.VCL(units if per_unit else (), **LEARNED, **options).to(x.device)
         vcl(x)
         return vcl.loss, *torch.autograd.grad(vcl.loss, vcl.beta)
 

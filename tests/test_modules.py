@@ -4,12 +4,13 @@ import re
 
 import pytest
 import torch
+from common import LEARNED
 
 import vcl_kernels as vk
 
 
 def test_vcl_is_the_identity_and_keeps_the_loss():
-    vcl, x = vk.VCL(6, weight=0.1), torch.randn(20, 6, 4)
+    vcl, x = vk.VCL(6, weight=0.1, **LEARNED), torch.randn(20, 6, 4)
     assert vcl(x) is x
     loss = vcl.loss
     torch.testing.assert_close(loss, 0.1 * vk.vcl_loss(x, vcl.beta))
@@ -17,7 +18,7 @@ def test_vcl_is_the_identity_and_keeps_the_loss():
     assert vcl.loss is loss
     vcl.train()(x[:9])
     assert vcl.loss == 0
-    last = vk.VCL((), weight=0.1, channel_dim=-1)
+    last = vk.VCL((), weight=0.1, channel_dim=-1, **LEARNED)
     assert last(x) is x
     torch.testing.assert_close(last.loss, 0.1 * vk.vcl_loss(x.transpose(1, 2), 1.0))
     assert repr(last) == "VCL(form=ratio, n=5, unit=channel, weight=0.1, beta=(), channel_dim=-1)"
@@ -27,7 +28,7 @@ def test_vcl_is_the_identity_and_keeps_the_loss():
     ("form", "asked", "rows", "present"), [("ratio", 6, 40, 6), ("ratio", 99, 33, 6), ("variance", 3, 40, 3)]
 )
 def test_sub_batches_are_those_asked_for_as_far_as_the_batch_has_them(form, asked, rows, present):
-    vcl, x = vk.VCL(4, form=form, num_sub_batches=asked), torch.randn(rows, 4)
+    vcl, x = vk.VCL(form=form, num_sub_batches=asked, beta_mode="fixed"), torch.randn(rows, 4)
     vcl(x)
     torch.testing.assert_close(vcl.loss, vk.vcl_loss(x, form=form, num_sub_batches=present))
 
@@ -51,7 +52,7 @@ def test_values_and_gradients_are_those_of_the_transposed(unit, shape, dim, acti
 
 def test_channels_in_the_last_dimension_are_read_where_they_lie(monkeypatch):
     x = torch.randn(20, 7, 12, requires_grad=True)
-    act = vk.VCLActivation("relu", 12, channel_dim=-1)
+    act = vk.VCLActivation("relu", 12, channel_dim=-1, **LEARNED)
     monkeypatch.setattr(torch.Tensor, "contiguous", lambda *_: pytest.fail("copied"))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -76,7 +77,7 @@ def test_compiled_in_one_graph():
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize(("activation", "channel_dim"), [("elu", 1), ("gelu", 1), ("identity", 1), ("elu", -1)])
 def test_an_injected_loss_is_as_an_added_one(activation, channel_dim, backend):
-    settings = {"weight": 0.5, "channel_dim": channel_dim, "backend": backend}
+    settings = {**LEARNED, "weight": 0.5, "channel_dim": channel_dim, "backend": backend}
     x, w = torch.randn(12, 6, 6), torch.randn(12, 6, 6)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     added, injected = (vk.VCLActivation(activation, 6, inject=inject, **settings) for inject in (False, True))

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from common import LEARNED
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from watched import close, hooks, net
@@ -40,7 +41,8 @@ def test_numbers_are_those_of_the_definitions(unit, dtype):
 @pytest.mark.parametrize("form", ["ratio", "variance", "relative_variance"])
 def test_an_attached_model_shows_its_losses_and_betas(form):
     model, x = net(), torch.randn(32, 4)
-    handle = vk.attach(model, x, form=form, beta_init=0.5, inject=form == "ratio")
+    beta_mode = "fixed" if form == "variance" else "learned"
+    handle = vk.attach(model, x, form=form, beta_mode=beta_mode, beta_init=0.5, unit="channel", inject=form == "ratio")
     with torch.no_grad():
         for beta in handle.parameters():
             beta[0] = -1.0
@@ -80,7 +82,7 @@ def test_each_call_of_a_shared_activation_has_its_row():
 
 def test_channels_are_where_the_vcl_has_them():
     model, x = nn.Sequential(nn.Linear(4, 8), nn.GELU()), torch.randn(20, 7, 4)
-    handle = vk.attach(model, x[:1])
+    handle = vk.attach(model, x[:1], **LEARNED)
     with vk.VCLMonitor(handle) as monitor, vk.VCLMonitor(handle, channel_dim=1) as other:
         model(x)
     for watched, pre in ((monitor, model[0](x).detach().mT), (other, model[0](x).detach())):
@@ -166,7 +168,7 @@ def test_short_batches_and_dead_units():
 
 def test_a_beta_without_a_shape_has_no_value_yet():
     model, x = nn.Sequential(nn.Linear(4, 8), nn.ELU()), torch.randn(20, 4)
-    with vk.VCLMonitor(vk.attach(model)) as monitor:
+    with vk.VCLMonitor(vk.attach(model, **LEARNED)) as monitor:
         with pytest.warns(vk.VCLWarning, match="fewer than 2"):
             model(x[:6])
         model(x)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from common import LEARNED
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -17,7 +18,7 @@ from vcl_kernels.scale import variance_over_beta
 def test_scale_is_what_the_vcl_asks_for(unit, M):
     """M is that of the layer's VCL, whatever the monitor was asked to cut."""
     model, x = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ELU()), torch.randn(20, 2, 6, 6)
-    handle = vk.attach(model, x, unit=unit)
+    handle = vk.attach(model, x, **{**LEARNED, "unit": unit})
     (beta,) = handle.parameters()
     with torch.no_grad():
         beta.uniform_(-1, 2)
@@ -39,10 +40,15 @@ def test_other_forms_ask_for_no_scale(form):
 # share
 
 
-def network(**options):
+def network(form="ratio", **options):
     model = nn.Sequential(nn.Linear(4, 6), nn.ELU(), nn.Linear(6, 8), nn.Mish(), nn.Linear(8, 2)).double()
     x = torch.randn(23, 4, dtype=torch.float64)
-    handle = vk.attach(model, x, weight=0.3, **options)
+    settings = {**LEARNED, "weight": 0.3, "form": form}
+    if form == "variance":
+        settings["beta_mode"] = "fixed"
+    if form != "ratio":
+        settings["num_sub_batches"] = None
+    handle = vk.attach(model, x, **{**settings, **options})
     with torch.no_grad():
         for beta in handle.parameters():
             beta.data = torch.rand_like(beta, dtype=torch.float64) - 0.2
@@ -120,7 +126,7 @@ def test_share_under_a_scaler_with_accumulation(inject):
 @pytest.mark.parametrize("in_place", [False, True])
 def test_share_of_a_module_of_the_users_own(in_place, channel_dim):
     """A later in-place activation overwrites its input."""
-    vcl = vk.VCL(weight=2.0, channel_dim=channel_dim, beta_mode="fixed", beta_init=0.3)
+    vcl = vk.VCL(weight=2.0, channel_dim=channel_dim, beta_init=0.3, **{**LEARNED, "beta_mode": "fixed"})
     model = nn.Sequential(nn.Linear(4, 8), vcl, nn.Hardtanh(0, 1, inplace=in_place), nn.Linear(8, 2)).double()
     x = torch.randn(20, 7, 4, dtype=torch.float64)
     seen = []
@@ -137,7 +143,7 @@ def test_share_of_a_module_of_the_users_own(in_place, channel_dim):
 def test_share_and_statistics_behind_a_layer(inject):
     """``after=`` gives VCL to an output: that is what is looked at."""
     model, x = nn.Sequential(nn.Linear(4, 6), nn.ELU(), nn.Linear(6, 2)).double(), torch.randn(20, 4).double()
-    handle = vk.attach(model, x, layers=[], after=["0"], weight=0.5, inject=inject)
+    handle = vk.attach(model, x, layers=[], after=["0"], weight=0.5, inject=inject, **LEARNED)
     inputs, monitor = gradients(model, ("0",), behind=("0",)), vk.VCLMonitor(handle)
     objective = model(x).square().mean()
     (objective if inject else objective + handle.loss()).backward()
@@ -152,7 +158,7 @@ def test_share_and_statistics_behind_a_layer(inject):
 def test_share_of_each_call(shared_beta):
     act, x = nn.ELU(), torch.randn(20, 4, dtype=torch.float64, requires_grad=True)
     model = nn.Sequential(act, nn.Linear(4, 4), act, nn.Linear(4, 2)).double()
-    handle = vk.attach(model, x.detach(), weight=0.4, shared_beta=shared_beta)
+    handle = vk.attach(model, x.detach(), weight=0.4, shared_beta=shared_beta, **LEARNED)
     inputs, monitor = gradients(model, ("0",)), vk.VCLMonitor(model)
     (model(x).square().mean() + handle.loss()).backward()
     vcls = list(handle.layers.values()) * (2 if shared_beta else 1)
@@ -248,7 +254,7 @@ def test_share_says_when_the_loss_is_not_in_the_objective():
 def test_share_in_half_precision_does_not_underflow():
     model = nn.Sequential(nn.Linear(4, 6), nn.ELU(), nn.Linear(6, 2)).half()
     x = torch.randn(20, 4).half()
-    handle = vk.attach(model, x, weight=1e-6)
+    handle = vk.attach(model, x, weight=1e-6, **LEARNED)
     monitor = vk.VCLMonitor(handle)
     (model(x).float().square().mean() * 1e-2 + handle.loss()).backward()
     (share,) = shares(monitor)
@@ -275,7 +281,7 @@ def test_sharded_betas_are_read_where_they_are_gathered():
     from torch.distributed import fsdp, init_device_mesh
 
     model, x = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.ELU()), nn.Linear(8, 2)), torch.randn(20, 4)
-    handle = vk.attach(model, x, beta_init=0.5)
+    handle = vk.attach(model, x, beta_init=0.5, **LEARNED)
     for part in (model[0], model):
         fsdp.fully_shard(part, mesh=init_device_mesh("cpu", (1,)))
     monitor = vk.VCLMonitor(handle)

@@ -85,7 +85,7 @@ CASES = {  # model, example, options of attach, units
 @pytest.mark.parametrize("case", CASES)
 def test_where_features_are_last(case):
     model, example, options, units = CASES[case]
-    handle = vk.attach(model, example, **options)
+    handle = vk.attach(model, example, **common.LEARNED, **options)
     assert [tuple(beta.shape) for beta in handle.parameters()] == [(units,)]
     (vcl,) = (module for module in model.modules() if isinstance(module, vk.VCLActivation))
     assert ("channel_dim=-1" in repr(model)) == (vcl.channel_dim == -1)
@@ -94,7 +94,7 @@ def test_where_features_are_last(case):
 @pytest.mark.parametrize("inject", [True, False])
 def test_a_model_with_channels_in_both_dimensions(inject):
     net, x = Model(encoder, patches=nn.Conv2d(1, 6, 4, 4), stem=nn.ReLU(), gate=nn.SiLU()), torch.randn(20, 1, 12, 12)
-    handle = vk.attach(net, x[:1], weight=0.5, inject=inject)
+    handle = vk.attach(net, x[:1], weight=0.5, inject=inject, **common.LEARNED)
     inputs = {}
     for name in ("stem", "act", "gate"):
         net.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
@@ -126,7 +126,7 @@ def test_a_model_that_reads_what_is_overwritten_is_refused(act, shared):
 def test_a_model_that_draws_numbers_is_not_refused():
     net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.ReLU(inplace=True))
     net[1].forward = F.dropout
-    assert list(vk.attach(net, torch.randn(20, 4)).parameters())
+    assert list(vk.attach(net, torch.randn(20, 4), **common.LEARNED).parameters())
 
 
 def test_the_example_and_the_mode_are_left_alone():

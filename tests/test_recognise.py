@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from common import Model
+from common import LEARNED, Model
 from torch import nn
 
 import vcl_kernels as vk
@@ -256,7 +256,7 @@ def test_one_that_takes_its_real_shape_alone_is_found_by_the_example(act):
     assert found(act, pre[:2]) == "hooked"
     with pytest.raises(ValueError, match="no activation modules"):
         vk.attach(net)
-    handle = vk.attach(net, x[:2], weight=1.0)
+    handle = vk.attach(net, x[:2], weight=1.0, **LEARNED)
     assert str(handle).splitlines()[1:] == [
         f"1      {type(act).__name__.ljust(10)}  before  (21,)",
         "1 layer with VCL: 1 before",

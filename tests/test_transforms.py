@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
-from common import results
+from common import LEARNED, results
 from conftest import device_of
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
@@ -37,7 +37,7 @@ def module(x):
     return VCL(x).square().sum() + VCL.loss
 
 
-VCL = vk.VCLActivation("elu", 3, sub_batch_size=3, beta_init=5e-4).double()
+VCL = vk.VCLActivation("elu", 3, sub_batch_size=3, beta_init=5e-4, **LEARNED).double()
 FUNCTIONS = {"loss": loss, "activation": activation, "moments": moments}
 X = torch.randn(3, 7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))  # an ensemble
 T = torch.randn(3, 7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -137,7 +137,7 @@ def of_beta(vcl, x):
 @pytest.mark.parametrize("name", ["elu", "identity"])
 def test_the_gradient_of_a_modules_beta(name, inject):
     """Above its minimum, and below, where it may only rise."""
-    vcl = vk.VCLActivation(name, 3, sub_batch_size=3, inject=inject, beta_min=0.1).double()
+    vcl = vk.VCLActivation(name, 3, sub_batch_size=3, inject=inject, beta_min=0.1, **LEARNED).double()
     betas = torch.tensor([[1e-3, 2e-3, 0.5], [0.5, 0.6, 1e-3]], dtype=torch.float64)
     wanted = torch.stack([backward(of_beta(vcl, x), beta) for beta, x in zip(betas, X, strict=False)])
     assert (wanted == 0).any()
@@ -155,7 +155,7 @@ def test_forward_mode_of_beta():
     beta, direction = torch.tensor([[0.5, 1.0, 2.0], [1.0, -2.0, 3.0]]).double()
     found = slope(lambda b: loss(X[0], beta=b), beta, direction)
     torch.testing.assert_close(found, (backward(lambda b: loss(X[0], beta=b), beta) * direction).sum())
-    vcl = vk.VCLActivation("elu", 3, sub_batch_size=3, beta_min=0.7).double()
+    vcl = vk.VCLActivation("elu", 3, sub_batch_size=3, beta_min=0.7, **LEARNED).double()
     of_each = jacfwd(of_beta(vcl, X[0]))(beta)
     assert of_each[0] == 0
     torch.testing.assert_close(of_each[1:], backward(of_beta(vcl, X[0]), beta)[1:])
@@ -166,7 +166,9 @@ def test_forward_mode_of_beta():
 
 def test_an_ensemble_of_networks():
     nets = [
-        torch.nn.Sequential(torch.nn.Linear(3, 4), vk.VCLActivation("elu", 4, sub_batch_size=3), torch.nn.Linear(4, 1))
+        torch.nn.Sequential(
+            torch.nn.Linear(3, 4), vk.VCLActivation("elu", 4, sub_batch_size=3, **LEARNED), torch.nn.Linear(4, 1)
+        )
         for _ in range(3)
     ]
     nets = [net.double() for net in nets]

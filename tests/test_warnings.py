@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from common import LEARNED
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -49,7 +50,7 @@ class Training:
     def __init__(self, net=None, *, optimizer_first=False, added=True, **options):
         self.net = self.call = net or Net()
         parameters = list(self.net.parameters())
-        self.handle = vk.attach(self.net, batch(2), **options)
+        self.handle = vk.attach(self.net, batch(2), **{**LEARNED, **options})
         self.added = added and not options.get("inject")
         self.optimizer = torch.optim.Adam(parameters if optimizer_first else self.net.parameters(), lr=0.01)
 

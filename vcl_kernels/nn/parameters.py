@@ -17,7 +17,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return optimizer groups in which biases and the betas of VCL are not decayed, and all else is.
 
     >>> from vcl_kernels import VCL
-    >>> net = nn.Sequential(nn.Linear(4, 8), VCL(8), nn.ELU())
+    >>> net = nn.Sequential(nn.Linear(4, 8), VCL(8, beta_mode="learned"), nn.ELU())
     >>> [len(group["params"]) for group in param_groups(net, 1e-4)]
     [1, 2]
     """
