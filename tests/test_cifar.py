@@ -87,7 +87,7 @@ def test_vcl_has_the_settings_of_its_method(method):
     model = recipe.network(method, 10, 0.02)
     weight = recipe.attach(model, method, torch.randn(1, 3, 32, 32)).weight
     found = [(m.form, m.sub_batch_size, m.num_sub_batches, m.unit, weight) for m in of_type(model, vk.VCLActivation)]
-    assert found == 10 * [("ratio", 5, None, *VCL_CHANGED.get(method, ("activation", 0.01)))]
+    assert found == 10 * [("ratio", 5, 2, *VCL_CHANGED.get(method, ("activation", 0.01)))]
 
 
 def test_methods_of_a_seed_start_from_the_same_weights():

@@ -35,13 +35,14 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "elu": nn.EL
 ALL = 1 << 30  # sub-batches: as many as the batch has
 SUB_BATCH = 5  # n, but where the method says another
 # The paper's form learns beta from 1; relative_variance needs none where no unit is dead, so its guard stays small.
+RATIO: dict[str, Any] = {"form": "ratio", "beta_mode": "learned"}
 VCL: dict[str, dict[str, Any]] = {
-    "vcl-ratio": {"form": "ratio"},
-    "vcl-channel": {"form": "ratio", "unit": "channel"},
-    "vcl-pairs": {"form": "ratio", "num_sub_batches": ALL},
-    "vcl-n10": {"form": "ratio", "sub_batch_size": 10},
-    "vcl-n25": {"form": "ratio", "sub_batch_size": 25},
-    "vcl-beta100": {"form": "ratio", "beta_init": 100.0},
+    "vcl-ratio": RATIO,
+    "vcl-channel": RATIO | {"unit": "channel"},
+    "vcl-pairs": RATIO | {"num_sub_batches": ALL},
+    "vcl-n10": RATIO | {"sub_batch_size": 10},
+    "vcl-n25": RATIO | {"sub_batch_size": 25},
+    "vcl-beta100": RATIO | {"beta_init": 100.0},
     "vcl-relative": {"form": "relative_variance", "beta_mode": "fixed", "beta_init": 1e-3},
 }
 
@@ -87,5 +88,10 @@ def learner(
 
 
 def attach(model: nn.Module, method: str, example: Tensor, **vcl: Any) -> vk.VCLHandle | None:
-    """Put VCL on where it is the method, ``vcl`` over its own settings."""
-    return vk.attach(model, example, **{**VCL[method], **vcl}) if method in VCL else None
+    """Put VCL on where it is the method, ``vcl`` over its own settings: on channel units, the ratio of one pair."""
+    if method not in VCL:
+        return None
+    settings = {"unit": "channel", "weight": 0.01, **VCL[method], **vcl}
+    if settings["form"] == "ratio":
+        settings.setdefault("num_sub_batches", 2)
+    return vk.attach(model, example, **settings)

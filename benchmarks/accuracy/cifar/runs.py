@@ -20,7 +20,14 @@ class Method(NamedTuple):
     rate_of: str = ""  # the method of stage 0 whose learning rate it takes
 
 
-VCL: dict[str, Any] = {"form": "ratio", "unit": "activation", "sub_batch_size": 5, "weight": 0.01}
+VCL: dict[str, Any] = {
+    "form": "ratio",
+    "unit": "activation",
+    "beta_mode": "learned",
+    "sub_batch_size": 5,
+    "num_sub_batches": 2,
+    "weight": 0.01,
+}
 METHODS = {
     "none": Method("no normalisation", rate_of="none"),
     "bn": Method("batch norm", norm="batch", rate_of="bn"),
