@@ -75,7 +75,7 @@ def test_the_number_of_samples_that_moments_need(n):
 
 
 def test_a_weight_that_may_change_by_itself_is_an_error():
-    vcl = vk.VCL(6, weight=0.5)
+    vcl = vk.VCL(weight=0.5)
     vcl(X)
     before = vcl.loss
     vcl.weight = 1.0

@@ -311,7 +311,7 @@ def test_the_table():
     assert (
         str(handle)
         == """\
-layer   activation                    vcl       units
+layer   activation                    vcl       beta
 act1    CELU (elu)                    fused     (4,), channel_dim=-1
 act1:1  CELU (elu)                    fused     (4,), channel_dim=-1
 act2    Softplus                      before    (4,), channel_dim=-1

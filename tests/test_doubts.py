@@ -22,8 +22,8 @@ def test_a_model_inside_a_distributed_one_is_refused():
     torch.distributed.fsdp.fully_shard(sharded, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
     for model in (wrapped, wrapped.module, wrapped.module[0], sharded, sharded[0]):
         with pytest.raises(ValueError, match="DistributedDataParallel|FSDPModule.*[Ww]rap it afterwards"):
-            vk.attach(model)
-    assert not list(vk.attach(wrapped.module, beta_mode="fixed").parameters())
+            vk.attach(model, beta_mode="learned")
+    assert not list(vk.attach(wrapped.module).parameters())
     net, x = network(), torch.randn(20, 4)
     handle = vk.attach(net, x, **LEARNED)
     (DistributedDataParallel(net)(x).sum() + handle.loss()).backward()

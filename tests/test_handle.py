@@ -299,4 +299,4 @@ def test_attached_on_meta_sharded_and_materialised(inject):
     torch.testing.assert_close({name: g.full_tensor() for name, g in found.items()}, wanted)
     torch.testing.assert_close(handle.losses, of_other.losses)
     with pytest.raises(ValueError, match="FSDPModule.*wrap it afterwards"):
-        vk.attach(nn.Sequential(distributed.fsdp.fully_shard(network(), mesh=mesh)))
+        vk.attach(nn.Sequential(distributed.fsdp.fully_shard(network(), mesh=mesh)), beta_mode="learned")

@@ -64,7 +64,7 @@ def test_channels_in_the_last_dimension_are_read_where_they_lie(monkeypatch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_in_one_graph():
-    act, x = vk.VCLActivation("gelu", 12, channel_dim=-1), torch.randn(20, 7, 12, requires_grad=True)
+    act, x = vk.VCLActivation("gelu", 12, channel_dim=-1, unit="channel"), torch.randn(20, 7, 12, requires_grad=True)
 
     def step(x):
         y = act(x)

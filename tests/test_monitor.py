@@ -60,7 +60,7 @@ def test_an_attached_model_shows_its_losses_and_betas(form):
 
 @pytest.mark.parametrize("beta_mode", ["learned", "fixed"])
 def test_vcl_modules_of_the_users_own_are_seen(beta_mode):
-    vcl = vk.VCL(8, weight=0.5, beta_init=2.0, beta_mode=beta_mode)
+    vcl = vk.VCL(weight=0.5, beta_init=2.0, beta_mode=beta_mode)
     model = nn.Sequential(nn.Linear(4, 8), vcl, nn.Linear(8, 2))
     with vk.VCLMonitor(model) as monitor:
         model(torch.randn(20, 4))

@@ -214,6 +214,16 @@ def test_a_right_loop_hears_nothing_and_moves_the_betas(loop, inject):
     assert t.moved()[-1]
 
 
+@pytest.mark.parametrize("mode", ["fixed", "running"])
+@pytest.mark.parametrize("name", [name for name in RIGHT if "betas" not in name])
+def test_a_right_loop_without_learned_betas_hears_nothing(name, mode):
+    t = Training(beta_mode=mode, unit="activation")
+    before = [p.clone() for p in t.net.parameters()]
+    RIGHT[name](t)
+    assert list(t.handle.parameters()) == []
+    assert any(not torch.equal(a, b) for a, b in zip(before, t.net.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("loop", [epochs, repeated(validated_before_backward)])
 @pytest.mark.parametrize("net", [{"checkpointing": "new"}, {"checkpointing": "old"}, {"times": 2}])
 @pytest.mark.parametrize("options", [{"inject": True}, {"shared_beta": True}, {}])

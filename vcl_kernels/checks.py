@@ -17,7 +17,6 @@ from .options import (
     BETA_MODES,
     BETA_MOMENTUM,
     DEFAULT_BETA,
-    DEFAULT_BETA_MODE,
     FORMS,
     NO_MINIMUM,
     REDUCTIONS,
@@ -78,7 +77,7 @@ def check_beta(
             raise ValueError(f'form="variance" has no beta; got beta_mode={mode!r}')
         if mode == "running" and form != "ratio":
             raise ValueError(f'beta_mode="running" is for form="ratio", whose beta sets a scale; got form={form!r}')
-    chosen = mode or DEFAULT_BETA_MODE[form]
+    chosen: BetaMode = mode or "fixed"
     if init is not None:
         check_number("beta_init", init)
         if chosen == "running":

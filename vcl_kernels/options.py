@@ -20,7 +20,6 @@ BETA_MODES: tuple[BetaMode, ...] = get_args(BetaMode)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
 DEFAULT_BETA = {"ratio": 1.0, "variance": 0.0, "relative_variance": 1e-5}
-DEFAULT_BETA_MODE: dict[str, BetaMode] = {"ratio": "learned", "variance": "fixed", "relative_variance": "fixed"}
 BETA_MOMENTUM = 0.1  # of a running beta, as of batch norm's running variance
 
 

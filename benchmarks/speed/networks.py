@@ -16,11 +16,12 @@ from examples.demo.measure import saved_bytes
 from ..accuracy.models import elu_11, mlp, resnet_50
 from .race import Candidate, Clock, Contest, Factories
 
+LEARNED = {"unit": "channel", "beta_mode": "learned", "beta_init": 1.0}
 METHODS: dict[str, dict[str, Any] | None] = {  # the settings of attach
     "no normalisation": None,
     "batch norm": None,
-    "VCL, ratio": {"form": "ratio", "sub_batch_size": 5},
-    "VCL, relative_variance": {"form": "relative_variance", "sub_batch_size": 8},
+    "VCL, ratio": {"form": "ratio", "sub_batch_size": 5, **LEARNED},
+    "VCL, relative_variance": {"form": "relative_variance", "sub_batch_size": 8, **LEARNED},
 }
 
 

@@ -39,7 +39,7 @@ def attach(  # noqa: PLR0913  # the public signature
     weight: float = 0.01,
     sub_batch_size: int = 5,
     form: Form = "ratio",
-    unit: Unit = "channel",
+    unit: Unit = "activation",
     num_sub_batches: int | None = None,
     beta_mode: BetaMode | None = None,
     beta_init: float | Literal["example"] | None = None,
@@ -60,7 +60,9 @@ def attach(  # noqa: PLR0913  # the public signature
     before others a VCL is hooked. Gates count too: the sigmoid of a squeeze-and-excitation block, the SiLU of a gated
     linear unit. ``print(handle)`` shows what each layer got.
 
-    Parameters gain ``<name>.vcl.<call>.beta``, and no name of the model's own changes. Evaluation is the plain model.
+    By default each unit's variance is pulled to about 1 (``unit="activation"``, beta fixed at 1), and no parameter is
+    added. A beta that is learned or running is ``<name>.vcl.<call>.beta``. No name of the model's own changes.
+    Evaluation is the plain model.
     In training, activations with ``inplace=True`` run out of place: VCL's gradient needs what they would overwrite.
     The output of ReLU, Tanh, and here of ELU and LeakyReLU, may be what is saved for backward: a module that changes it
     in place (``nn.Dropout(inplace=True)``) is then an autograd error. An input that needs no gradient (of a frozen
@@ -70,10 +72,10 @@ def attach(  # noqa: PLR0913  # the public signature
         model: any module. Activations that its forward calls as functions (``F.relu``) cannot get VCL: make them
             modules (``self.act = nn.ReLU()``), or name the layers whose outputs they take in ``after``.
         example_input: a tensor, or tuple or mapping of arguments, for one evaluation forward (nothing is learnt from
-            it; two more are run if activations work in place). It shows the shape of each beta, modules called more
-            than once, those whose channels are last, and activations called as functions. Activations of fewer than two
-            dimensions get no VCL. Without it, or where it does not reach, betas get their shape in the first training
-            forward: make the optimizer after that.
+            it; two more are run if activations work in place). It shows modules called more than once, those whose
+            channels are last, activations called as functions, and the shapes of learned betas. Activations of fewer
+            than two dimensions get no VCL. Without it, or where it does not reach, learned betas get their shape in the
+            first training forward: make the optimizer after that.
         weight: multiplies the sum over layers; ``handle.weight`` may change it.
         sub_batch_size, form, unit, num_sub_batches, beta_mode, beta_init, beta_momentum, beta_min: as for
             :class:`vcl_kernels.VCL`. ``beta_init="example"``: in each layer beta starts where the ratio is least for
@@ -111,8 +113,8 @@ def attach(  # noqa: PLR0913  # the public signature
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ELU(), nn.Linear(8, 2))
     >>> handle = attach(net, torch.randn(2, 4))
     >>> print(handle)
-    layer  activation  vcl    units
-    1      ELU         fused  (8,)
+    layer  activation  vcl    beta
+    1      ELU         fused  1
     1 layer with VCL: 1 fused
     >>> objective = net(torch.randn(32, 4)).square().mean() + handle.loss()
     >>> objective.backward()
@@ -211,7 +213,7 @@ def _why_no_layers(model: nn.Module, made: Layout, functions: list[str]) -> str:
             f"model ({name}) has no activation modules: its activations are functions: {_few(functions)}. "
             f"{REMEDY_FOR_FUNCTIONS}"
         )
-    left_out = [f"{row.activation if row.layer == '-' else row.layer}: {row.units}" for row in made.rows]
+    left_out = [f"{row.activation if row.layer == '-' else row.layer}: {row.beta}" for row in made.rows]
     if left_out:
         remedy = f". {REMEDY_FOR_STRANGERS}" if made.strangers else ""
         return f"model ({name}) has no activation that can have VCL; left out are {_few(left_out)}{remedy}"

@@ -79,10 +79,11 @@ class Layout:
 
     def _vcl(self, fused: Activation | None, channel_dim: int, beta: float | None = None) -> VCLActivation:
         settings = {**self.settings, "channel_dim": channel_dim} | ({} if beta is None else {"beta_init": beta})
-        if fused is None:
-            return VCL(**settings)
-        vcl = VCLActivation("identity", **settings)
-        vcl.activation = Activation(*fused)  # of its own: compiled code checks what is shared, and slowly
+        vcl = VCL(**settings) if fused is None else VCLActivation("identity", **settings)
+        if fused is not None:
+            vcl.activation = Activation(*fused)  # of its own: compiled code checks what is shared, and slowly
+        if beta is not None and vcl.beta_mode == "fixed":
+            vcl.save_beta()
         return vcl
 
     def add_unreachable(self, model: nn.Module, probed: Probed, choice: Choice) -> list[str]:

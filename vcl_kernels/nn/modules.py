@@ -59,7 +59,8 @@ class VCLActivation(nn.Module):
     Args:
         activation: ``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"gelu"``, ``"silu"``, ``"tanh"`` or ``"identity"``.
         units: shape of a learned beta: C for channel units, ``(C, *spatial)`` for activation units, ``()`` for one.
-            None: taken from the first training forward (create the optimizer after that, or name the shape).
+            None, with ``beta_mode="learned"``: taken from the first training forward (create the optimizer after that,
+            or name the shape).
         alpha, negative_slope, approximate: of elu, leaky_relu and gelu, as for :func:`vcl_kernels.vcl_activation`.
         sub_batch_size: n, samples in a sub-batch. A training batch of fewer than 2n has loss 0, and a
             :class:`vcl_kernels.VCLWarning` says so; a few such forwards after others, the last batch of an epoch, are
@@ -73,8 +74,8 @@ class VCLActivation(nn.Module):
             ``"running"``: it is one buffer for all units, and follows their mean variance v̄ in the batch: at each
             training forward ``beta = (1 - m) beta + m v̄ / variance_over_beta(M)``, m = ``beta_momentum``, with
             :func:`vcl_kernels.scale.variance_over_beta`; the first batch sets it. Then the ratio asks for constancy
-            alone, and not for a scale. Default ``"learned"`` for the ratio, ``"fixed"`` for
-            ``"relative_variance"``; ``"variance"`` has no beta.
+            alone, and not for a scale. Default: ``"learned"`` where ``units`` is given, else ``"fixed"``.
+            ``"variance"`` has no beta.
             A running beta is saved in the state dict. As batch norm's running variance, it is that of rank 0 under
             DistributedDataParallel, which sends buffers at each forward; under FSDP each rank has its own.
         beta_init: first value of beta, learned or fixed. Default 1.0 for the ratio and 1e-5 for
@@ -94,7 +95,7 @@ class VCLActivation(nn.Module):
             small, a channel_dim that x does not have or that is 0.
 
     >>> import torch
-    >>> act = VCLActivation("elu", 16, weight=0.01)
+    >>> act = VCLActivation("elu", weight=0.01)
     >>> y = act(torch.randn(32, 16, 8, 8))
     >>> act.loss.shape
     torch.Size([])
@@ -110,7 +111,7 @@ class VCLActivation(nn.Module):
         approximate: Approximate = "none",
         sub_batch_size: int = 5,
         form: Form = "ratio",
-        unit: Unit = "channel",
+        unit: Unit = "activation",
         num_sub_batches: int | None = None,
         weight: float = 1.0,
         beta_mode: BetaMode | None = None,
@@ -135,7 +136,11 @@ class VCLActivation(nn.Module):
         check_channel_dim(channel_dim)
         self.sub_batch_size, self.form, self.unit, self.num_sub_batches = sub_batch_size, form, unit, num_sub_batches
         self.first_weight = self.weight = weight
+        if units is not None and form != "variance":
+            beta_mode = beta_mode or "learned"
         self.beta_mode, self.beta_init, self.beta_momentum = check_beta(form, beta_mode, beta_init, beta_momentum)
+        if units is not None and self.beta_mode != "learned" and form != "variance":
+            raise ValueError(f"units is the shape of a learned beta; got units={units} with beta_mode={beta_mode!r}")
         self.beta_min = beta_min
         self.channel_dim, self.backend = channel_dim, backend
         self.steering = Steering(inject)
@@ -160,6 +165,11 @@ class VCLActivation(nn.Module):
         """``weight`` times the loss of the latest training forward."""
         self.steering.ever_read = True
         return self.latest.loss
+
+    def save_beta(self) -> None:
+        """Keep a fixed beta as a buffer, so that it is saved: it was measured."""
+        del self.beta
+        self.register_buffer("beta", torch.tensor(float(self.beta_init)))
 
     @property
     def least_beta(self) -> float:
@@ -310,8 +320,8 @@ class VCLActivation(nn.Module):
 
     def materialize(self, x: Tensor) -> VCLActivation:
         """Give a beta without a shape that of a training forward of ``x``, on x's device; return the module."""
-        if self.beta_mode == "running":
-            self.beta = self.beta.to(x.device, accumulation_dtype(x.dtype))  # type: ignore[union-attr]
+        if self.beta is not None and not isinstance(self.beta, nn.Parameter):
+            self.beta = self.beta.to(x.device, accumulation_dtype(x.dtype))
         if type(self.beta) is UninitializedParameter:
             view = channels_first(x, self.channel_dim)
             check_dimensions(view.shape)
@@ -365,14 +375,14 @@ class VCLActivation(nn.Module):
     def extra_repr(self) -> str:
         """Return the settings."""
         lazy = type(self.beta) is UninitializedParameter
-        shape: Any = self.beta_mode if self.beta is None else "from the first batch" if lazy else tuple(self.beta.shape)
-        if self.beta_mode == "running" or self.form == "variance":
-            shape = "none" if self.beta is None else "running"
+        shape = "from the first batch" if lazy else "" if self.beta is None else tuple(self.beta.shape)
+        beta = {"learned": shape, "running": "running", "fixed": f"{self.beta_init:.4g}"}[self.beta_mode]
+        beta = "none" if self.form == "variance" else beta
         activation = "" if self.activation.name == "identity" else f"{self.activation.name}, "
         weight = self.weight * self.steering.weight
         settings = f"form={self.form}, n={self.sub_batch_size}, unit={self.unit}, weight={weight:g}"
         channel_dim = "" if self.channel_dim == 1 else f", channel_dim={self.channel_dim}"
-        return f"{activation}{settings}, beta={shape}{channel_dim}"
+        return f"{activation}{settings}, beta={beta}{channel_dim}"
 
 
 class VCL(VCLActivation):
@@ -382,7 +392,7 @@ class VCL(VCLActivation):
     keyword arguments of :class:`VCLActivation` but those of activations.
 
     >>> import torch
-    >>> vcl = VCL(16, weight=0.01)
+    >>> vcl = VCL(weight=0.01)
     >>> x = torch.randn(32, 16, 8, 8)
     >>> vcl(x) is x
     True

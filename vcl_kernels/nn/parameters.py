@@ -40,7 +40,7 @@ def plain_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     >>> import torch
     >>> from vcl_kernels import attach
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ELU())
-    >>> handle = attach(net, torch.randn(2, 4))
+    >>> handle = attach(net, torch.randn(2, 4), beta_mode="learned")
     >>> list(net.state_dict())
     ['0.weight', '0.bias', '1.vcl.0.beta']
     >>> list(plain_state_dict(net.state_dict()))

@@ -20,12 +20,12 @@ class Row(NamedTuple):
     layer: str
     activation: str  # the type of the module, or the function that was called
     vcl: str  # "fused", "before", "after", or "left out"
-    units: str  # shape of beta, known to its VCL; or why it is left out
+    beta: str  # what it is, known to its VCL; or why the layer is left out
 
 
 def table(rows: list[Row], layers: dict[str, VCLActivation]) -> str:
     """Return the rows as aligned columns under their names."""
-    lines = [Row._fields, *(row if row.vcl == LEFT_OUT else (*row[:3], _units(layers[row.layer])) for row in rows)]
+    lines = [Row._fields, *(row if row.vcl == LEFT_OUT else (*row[:3], _beta(layers[row.layer])) for row in rows)]
     return aligned(lines)
 
 
@@ -48,8 +48,10 @@ def summary(rows: list[Row]) -> str:
     return f"{text}; {left_out} left out" if left_out else text
 
 
-def _units(vcl: VCLActivation) -> str:
-    """Return the shape of beta as text, and where the channels are."""
+def _beta(vcl: VCLActivation) -> str:
+    """Return a fixed beta's value, a learned one's shape, or "running"; and where the channels are."""
     lazy = vcl.beta is not None and is_lazy(vcl.beta)
-    shape = "no beta" if vcl.beta is None else "from the first batch" if lazy else str(tuple(vcl.beta.shape))
-    return shape if vcl.channel_dim == 1 else f"{shape}, channel_dim={vcl.channel_dim}"
+    shape = "" if vcl.beta is None else "from the first batch" if lazy else str(tuple(vcl.beta.shape))
+    said = {"learned": shape, "running": "running", "fixed": f"{vcl.beta_init:.4g}"}[vcl.beta_mode]
+    said = "none" if vcl.form == "variance" else said
+    return said if vcl.channel_dim == 1 else f"{said}, channel_dim={vcl.channel_dim}"
