@@ -346,4 +346,4 @@ def test_the_page_and_its_figures_are_what_the_results_render(tmp_path):
     names = {part.split(")")[0] for part in PAGE.read_text().split("](findings/")[1:]}
     assert names == {path.name for path in (tmp_path / "findings").iterdir()}
     assert all((PAGE.parent / "findings" / name).exists() for name in names)
-    assert report.render(tmp_path / "nothing").count("Not measured yet") == 6
+    assert report.render(tmp_path / "nothing").count("Not measured yet") == 7

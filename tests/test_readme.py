@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngImageFile
 from torch import nn
 
 import vcl_kernels as vk
+from benchmarks.accuracy.page import defaults
 from benchmarks.speed.plots import digest
 from benchmarks.speed.report import SHOWN, ratios, render
 from examples.demo import picture as demo_picture
@@ -38,13 +39,17 @@ def test_errors_are_those_of_the_findings():
     errors = re.findall(r"\d+\.\d\d", re.sub("|".join(map(re.escape, differences)), "", advice))
     assert differences
     assert errors
-    assert [difference for difference in differences if f"| {difference}, " not in findings] == []
+    assert [d for d in differences if f"| {d}, " not in findings and f"| {d}; " not in findings] == []
     assert [error for error in errors if f"| {error} ± " not in findings] == []
 
 
 def test_verdicts_are_counted_as_in_the_findings():
     (sentence,) = re.findall(r"^Of \d+ comparisons .* too few seeds", FINDINGS, re.MULTILINE)
     assert sentence in " ".join(README.split())
+
+
+def test_the_table_of_the_defaults_is_rendered():
+    assert "\n".join(defaults.summary(RESULTS / "accuracy")) in README
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda path: str(path.relative_to(RESULTS)))

@@ -80,7 +80,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--state", type=Path, help="folder of checkpoints (out/cifar-gpu)")
     add("--results", type=Path, help=f"folder of records ({RESULTS / 'cifar-gpu'})")
 
-    studies.add_parser("defaults", parents=[shared], help="which settings attach should have: PLAN-defaults.md")
+    add = studies.add_parser(
+        "defaults", parents=[shared], help="which settings attach should have: PLAN-defaults.md"
+    ).add_argument
+    add("--seeds", type=count, help="of phase 2, at most (as planned)")
 
     studies.add_parser(
         "scale", parents=[shared], help="which variance the loss asks for; layers that learn by it alone"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from ..comparisons import LEVEL, Comparison, paired
@@ -46,16 +46,20 @@ class Judged(NamedTuple):
 Judgement = dict[str, Judged]  # by network
 
 
-def judge(records: Iterable[Record]) -> dict[Setting, Judgement]:
-    """Return each method's judgement on each network of which there are runs of it."""
+def judge(records: Iterable[Record], beside: Mapping[Setting, Setting] | None = None) -> dict[Setting, Judgement]:
+    """Return each method's judgement on each network of which there are runs of it.
+
+    Each is judged beside no normalisation. With ``beside`` only its keys are, each beside its value.
+    """
     runs: dict[tuple[Setting, str], Runs] = {}
     for record in records:
         of = runs.setdefault((setting_of(record), record["network"]), {})
         of.setdefault(record["seed"], []).append(record)
     judged: dict[Setting, Judgement] = {}
     for (setting, network), of in runs.items():
-        if setting != NONE and (NONE, network) in runs:
-            judged.setdefault(setting, {})[network] = _on_network(setting, of, runs[NONE, network])
+        other = NONE if beside is None else beside.get(setting, setting)
+        if setting != other and (other, network) in runs:
+            judged.setdefault(setting, {})[network] = _on_network(setting, of, runs[other, network])
     return {setting: _with_gains(judgement) for setting, judgement in judged.items()}
 
 

@@ -11,6 +11,7 @@ BETAS: dict[str, dict[str, Any]] = {
     "first batch": {"beta_mode": "learned", "beta_init": "example"},  # the example is the first batch
     "running": {"beta_mode": "running"},
 }
+FIXED = {"beta_mode": "fixed", "beta_init": 1.0}  # tried afterwards
 UNITS, WEIGHTS, SIZES = ("channel", "activation"), (0.01, 0.03, 0.1), (5, 10)
 
 
@@ -32,7 +33,9 @@ class Setting(NamedTuple):
         shared = {"form": self.method, "unit": self.unit, "weight": self.weight, "sub_batch_size": self.n}
         if self.method == "relative_variance":
             return shared | {"beta_mode": "fixed", "beta_init": 1e-3}
-        return shared | BETAS[self.beta] | ({"num_sub_batches": ALL} if self.pairs == "all" else {})
+        return (
+            shared | {**BETAS, "1, fixed": FIXED}[self.beta] | ({"num_sub_batches": ALL} if self.pairs == "all" else {})
+        )
 
     def __str__(self) -> str:
         """Name it in a table."""
@@ -46,6 +49,7 @@ class Setting(NamedTuple):
 NONE, BATCH_NORM = Setting("none"), Setting("bn")
 TODAY = Setting("ratio", "channel", "1", 0.01, 5, "one")
 AUTHORS = TODAY._replace(unit="activation")
+AFTERWARDS = {AUTHORS._replace(beta="1, fixed"): AUTHORS}  # what was tried after phase 2, and beside what
 SETTINGS = (
     *(Setting("ratio", u, b, w, n, "one") for n in SIZES for w in WEIGHTS for b in BETAS for u in UNITS),
     *(Setting("ratio", u, b, 0.03, 5, "all") for b in BETAS for u in UNITS),

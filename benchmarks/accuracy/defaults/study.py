@@ -12,7 +12,7 @@ from rich.console import Console
 from .. import results
 from ..work import Record, do
 from .choice import best_rates, candidates
-from .settings import BATCH_NORM, NONE, SETTINGS, Setting
+from .settings import AFTERWARDS, BATCH_NORM, NONE, SETTINGS, Setting
 from .tasks import SCREENED, TABLES, TASKS
 from .training import work
 
@@ -24,7 +24,7 @@ SEEDS = {"demo": 8, "resnet-relu": 8, "resnet-elu": 8, "elu-11": 5, "tables": 8}
 def run(options: argparse.Namespace, console: Console) -> None:
     """Screen settings, choose candidates by the plan, and compare them; write ``defaults-screen`` and ``defaults``."""
     finish = partial(do, work=work, console=console, processes=options.processes, minutes=options.minutes)
-    settings = {"rates": RATES, "seeds": SEEDS}
+    settings = {"rates": RATES, "seeds": SEEDS, "at_most": options.seeds}
     networks = SCREENED[:1] if options.quick else SCREENED
     methods = (NONE, BATCH_NORM, *(SETTINGS[:2] if options.quick else SETTINGS))
     trials = [unit for network in networks for unit in rated(methods, network)]
@@ -41,13 +41,21 @@ def run(options: argparse.Namespace, console: Console) -> None:
     compared += [] if options.quick else places()
     units = [
         unit_of(method, network, table, seed, validate=False, rate=rates[method, network, table])
-        for seed in range(1 if options.quick else max(SEEDS.values()))
+        for seed in range(1 if options.quick else options.seeds or max(SEEDS.values()))
         for network, table in compared
         if seed < SEEDS[network]
         for method in methods
         if (method, network, table) in rates
     ]
     results.write("defaults", finish(units, path=options.out / "defaults.jsonl"), settings, options.out)
+    again = [
+        unit | other._asdict()
+        for other, like in AFTERWARDS.items()
+        for unit in units
+        if {name: unit[name] for name in Setting._fields} == like._asdict()
+    ]
+    found = finish(again, path=options.out / "defaults-after.jsonl")
+    results.write("defaults-after", found, settings, options.out)
 
 
 def places() -> list[tuple[str, str]]:
