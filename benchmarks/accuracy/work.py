@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -16,6 +14,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from examples.demo.work import be_a_worker
 
 Record = dict[str, Any]
 
@@ -76,27 +76,12 @@ def finished(
             yield unit, work(unit)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=begin) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=be_a_worker) as pool:
         running = {pool.submit(work, unit): unit for unit in islice(waiting, 2 * processes)}
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), future.result()
                 running.update({pool.submit(work, unit): unit for unit in islice(waiting, 1)})
-
-
-def begin() -> None:
-    """Leave the other cores to the other processes, and end when the process that gives out the work does."""
-    import torch
-
-    torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
 
 
 @contextmanager

@@ -68,13 +68,17 @@ _news: multiprocessing.Queue[tuple[Task, int]]  # in a process that trains: to t
 
 
 def begin(news: multiprocessing.Queue[tuple[Task, int]]) -> None:
+    global _news
+    _news = news
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the parent ends the others
+    be_a_worker()
+
+
+def be_a_worker() -> None:
     """Leave the other cores to the other processes, and end when the process that gives out the work does."""
     import torch
 
-    global _news
-    _news = news
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the parent ends the others
     parent = multiprocessing.parent_process()
     assert parent is not None
 

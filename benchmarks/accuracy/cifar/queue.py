@@ -16,9 +16,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from examples.demo.work import be_a_worker
+
 from .. import data as datasets
 from ..errors import DataError
-from ..work import begin
 from . import machine
 from .agenda import Agenda
 from .files import Store
@@ -115,7 +116,7 @@ def train(run: Run, store: Store, data_dir: Path, quick: bool) -> None:
     """Work of one process: a run from its last checkpoint to its end, with a checkpoint after each epoch."""
     if not quick:  # a check has somebody waiting for it
         take_lowest_priority()
-    begin()
+    be_a_worker()
     with stop_signals() as stop:
         data = datasets.load(run.dataset, data_dir, held_out=run.held_out, standardise="pixel", device=CPU)
         training = Training(run, data, dtype=machine.dtype(CPU), device=CPU)
