@@ -15,6 +15,9 @@ from vcl_kernels.scale import variance_over_beta
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+X = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+
+
 def running(**settings):
     return vk.VCL(beta_mode="running", **{"unit": "activation", "num_sub_batches": 2, **settings})
 
@@ -260,3 +263,61 @@ def test_relative_variance_has_the_beta_of_vcl_loss():
     vcl(x)
     torch.testing.assert_close(vcl.loss, vk.vcl_loss(x, form="relative_variance"))
     assert vcl.beta is None
+
+
+def test_an_example_of_which_beta_cannot_be_measured():
+    still = nn.Sequential(nn.Linear(4, 4), nn.ELU())
+    nn.init.zeros_(still[0].weight)
+    normed = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ELU())
+    for net, said in ((still, "varies in layer '1'; the beta that fits is 0.0"), (normed, "batch norm '1'")):
+        with pytest.raises(ValueError, match=said):
+            vk.attach(net, torch.randn(20, 4), beta_init="example")
+    with pytest.raises(ValueError, match="beta_init must be a number or \"example\"; got 'exmple'"):
+        vk.attach(still, torch.randn(20, 4), beta_init="exmple")
+    with pytest.raises(ValueError, match="beta_init must be finite and at least 0; got -1.0"):
+        vk.VCL(beta_init=-1.0)
+
+
+def test_a_fixed_beta_of_an_example_is_saved_and_may_be_loaded_before_backward():
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.ELU()), torch.randn(20, 4)
+    handle = vk.attach(net, 5 * x, beta_init="example")
+    other = nn.Sequential(nn.Linear(4, 8), nn.ELU())
+    of_other = vk.attach(other, x, beta_init="example")
+    other(x)
+    loss = of_other.loss()
+    other.load_state_dict(net.state_dict())
+    loss.backward()
+    assert str(of_other).splitlines()[1].split() == ["1", "ELU", "fused", f"{float(handle.layers['1'].beta):.4g}"]
+
+
+def test_calls_that_share_a_beta_start_at_their_geometric_mean():
+    net = Model(lambda self, x: self.act(100 * self.act(self.a(x))), a=nn.Linear(4, 4), act=nn.ELU())
+    each = vk.attach(net, X, beta_init="example")
+    betas = [vcl.beta_init for vcl in each.layers.values()]
+    each.remove()
+    (vcl,) = vk.attach(net, X, beta_init="example", shared_beta=True).layers.values()
+    assert vcl.beta_init == pytest.approx(math.sqrt(math.prod(betas)))
+
+
+@pytest.mark.parametrize(
+    ("saved", "loading", "said"),
+    [
+        ({"beta_mode": "learned"}, {}, "this one is not saved"),
+        ({"beta_mode": "running"}, {"beta_init": "example"}, "is not finite"),
+        ({"beta_init": "example"}, {"beta_mode": "learned"}, "one for each unit"),
+    ],
+)
+def test_a_checkpoint_of_another_beta_is_refused(saved, loading, said):
+    nets = [nn.Sequential(nn.Linear(4, 8), nn.ELU()) for _ in range(2)]
+    vk.attach(nets[0], X, **saved)
+    vk.attach(nets[1], X if "beta_init" in loading else None, **loading)
+    with pytest.raises(RuntimeError, match=said):
+        nets[1].load_state_dict(nets[0].state_dict())
+
+
+def test_an_infinite_batch_does_not_stay():
+    vcl = running()
+    vcl(torch.full((20, 4), 3e38).mul(torch.randn(20, 1).sign()))
+    assert not vcl.beta.isfinite()
+    vcl(X)
+    torch.testing.assert_close(vcl.beta, fits(X, 5))

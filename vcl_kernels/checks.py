@@ -80,6 +80,8 @@ def check_beta(
     chosen: BetaMode = mode or "fixed"
     if init is not None:
         check_number("beta_init", init)
+        if not 0 <= init < math.inf:
+            raise ValueError(f"beta_init must be finite and at least 0; got {init}")
         if chosen == "running":
             raise ValueError(f'beta_mode="running" takes no beta_init: the first batch sets it; got {init}')
     if momentum is not None:
@@ -88,7 +90,7 @@ def check_beta(
             raise ValueError(f'beta_momentum is for beta_mode="running"; got {momentum} with beta_mode={chosen!r}')
         if not 0 < momentum <= 1:
             raise ValueError(f"beta_momentum must be above 0 and at most 1; got {momentum}")
-    return chosen, DEFAULT_BETA[form] if init is None else init, BETA_MOMENTUM if momentum is None else momentum
+    return chosen, float(DEFAULT_BETA[form] if init is None else init), momentum or BETA_MOMENTUM
 
 
 def check_activation(
@@ -280,7 +282,10 @@ def _beta_value(x: Metadata, beta: float | Metadata | None, form: str, per_activ
     _check_layout("beta", beta.layout)
     units = unit_shape(x.shape, per_activation)
     if beta.shape and tuple(beta.shape) != units:
-        raise ValueError(f"beta must have shape () or {units}, one for each unit; got {tuple(beta.shape)}")
+        unit = "activation" if per_activation else "channel"
+        raise ValueError(
+            f"beta must have shape () or {units}, one for each unit; got {tuple(beta.shape)} with unit={unit!r}"
+        )
     if beta.device != x.device:
         raise ValueError(f"beta must be on x's device, {x.device}; got {beta.device}")
     wide = accumulation_dtype(x.dtype)

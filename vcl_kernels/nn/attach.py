@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..checks import check_beta, check_number
 from ..options import BackendName, BetaMode, Form, Unit
 from ..torch_private import tensors_in
-from .beta import Fit
+from .beta import Fit, check_same_in_training
 from .choose import Choice, Layers, choose
 from .doubts import check_not_wrapped_outside, scripted_activations, tell_backend, tell_rows
 from .handle import VCLHandle
@@ -61,8 +61,8 @@ def attach(  # noqa: PLR0913  # the public signature
     linear unit. ``print(handle)`` shows what each layer got.
 
     By default each unit's variance is pulled to about 1 (``unit="activation"``, beta fixed at 1), and no parameter is
-    added. A beta that is learned or running is ``<name>.vcl.<call>.beta``. No name of the model's own changes.
-    Evaluation is the plain model.
+    added. A beta that is learned, running or from the example is ``<name>.vcl.<call>.beta``. No name of the model's own
+    changes. Evaluation is the plain model.
     In training, activations with ``inplace=True`` run out of place: VCL's gradient needs what they would overwrite.
     The output of ReLU, Tanh, and here of ELU and LeakyReLU, may be what is saved for backward: a module that changes it
     in place (``nn.Dropout(inplace=True)``) is then an autograd error. An input that needs no gradient (of a frozen
@@ -130,6 +130,8 @@ def attach(  # noqa: PLR0913  # the public signature
     from_example = beta_init == "example"
     settings |= {"beta_mode": beta_mode, "beta_init": None if from_example else beta_init}
     settings |= {"beta_momentum": beta_momentum, "beta_min": beta_min, "backend": backend}
+    if isinstance(beta_init, str) and not from_example:
+        raise ValueError(f'beta_init must be a number or "example"; got {beta_init!r}')
     VCL(**settings, channel_dim=1 if channel_dim is None else channel_dim)  # raises before the model is changed
     mode, _, _ = check_beta(form, beta_mode, settings["beta_init"], beta_momentum)
     if from_example and (form != "ratio" or mode == "running" or example_input is None):
@@ -137,7 +139,9 @@ def attach(  # noqa: PLR0913  # the public signature
             'beta_init="example" wants an example_input, form="ratio" and a beta_mode of "learned" or "fixed"; got '
             f"{'no' if example_input is None else 'an'} example_input, form={form!r}, beta_mode={mode!r}"
         )
-    if mode != "fixed":
+    if from_example:
+        check_same_in_training(model)
+    if mode != "fixed" or from_example:
         check_not_wrapped(model)
         check_not_wrapped_outside(model)
     _check_not_attached(model)

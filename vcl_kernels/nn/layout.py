@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -58,8 +60,12 @@ class Layout:
         fused = None if recognised is None or behind or any(call.inputs != 1 for call in seen) else recognised.fused
         if seen:
             self.reached[name] = seen
+            betas = [call.beta for call in seen]
+            if self.shared_beta and None not in betas:  # the geometric mean: a scale
+                betas = [math.exp(statistics.fmean(math.log(beta) for beta in betas if beta))] * len(betas)
             vcls = [
-                self._vcl(fused, self.channel_dim or call.channel_dim, call.beta).materialize(call.x) for call in seen
+                self._vcl(fused, self.channel_dim or call.channel_dim, beta).materialize(call.x)
+                for call, beta in zip(seen, betas, strict=True)
             ]
             vcls = [_shared(name, vcls)] if self.shared_beta else vcls
         else:

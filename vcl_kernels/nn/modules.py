@@ -40,7 +40,7 @@ from ..options import (
     Unit,
 )
 from ..torch_private import in_backward, in_functorch
-from .beta import fitting_beta
+from .beta import fitting_beta, said, why_not_loaded
 from .latest import LatestForward
 from .steering import Steering
 
@@ -52,15 +52,15 @@ SHORT_CALLS = 4  # calls in a row that may be short after others: of the last ba
 class VCLActivation(nn.Module):
     r"""An activation function that keeps the variance constancy loss of its input; in evaluation the bare function.
 
-    ``y = activation(x)``, and :attr:`loss` is ``weight`` times :func:`vcl_kernels.vcl_loss` of x in the latest training
-    forward, with beta acting as ``max(beta, beta_min)`` (its gradient below that only raises it). Both come from
-    :func:`vcl_kernels.vcl_activation`.
+    ``y = activation(x)``, and :attr:`loss` is ``weight`` times :func:`vcl_kernels.vcl_loss` of x, by default in
+    activation units, in the latest training forward. A learned or running beta acts as ``max(beta, beta_min)`` (its
+    gradient below that only raises it). Both come from :func:`vcl_kernels.vcl_activation`.
 
     Args:
         activation: ``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"gelu"``, ``"silu"``, ``"tanh"`` or ``"identity"``.
         units: shape of a learned beta: C for channel units, ``(C, *spatial)`` for activation units, ``()`` for one.
-            None, with ``beta_mode="learned"``: taken from the first training forward (create the optimizer after that,
-            or name the shape).
+            Naming it makes beta learned. None, with ``beta_mode="learned"``: taken from the first training forward
+            (create the optimizer after that, or name the shape).
         alpha, negative_slope, approximate: of elu, leaky_relu and gelu, as for :func:`vcl_kernels.vcl_activation`.
         sub_batch_size: n, samples in a sub-batch. A training batch of fewer than 2n has loss 0, and a
             :class:`vcl_kernels.VCLWarning` says so; a few such forwards after others, the last batch of an epoch, are
@@ -257,8 +257,9 @@ class VCLActivation(nn.Module):
         self.steering.warn(
             "rows",
             f"{self._named()} got {seen} in training: fewer than 2 * sub_batch_size = "
-            f"{2 * self.sub_batch_size} rows in dimension 0. Its VCL loss is 0, and beta does not move. Take larger "
-            "batches or a smaller sub_batch_size",
+            f"{2 * self.sub_batch_size} rows in dimension 0. Its VCL loss is 0"
+            f"{'' if self.beta_mode == 'fixed' else ', and beta does not move'}. Take larger batches or a smaller "
+            "sub_batch_size",
         )
 
     def _named(self) -> str:
@@ -287,15 +288,22 @@ class VCLActivation(nn.Module):
             if x.device != beta.device and "meta" in (x.device.type, beta.device.type):
                 raise ValueError(f"beta must be on x's device, {x.device}; got {beta.device}")
             self._make_beta(unit_shape(x.shape, self.unit == "activation"), wide, x.device)
+        if self.beta_mode == "fixed":  # a buffer, which is changed in place where it is loaded or sent
+            return beta.to(wide, copy=True)
         return beta if beta.dtype in (wide, x.dtype) else beta.to(wide)  # x may be float32 in a bfloat16 model
 
     def _running_beta(self, x: Tensor) -> Tensor:
         """Let the running beta follow x; return its value as a tensor of its own, which backward may save.
 
-        A checkpoint's recomputation does not move it again, and gets what the forward had.
+        A checkpoint's recomputation does not move it again, and gets what the latest forward had: call backward
+        before the next forward.
         """
         beta = self.beta
         assert beta is not None
+        if beta.is_meta and not x.is_meta:
+            raise ValueError(
+                f"beta must be on x's device, {x.device}; got meta. Call to_empty and reset_parameters first"
+            )
         if beta.device != x.device:
             beta = self.beta = beta.to(x.device)
         if self._runs_again():
@@ -316,7 +324,7 @@ class VCLActivation(nn.Module):
         beta = self.beta
         assert beta is not None
         fits = fitting_beta(x, self.sub_batch_size, self.unit, self.num_sub_batches, self.backend).to(beta)
-        return torch.where(beta.isnan(), fits, beta.lerp(fits, self.beta_momentum))
+        return torch.where(beta.isfinite(), beta.lerp(fits, self.beta_momentum), fits)
 
     def materialize(self, x: Tensor) -> VCLActivation:
         """Give a beta without a shape that of a training forward of ``x``, on x's device; return the module."""
@@ -350,7 +358,12 @@ class VCLActivation(nn.Module):
         if type(self.beta) is UninitializedParameter and loaded is not None:
             if type(loaded) is UninitializedParameter:
                 return
+            if not loaded.dim():
+                args[-1].append(f"{prefix}beta is one value for a layer; this one is learned, one for each unit")
+                return
             self._make_beta(tuple(loaded.shape), loaded.dtype)
+        if loaded is not None:
+            args[-1].extend(why_not_loaded(loaded, prefix + "beta", self.beta, self.beta_mode, strict=args[1]))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VCLActivation:
@@ -376,8 +389,7 @@ class VCLActivation(nn.Module):
         """Return the settings."""
         lazy = type(self.beta) is UninitializedParameter
         shape = "from the first batch" if lazy else "" if self.beta is None else tuple(self.beta.shape)
-        beta = {"learned": shape, "running": "running", "fixed": f"{self.beta_init:.4g}"}[self.beta_mode]
-        beta = "none" if self.form == "variance" else beta
+        beta = shape if self.beta_mode == "learned" else said(self.beta, self.beta_mode, self.beta_init, self.form)
         activation = "" if self.activation.name == "identity" else f"{self.activation.name}, "
         weight = self.weight * self.steering.weight
         settings = f"form={self.form}, n={self.sub_batch_size}, unit={self.unit}, weight={weight:g}"

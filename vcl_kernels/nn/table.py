@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch.nn.parameter import is_lazy
 
+from .beta import said
 from .modules import VCLActivation
 
 __all__ = ["LEFT_OUT", "Row", "aligned", "summary", "table"]
@@ -52,6 +53,5 @@ def _beta(vcl: VCLActivation) -> str:
     """Return a fixed beta's value, a learned one's shape, or "running"; and where the channels are."""
     lazy = vcl.beta is not None and is_lazy(vcl.beta)
     shape = "" if vcl.beta is None else "from the first batch" if lazy else str(tuple(vcl.beta.shape))
-    said = {"learned": shape, "running": "running", "fixed": f"{vcl.beta_init:.4g}"}[vcl.beta_mode]
-    said = "none" if vcl.form == "variance" else said
-    return said if vcl.channel_dim == 1 else f"{said}, channel_dim={vcl.channel_dim}"
+    text = shape if vcl.beta_mode == "learned" else said(vcl.beta, vcl.beta_mode, vcl.beta_init, vcl.form)
+    return text if vcl.channel_dim == 1 else f"{text}, channel_dim={vcl.channel_dim}"
