@@ -80,7 +80,7 @@ def check_beta(
     chosen: BetaMode = mode or "fixed"
     if init is not None:
         check_number("beta_init", init)
-        if not 0 <= init < math.inf:
+        if init < 0 or init == math.inf:  # NaN shows in the loss
             raise ValueError(f"beta_init must be finite and at least 0; got {init}")
         if chosen == "running":
             raise ValueError(f'beta_mode="running" takes no beta_init: the first batch sets it; got {init}')
