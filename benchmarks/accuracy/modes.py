@@ -77,7 +77,7 @@ def layers_work(unit: Record) -> Record:
         steps=unit["epochs"] * steps,
         learning_rate=0.05,
         weight_decay=5e-4,
-        vcl={"unit": "channel", "weight": 0.01, "sub_batch_size": 5, "form": "ratio"},
+        vcl={"unit": "channel", "weight": 0.01, "sub_batch_size": 5, "form": "ratio", "beta_mode": "learned"},
     )
     learner = build(unit["method"], seen.train_x[:1], unit["seed"], settings)
     third = learner.model.get_submodule(THIRD_ELU)
