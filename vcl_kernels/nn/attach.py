@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ..checks import check_beta, check_number
+from ..checks import check_number
 from ..options import BackendName, BetaMode, Form, Unit
 from ..torch_private import tensors_in
 from .beta import Fit, check_same_in_training
@@ -132,8 +132,8 @@ def attach(  # noqa: PLR0913  # the public signature
     settings |= {"beta_momentum": beta_momentum, "beta_min": beta_min, "backend": backend}
     if isinstance(beta_init, str) and not from_example:
         raise ValueError(f'beta_init must be a number or "example"; got {beta_init!r}')
-    VCL(**settings, channel_dim=1 if channel_dim is None else channel_dim)  # raises before the model is changed
-    mode, _, _ = check_beta(form, beta_mode, settings["beta_init"], beta_momentum)
+    # Raises before the model is changed
+    mode = VCL(**settings, channel_dim=1 if channel_dim is None else channel_dim).beta_mode
     if from_example and (form != "ratio" or mode == "running" or example_input is None):
         raise ValueError(
             'beta_init="example" wants an example_input, form="ratio" and a beta_mode of "learned" or "fixed"; got '

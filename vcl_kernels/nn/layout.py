@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..options import Activation
 from .choose import Choice
@@ -16,7 +16,7 @@ from .doubts import written
 from .functions import FunctionCall
 from .fused import Calls, fuse, put_before, put_behind
 from .modules import VCL, VCLActivation
-from .probe import Call, Probed
+from .probe import Call, Probed, why_not
 from .recognise import Recognised, is_activation
 from .steering import Steering
 from .table import LEFT_OUT, Row
@@ -51,11 +51,11 @@ class Layout:
         """Make the VCLs of ``module``, or a row that says why it gets none."""
         seen = [] if probed is None else probed.calls.get(module, [])
         kind = type(module).__name__
-        why_not = next(filter(None, map(_why_not, seen)), None)
-        if why_not is not None and (behind or named):
-            raise ValueError(f"{'after' if behind else 'layers'} names {name!r}, which has {why_not}")
-        if why_not is not None:
-            self.rows.append(Row(name, kind, LEFT_OUT, why_not))
+        refusal = next(filter(None, (why_not(call.x) for call in seen)), None)
+        if refusal is not None and (behind or named):
+            raise ValueError(f"{'after' if behind else 'layers'} names {name!r}, which has {refusal}")
+        if refusal is not None:
+            self.rows.append(Row(name, kind, LEFT_OUT, refusal))
             return
         fused = None if recognised is None or behind or any(call.inputs != 1 for call in seen) else recognised.fused
         if seen:
@@ -110,15 +110,6 @@ class Layout:
         self.rows += [Row("-", stranger, LEFT_OUT, "not in the model") for stranger in self.strangers]
         self.rows += [Row("-", function, LEFT_OUT, "a function") for function in functions]
         return functions
-
-
-def _why_not(call: Call) -> str | None:
-    """Why a call cannot have VCL."""
-    if not isinstance(call.x, Tensor):
-        return f"{type(call.x).__name__} where a tensor is wanted"
-    if not call.x.is_floating_point():
-        return f"values of {call.x.dtype}"
-    return f"a {call.x.dim()}-D tensor where (N, C, …) is wanted" if call.x.dim() < 2 else None
 
 
 def _shared(name: str, vcls: list[VCLActivation]) -> VCLActivation:

@@ -16,7 +16,7 @@ from .features import FeaturesLast, acts_on_last_dim
 from .functions import FunctionCall, FunctionCalls
 from .fused import first_input
 
-__all__ = ["Call", "Probed", "probe"]
+__all__ = ["Call", "Probed", "probe", "why_not"]
 
 
 class Call(NamedTuple):
@@ -71,7 +71,7 @@ def probe(
         last = isinstance(x, Tensor) and x.dim() > 2 and (acts_on_last_dim(module) or features.knows(x))
         time_first = any(getattr(_attention_of(outer), "batch_first", None) is False for outer in running)
         dim = -1 if last else 1
-        beta = None if fit is None or not can_have_vcl(x) else fit(module, x, dim)  # now: x may be overwritten
+        beta = None if fit is None or why_not(x) is not None else fit(module, x, dim)  # now: x may be overwritten
         calls.setdefault(module, []).append(Call(x, dim, inputs, time_first, beta))
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -115,9 +115,13 @@ def probe(
     return Probed(calls, strangers, functions.found, rows)
 
 
-def can_have_vcl(x: Any) -> bool:
-    """Whether ``x`` is a tensor of floating-point numbers that has samples and channels."""
-    return isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1
+def why_not(x: Any) -> str | None:
+    """Return what ``x`` is where it cannot have VCL; None if it can."""
+    if not isinstance(x, Tensor):
+        return f"{type(x).__name__} where a tensor is wanted"
+    if not x.is_floating_point():
+        return f"values of {x.dtype}"
+    return f"a {x.dim()}-D tensor where (N, C, …) is wanted" if x.dim() < 2 else None
 
 
 def _attention_of(module: nn.Module) -> nn.Module:
