@@ -300,3 +300,17 @@ def test_attached_on_meta_sharded_and_materialised(inject):
     torch.testing.assert_close(handle.losses, of_other.losses)
     with pytest.raises(ValueError, match="FSDPModule.*wrap it afterwards"):
         vk.attach(nn.Sequential(distributed.fsdp.fully_shard(network(), mesh=mesh)), beta_mode="learned")
+
+
+@pytest.mark.parametrize("shared_beta", [False, True])
+def test_injected_losses_of_parts_are_those_of_one_step(shared_beta):
+    net = nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 8), nn.ELU(), nn.Linear(8, 2))})
+    handle = vk.attach(net, inject=True, shared_beta=shared_beta)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    x, seen = torch.randn(10, 4), []
+    for _ in range(3):
+        net["body"](x).sum().backward()
+        optimizer.step()
+        seen.append(handle.losses["body.1"])
+    assert seen[0] > 0
+    assert seen[1:] == [seen[0]] * 2

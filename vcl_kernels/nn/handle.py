@@ -94,6 +94,9 @@ class VCLHandle:
     def optimizer_stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """Note a step of any optimizer: one of this model is to move betas. PyTorch calls it."""
         self._watch.step(optimizer, self, self._steering, self._ran)
+        if self._steering.inject:  # nobody reads the loss: without this, calls of parts would add up over steps
+            self._end_reading()
+            self._steering.was_read = True
 
     def __repr__(self) -> str:
         """Name the layers."""
@@ -118,10 +121,7 @@ class VCLHandle:
             raise RuntimeError("this handle was removed; call vcl_kernels.attach again")
         steering = self._steering
         ran = [vcl.latest for vcl in self._ran() if vcl.training or not steering.was_read]
-        for vcl in self.layers.values():
-            if vcl.latest.read and not steering.was_read:  # and other parts ran since
-                vcl.latest.loss = None
-            vcl.latest.read = True
+        self._end_reading()
         self._watch.reading(len(ran) > 0, self.model, steering)
         if not ran:
             return torch.zeros((), device=next((p.device for p in self.model.parameters()), None))
@@ -134,6 +134,13 @@ class VCLHandle:
             )
         losses: list[Any] = [latest.loss for latest in ran]
         return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
+
+    def _end_reading(self) -> None:
+        """Make the losses old: the next call of a layer begins anew."""
+        for vcl in self.layers.values():
+            if vcl.latest.read and not self._steering.was_read:  # and other parts ran since
+                vcl.latest.loss = None
+            vcl.latest.read = True
 
     def _ran(self) -> list[VCLActivation]:
         """Return the layers that ran since the loss was read, or, if none did, before that."""
