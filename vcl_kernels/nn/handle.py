@@ -163,6 +163,11 @@ class VCLHandle:
         self._steering.weight = weight
 
     @property
+    def inject(self) -> bool:
+        """Whether the loss enters the graph through the layers' outputs: then nobody adds :meth:`loss`."""
+        return self._steering.inject
+
+    @property
     def accumulation(self) -> int:
         """With ``inject``, the number k by which the objective is divided to add the gradients of k batches.
 

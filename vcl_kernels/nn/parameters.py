@@ -6,11 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .modules import VCLActivation
 
-__all__ = ["param_groups", "plain_state_dict"]
+__all__ = ["attached_betas", "is_beta", "param_groups", "plain_state_dict"]
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -46,4 +47,19 @@ def plain_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     >>> list(plain_state_dict(net.state_dict()))
     ['0.weight', '0.bias']
     """
-    return {name: value for name, value in state_dict.items() if not re.search(r"(^|\.)vcl\.\d+\.beta$", name)}
+    return {name: value for name, value in state_dict.items() if not is_beta(name)}
+
+
+def is_beta(name: str) -> bool:
+    """Whether ``name``, of a state dict, is that of a beta of attach."""
+    return re.search(r"(^|\.)vcl\.\d+\.beta$", name) is not None
+
+
+def attached_betas(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the betas of attach that a state dict has, by their names there. Those without a shape lack."""
+    state = {
+        f"{name}.beta": module.beta
+        for name, module in model.named_modules()
+        if isinstance(module, VCLActivation) and module.beta is not None and not is_lazy(module.beta)
+    }
+    return {name: beta.detach().clone() for name, beta in state.items() if is_beta(name)}

@@ -1,0 +1,122 @@
+"""What a trainer does with VCL in each step, whichever library it is from: attach, the weight, what is logged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..checks import check_choice, check_count
+from ..nn.attach import attach
+from ..nn.glance import Glance
+from ..nn.handle import VCLHandle, handle_of
+from ..nn.rows import STATISTICS
+from .schedule import Decay, check_schedule, weight_at
+
+__all__ = ["Driver"]
+
+
+class Driver:
+    """Attaches VCL with ``inject=True``, sets its weight before each step, and measures what is logged.
+
+    Args:
+        given: a handle that exists. None: that of the model, or else the model is attached.
+        weight, warmup_steps, decay: as for :func:`weight_at`.
+        log: statistics of each layer, named as the columns of :class:`vcl_kernels.VCLMonitor`.
+        log_every_n_steps: optimizer steps from one measurement to the next; None: the trainer's own.
+        settings: of :func:`vcl_kernels.attach`.
+
+    Attributes:
+        handle: that of the model, while it is attached.
+        made: whether it was made here.
+    """
+
+    def __init__(
+        self,
+        given: VCLHandle | None,
+        *,
+        weight: float = 0.01,
+        warmup_steps: int = 0,
+        decay: Decay = "constant",
+        log: Sequence[str] = (),
+        log_every_n_steps: int | None = None,
+        **settings: Any,
+    ) -> None:
+        check_schedule(weight, warmup_steps, decay)
+        if isinstance(log, str):
+            raise TypeError(f"log must be a sequence of statistics, such as ('loss', 'variance'); got {log!r}")
+        for name in log:
+            check_choice("log", name, STATISTICS)
+        if log_every_n_steps is not None:
+            check_count("log_every_n_steps", log_every_n_steps, 1)
+        if given is not None and not isinstance(given, VCLHandle):
+            raise TypeError(f"handle must be what vcl_kernels.attach returned; got a {type(given).__name__}")
+        if given is not None and settings:
+            raise TypeError(f"settings of attach are for a model without a handle; got {', '.join(settings)}")
+        self.given, self.handle, self.made = given, given, False
+        self.weight, self.warmup_steps, self.decay = weight, warmup_steps, decay
+        self.log, self.log_every_n_steps, self.settings = tuple(log), log_every_n_steps, settings
+        self._glance = Glance()
+        self._measured = -1  # the latest step that was
+
+    def attach(self, model: nn.Module, example_input: Any) -> VCLHandle:
+        """Return the handle that was given, or that of the model, or attach VCL to the model."""
+        self.made, self._measured = False, -1
+        if self.given is not None:
+            if not any(module is self.given.model for module in model.modules()):
+                raise ValueError(
+                    f"handle must be of the model that is trained or a part of it ({type(model).__name__}); it is of "
+                    f"another model ({type(self.given.model).__name__})"
+                )
+            return self.given
+        try:
+            self.handle = handle_of(model)
+        except ValueError:
+            self.handle, self.made = self._attach(model, example_input), True
+        return self.handle
+
+    def _attach(self, model: nn.Module, example_input: Any) -> VCLHandle:
+        settings = dict(self.settings)
+        if not settings.pop("inject", True):
+            raise ValueError("inject=False is for a loss that your own code adds: attach yourself, and give the handle")
+        if settings.get("beta_mode") in (None, "fixed"):  # a step may call a layer any number of times
+            settings = {"shared_beta": True, **settings}
+        return attach(model, example_input, weight=self.weight, inject=True, **settings)
+
+    def begin(self, step: int, *, total_steps: float | None = None, measure: bool = False) -> None:
+        """Begin a forward and backward of optimizer step ``step``; with ``measure``, the first one is measured."""
+        assert self.handle is not None
+        if self.warmup_steps or self.decay != "constant":
+            schedule: dict[str, Any] = {"warmup_steps": self.warmup_steps, "decay": self.decay}
+            self.handle.weight = weight_at(step, self.weight, total_steps=total_steps, **schedule)
+        if measure and step != self._measured:
+            self._measured = step
+            self._glance.begin(self.handle)
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether ``step`` is the last of each ``log_every_n_steps``, or ``every`` where that is None."""
+        return (step + 1) % (self.log_every_n_steps or every) == 0
+
+    def end(self, place: str = "") -> dict[str, float]:
+        """End it. Return what is to be logged, with names of layers below ``place``; nothing if it was not measured."""
+        rows = self._glance.end()
+        if not rows:
+            return {}
+        losses = [row["loss"] for row in rows if not math.isnan(row["loss"])]
+        metrics = {f"vcl_loss/{place}" if place else "vcl_loss": math.fsum(losses)}
+        for name in self.log:
+            metrics |= {f"vcl_{name}/{place}{'.' * bool(place)}{row['layer']}": row[name] for row in rows}
+        return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+    def detach(self) -> None:
+        """End what an error left, and the training: a handle that was made here is removed."""
+        self._glance.end()
+        if self.handle is None:
+            return
+        if self.handle.inject:
+            self.handle.accumulation, self.handle.grad_scaler = 1, None
+        if self.made:
+            self.handle.remove()
+        self.handle, self.made = self.given, False

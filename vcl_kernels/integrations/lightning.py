@@ -1,0 +1,206 @@
+"""VCL in Lightning's Trainer: ``Trainer(callbacks=[VCLCallback()])``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..nn.handle import VCLHandle
+from ..nn.parameters import attached_betas, is_beta
+from ..torch_private import map_tensors
+from .driver import Driver
+from .schedule import Decay
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.utilities import rank_zero_info
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+except ModuleNotFoundError:  # the same library under its other name
+    from pytorch_lightning import Callback, LightningModule, Trainer
+    from pytorch_lightning.utilities import rank_zero_info
+    from pytorch_lightning.utilities.model_helpers import is_overridden
+
+__all__ = ["VCLCallback"]
+
+
+class VCLCallback(Callback):
+    """Trains a LightningModule with the variance constancy loss. ``training_step`` stays as it is.
+
+    During ``fit`` the module is attached with ``inject=True``: the gradient of VCL enters in the backward pass. It is
+    divided by ``accumulate_grad_batches``, scaled by the precision plugin's GradScaler, and clipped, as the gradient of
+    the loss is. The loss that ``training_step`` returns, and logs, is that of the task alone. After ``fit`` the module
+    is plain again.
+
+    Args:
+        handle: what :func:`vcl_kernels.attach` returned, of the module or of a part of it. It stays attached. If it was
+            made without ``inject``, add ``handle.loss()`` to what ``training_step`` returns. None: a handle that the
+            module has (made in its ``configure_model``, for example), or else VCL is attached.
+        module: the name of the submodule to attach to, for example ``"net"``. None: the whole LightningModule.
+        example_input: as for :func:`vcl_kernels.attach`. None: ``example_input_array`` of the LightningModule, if it
+            has one and is attached as a whole.
+        weight, warmup_steps, decay: the weight by optimizer steps, as for
+            :func:`vcl_kernels.integrations.weight_at`.
+        log: statistics of each layer, any columns of :class:`vcl_kernels.VCLMonitor`. They are logged as
+            ``vcl_<statistic>/<layer>``, with ``vcl_loss``, the sum of losses over layers.
+        log_every_n_steps: None: the Trainer's. Compiled modules run uncompiled in these steps.
+        settings: others of :func:`vcl_kernels.attach`. ``shared_beta`` is True by default where beta is fixed, so that
+            ``training_step`` may call a layer any number of times.
+
+    A checkpoint's ``state_dict`` is that of the plain module: ``load_from_checkpoint`` needs no VCL. Betas that are
+    learned, running or from the example are in the callback's state, and come back when ``fit`` resumes from the
+    checkpoint. (FSDP and ModelParallelStrategy leave them in the ``state_dict``.) A ``fit`` that does not resume starts
+    them anew.
+
+    With manual optimization, set ``callback.handle.accumulation`` where you divide the loss yourself.
+
+    Raises:
+        TypeError, ValueError: a wrong argument; what ``attach`` raises; DeepSpeed, which divides and scales the loss
+            itself; a decay where the number of steps is not known; a checkpoint whose betas do not fit.
+    """
+
+    def __init__(
+        self,
+        handle: VCLHandle | None = None,
+        *,
+        module: str | None = None,
+        example_input: Any = None,
+        weight: float = 0.01,
+        warmup_steps: int = 0,
+        decay: Decay = "constant",
+        log: Sequence[str] = ("loss", "beta", "variance"),
+        log_every_n_steps: int | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        schedule: dict[str, Any] = {"weight": weight, "warmup_steps": warmup_steps, "decay": decay}
+        self._driver = Driver(handle, log=log, log_every_n_steps=log_every_n_steps, **schedule, **settings)
+        self._module, self._example = module, example_input
+        self._betas: dict[str, Tensor] = {}  # of a checkpoint, or of the latest fit
+        self._hook: Any = None  # that leaves them out of the module's state_dict
+        self._total_steps: float | None = None
+        self._step = 0
+
+    @property
+    def handle(self) -> VCLHandle | None:
+        """The handle: during ``fit``, or the one that was given."""
+        return self._driver.handle
+
+    @property
+    def state_key(self) -> str:
+        """The name of its state in a checkpoint. There may be one callback for each submodule."""
+        return self._generate_state_key(module=self._module)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Attach VCL, before the optimizers are made and the strategy wraps the module."""
+        if stage != "fit":
+            return
+        if "DeepSpeed" in type(trainer.strategy).__name__:
+            raise ValueError(
+                "VCLCallback does not work with DeepSpeed, which divides and scales the loss itself. Use "
+                "vcl_kernels.attach without inject, and add handle.loss() to what training_step returns"
+            )
+        self._betas = {}
+        if not is_overridden("configure_model", pl_module):
+            self._attach(trainer, pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach VCL to layers that were made in ``configure_model``, or find the handle that was made there."""
+        if self.handle is None:
+            self._attach(trainer, pl_module)
+
+    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        example = self._example
+        if example is None and self._module is None:
+            example = pl_module.example_input_array
+        target = pl_module if self._module is None else pl_module.get_submodule(self._module)
+        handle = self._driver.attach(target, _moved(example, target))
+        if self._driver.made:
+            rank_zero_info(f"{type(self).__name__}: {str(handle).splitlines()[-1]}")
+            if not trainer.strategy.restore_checkpoint_after_setup:  # else the checkpoint may be sharded
+                self._hook = pl_module.register_state_dict_post_hook(_leave_out_betas)
+            self._load_betas()
+
+    # Training
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask for the number of steps, if the weight depends on it."""
+        if self._driver.decay != "constant":
+            self._total_steps = trainer.estimated_stepping_batches
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Tell the handle what the Trainer does with the loss of this batch."""
+        handle = self.handle
+        assert handle is not None
+        if handle.inject:
+            handle.grad_scaler = getattr(trainer.precision_plugin, "scaler", None)
+            if pl_module.automatic_optimization:
+                handle.accumulation = trainer.accumulate_grad_batches
+        self._step = trainer.global_step
+        every = trainer.log_every_n_steps if trainer.is_global_zero and trainer.loggers else 0
+        due = every > 0 and self._driver.is_due(self._step, every)
+        self._driver.begin(self._step, total_steps=self._total_steps, measure=due)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log what was measured."""
+        metrics = self._driver.end(self._module or "")
+        for logger in trainer.loggers if metrics else ():
+            logger.log_metrics(metrics, step=self._step)
+
+    # The way back
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the module plain again."""
+        if stage == "fit":
+            self._finish()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Make the module plain again."""
+        self._finish()
+
+    def _finish(self) -> None:
+        handle = self.handle
+        if handle is not None and self._driver.made:
+            self._betas = attached_betas(handle.model)
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        self._driver.detach()
+
+    # Betas in checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the betas of the VCL that the callback attached."""
+        handle = self.handle
+        return {"betas": attached_betas(handle.model) if handle and self._driver.made else self._betas}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the betas of a checkpoint."""
+        self._betas = dict(state_dict["betas"])
+        if self.handle is not None and self._driver.made:
+            self._load_betas()
+
+    def _load_betas(self) -> None:
+        handle = self.handle
+        assert handle is not None
+        unknown = handle.model.load_state_dict(self._betas, strict=False).unexpected_keys if self._betas else []
+        if unknown:
+            raise ValueError(
+                f"the checkpoint has betas that the layers of this VCLCallback do not have: {', '.join(unknown[:3])}. "
+                "Give it the settings with which the checkpoint was made (beta_mode, beta_init, layers …)"
+            )
+
+
+def _leave_out_betas(_module: nn.Module, state: dict[str, Any], _prefix: str, _metadata: Mapping[str, Any]) -> None:
+    """Leave the betas out of a ``state_dict``, as a hook of it."""
+    for name in [name for name in state if is_beta(name)]:
+        del state[name]
+
+
+def _moved(example: Any, module: nn.Module) -> Any:
+    """Return the example on the device of ``module``, where Lightning moves the batches later."""
+    device = next((p.device for p in module.parameters()), None)
+    return example if device is None else map_tensors(lambda x: x.to(device), example)
