@@ -24,8 +24,7 @@ from vcl_kernels.options import BetaMode
 def network(width: int = 64, weight: float = 0.01, beta_mode: BetaMode | None = None) -> nn.Module:
     """Return a new network with VCL attached."""
     net = nn.Sequential(nn.Linear(64, width), nn.ELU(), nn.Linear(width, width), nn.ELU(), nn.Linear(width, 10))
-    handle = vk.attach(net, torch.zeros(2, 64), weight=weight, beta_mode=beta_mode, inject=True)
-    handle.grad_scaler = None  # there is none; so the handle does not look for one, which takes long in many short fits
+    vk.attach(net, torch.zeros(2, 64), weight=weight, beta_mode=beta_mode, inject=True)
     return net
 
 

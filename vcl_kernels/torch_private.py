@@ -138,9 +138,15 @@ def version_of(x: Tensor) -> int:
     return getattr(x, "_version", 0)
 
 
-def scale_of(scaler: torch.amp.GradScaler) -> Tensor | None:
-    """The scale of ``scaler`` on its device, if PyTorch tells; none before its first use."""
-    return getattr(scaler, "_scale", None)
+def scaler_that_steps() -> torch.amp.GradScaler | None:
+    """The enabled GradScaler whose ``step`` called what runs now. Fallback: none."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is torch.amp.GradScaler.step.__code__:
+            scaler = frame.f_locals.get("self")
+            return scaler if scaler is not None and scaler.is_enabled() else None
+        frame = frame.f_back
+    return None
 
 
 def runs_inside_itself(module: nn.Module) -> bool:

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from ..torch_private import scale_of, version_of
+from ..torch_private import scaler_that_steps
 from .steering import ENOUGH_FORWARDS, Steering
 
 __all__ = ["Watch", "follow", "unfollow"]
@@ -31,7 +31,6 @@ class Watch:
         self.steps = self.steps_at_reading = 0  # of optimizers that hold parameters of the model
         self.betas_move = False  # or were told not to
         self.optimizers: WeakKeyDictionary[Optimizer, Held] = WeakKeyDictionary()
-        self.scales: dict[Tensor, int] = {}  # of GradScalers in use, and how often they were updated
 
     # Forwards
 
@@ -116,7 +115,7 @@ class Watch:
             return
         self.steps += 1
         steering.forwards.ran_again = True  # what ran before a step is not run again
-        if steering.inject and not steering.grad_scaler_told:
+        if steering.inject and not steering.grad_scaler_told and "scaler" not in steering.said:
             self._look_for_scaler(steering)
         if self.betas_move or not (steering.inject or steering.ever_read):
             return
@@ -158,17 +157,14 @@ class Watch:
         return held
 
     def _look_for_scaler(self, steering: Steering) -> None:
-        """Look for a GradScaler that is updated between steps and that the handle does not know."""
-        if any(version_of(scale) != version for scale, version in self.scales.items()):
+        """Look for a GradScaler that makes this step and that the handle does not know."""
+        if scaler_that_steps() is not None:
             steering.warn(
                 "scaler",
                 "a torch.amp.GradScaler is in use, and handle.grad_scaler is not set. With inject=True its unscaling "
                 "divides the gradient of VCL by the scale. Set handle.grad_scaler = scaler, or None if the objective "
                 "is not scaled",
             )
-            self.scales = {}
-        elif self.steps & (self.steps - 1) == 0 and "scaler" not in steering.said:  # 1, 2, 4, …: it takes long
-            self.scales = {scale: version_of(scale) for scale in _scales_in_use()}
 
 
 class Held(NamedTuple):
@@ -189,14 +185,6 @@ def _held_elsewhere(handle: Any) -> bool:
     """Whether any optimizer of this process holds a beta: one that steps less often. Asked once."""
     betas = {id(beta) for beta in handle.parameters()}
     return any(not betas.isdisjoint(_parameters_of(optimizer)) for optimizer in _living(Optimizer))
-
-
-def _scales_in_use() -> Iterator[Tensor]:
-    """Yield the scales of the GradScalers of this process that were used; each changes its own in place."""
-    for scaler in _living(torch.amp.GradScaler):
-        scale = scale_of(scaler)
-        if scale is not None and scaler.is_enabled():
-            yield scale
 
 
 def _living(kind: type) -> Iterator[Any]:
