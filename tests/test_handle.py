@@ -314,3 +314,23 @@ def test_injected_losses_of_parts_are_those_of_one_step(shared_beta):
         seen.append(handle.losses["body.1"])
     assert seen[0] > 0
     assert seen[1:] == [seen[0]] * 2
+
+
+def test_a_handle_of_a_wrapper_that_passes_attributes_on_is_removed():
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, x):
+            return self.module(x)
+
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value) if name in ("training", "module") else setattr(self.module, name, value)
+
+    net = Wrapper(nn.Sequential(nn.Linear(4, 8), nn.ELU()))
+    handle = vk.attach(net, torch.randn(2, 4))
+    handle.remove()
+    assert handle.layers == {}
+    with pytest.raises(ValueError, match="no VCL attached"):
+        vk.handle_of(net)

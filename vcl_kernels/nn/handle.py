@@ -52,7 +52,7 @@ class VCLHandle:
             *undo,
             before.remove,
             after.remove,
-            partial(delattr, model, "vcl_handle"),
+            partial(_forget, model),
         ]
         follow(self)
 
@@ -246,6 +246,12 @@ def _with_betas(output: Any, betas: list[nn.Parameter]) -> Any:
         return tensor + 0 * sums.sum()
 
     return map_tensors(added, output) if betas else None
+
+
+def _forget(model: nn.Module) -> None:
+    """Take away the attribute, also where a wrapper passed it on to the module inside of it."""
+    for module in model.modules():
+        vars(module).pop("vcl_handle", None)
 
 
 def handle_of(model: nn.Module) -> VCLHandle:
