@@ -81,7 +81,7 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], largest_err
     """Compare gradients, of which each error is a part of the largest one."""
     largest = max(float(g.detach().abs().max()) for g in wanted.values())
     errors = {name: float((found[name] - g).detach().abs().max()) / largest for name, g in wanted.items()}
-    assert max(errors.values()) <= largest_error, errors
+    assert max(errors.values()) <= largest_error, max(errors, key=errors.get)
 
 
 def assert_as_exact(found: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]) -> None:

@@ -1,0 +1,362 @@
+"""VCLTrainer of transformers: its steps beside one by hand, checkpointing, decay, logging, saving and resuming."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from by_hand import WEIGHT, assert_as_exact, assert_same, gradients, step
+from libraries import library
+from torch import nn
+
+import vcl_kernels as vk
+
+ROWS = 10
+LAYERS = [f"bert.encoder.layer.{i}.intermediate.intermediate_act_fn" for i in (0, 1)] + ["bert.pooler.activation"]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    return library("transformers")
+
+
+@pytest.fixture
+def bert(transformers):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.BertConfig(vocab_size=40, num_labels=3, initializer_range=0.3, **sizes, **dropout)
+    return transformers.BertForSequenceClassification(config)
+
+
+@pytest.fixture
+def vit(transformers):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.ViTConfig(image_size=16, patch_size=8, num_labels=3, **sizes, **dropout)
+    return transformers.ViTForImageClassification(config)
+
+
+@pytest.fixture
+def trainer(transformers, tmp_path):
+    """Makes a VCLTrainer whose optimizer is SGD. It keeps the gradients of each step."""
+    from vcl_kernels.integrations.transformers import VCLTrainer
+
+    def make(model, data, vcl=None, kind=VCLTrainer, name="out", options=None, **args):
+        rate = {"learning_rate": 1.0, "lr_scheduler_type": "constant", "optim": "sgd"}
+        quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+        defaults = {"use_cpu": True, "max_grad_norm": 0.0, "num_train_epochs": 1, "logging_strategy": "no"}
+        settings = {**rate, **quiet, **defaults, "per_device_train_batch_size": ROWS, **args}
+        arguments = transformers.TrainingArguments(str(tmp_path / name), **settings)
+        vcl = {"weight": WEIGHT} if vcl is None else vcl
+        options = {"train_dataset": data, **(options or {})}
+        loop = InOrder(kind)(model, arguments, vcl=vcl, **options)
+        loop.add_callback(Gradients(transformers, loop))
+        return loop
+
+    return make
+
+
+def InOrder(kind):
+    """A Trainer that does not shuffle, and divides by k what a model does not (BERT's loss of sequences)."""
+    return type(kind.__name__, (kind,), {"_get_train_sampler": lambda *_: None, "loss_is_scaled_for_ga": False})
+
+
+def Gradients(transformers, loop):
+    """A callback that keeps the gradients of each step, in ``loop.gradients``."""
+    loop.gradients = []
+
+    class Keep(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, *_args, **_kwargs):
+            parameters = loop.model.named_parameters()
+            loop.gradients.append({name: p.grad.clone() for name, p in parameters if p.grad is not None})
+
+    return Keep()
+
+
+def samples(number):
+    draw = torch.Generator().manual_seed(1)
+    return [
+        {
+            "input_ids": torch.randint(1, 40, (7,), generator=draw),
+            "labels": torch.randint(3, (1,), generator=draw).squeeze(),
+        }
+        for _ in range(number)
+    ]
+
+
+def batched(data):
+    return [
+        {key: torch.stack([s[key] for s in data[i : i + ROWS]]) for key in data[0]} for i in range(0, len(data), ROWS)
+    ]
+
+
+def task(net, batch):
+    return F.cross_entropy(net(input_ids=batch["input_ids"]).logits, batch["labels"])
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_step_is_that_by_hand(k, clip, bert, trainer):
+    before, data = copy.deepcopy(bert), samples(k * ROWS)
+    loop = trainer(bert, data, gradient_accumulation_steps=k, max_grad_norm=clip or 0.0)
+    loop.train()
+    wanted = partial(gradients, before, batched(data), task, clip=clip)
+    assert_same(loop.gradients[0], wanted())
+    with pytest.raises(AssertionError):  # it would show if VCL were counted k times, or not at all
+        assert_same(loop.gradients[0], wanted(weight=WEIGHT * k if k > 1 else 0.0), 0.01)
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_a_step_with_num_items_in_batch_is_that_by_hand(clip, bert, trainer):
+    before, data, seen = copy.deepcopy(bert), samples(3 * ROWS), []
+
+    def loss(outputs, labels, num_items_in_batch):
+        seen.append(int(num_items_in_batch))
+        return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    loop = trainer(
+        bert, data, options={"compute_loss_func": loss}, gradient_accumulation_steps=3, max_grad_norm=clip or 0.0
+    )
+    loop.loss_is_scaled_for_ga = None  # the Trainer knows
+    loop.train()
+    assert seen == [3 * ROWS] * 3
+    assert_same(loop.gradients[0], gradients(before, batched(data), task, clip=clip))
+
+
+def test_a_step_of_a_model_that_takes_num_items_in_batch_is_that_by_hand(vit, trainer):
+    draw = torch.Generator().manual_seed(1)
+    images = torch.randn(3 * ROWS, 3, 16, 16, generator=draw)
+    data = [{"pixel_values": image, "labels": torch.tensor(i % 3)} for i, image in enumerate(images)]
+    before, loop = copy.deepcopy(vit), trainer(vit, data, gradient_accumulation_steps=3)
+    loop.loss_is_scaled_for_ga = None
+    loop.train()
+    assert_same(loop.gradients[0], gradients(before, batched(data), lambda net, batch: net(**batch).loss))
+
+
+def test_the_last_step_of_an_epoch_may_add_fewer_batches(bert, trainer):
+    before, data = copy.deepcopy(bert), samples(5 * ROWS)
+    loop = trainer(bert, data, gradient_accumulation_steps=3, learning_rate=0.0)
+    loop.train()
+    for found, part in zip(loop.gradients, (data[: 3 * ROWS], data[3 * ROWS :]), strict=True):
+        assert_same(found, gradients(before, batched(part), task))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_step_in_bfloat16_is_that_by_hand(k, bert, trainer):
+    before, data = copy.deepcopy(bert), batched(samples(k * ROWS))
+    loop = trainer(bert, samples(k * ROWS), gradient_accumulation_steps=k, bf16=True)
+    loop.train()
+    eager = gradients(before, data, task, context=partial(torch.autocast, "cpu", torch.bfloat16))
+    assert_as_exact(loop.gradients[0], eager, gradients(before, data, task))
+
+
+def test_a_gradient_is_scaled_once(bert, trainer):
+    before, data = copy.deepcopy(bert), samples(ROWS)
+    loop = trainer(bert, data)
+    loop.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    loop.train()
+    assert loop.accelerator.scaler.get_scale() == 1024
+    assert_same(step(before, bert), gradients(before, batched(data), task))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_step_is_that_by_hand(reentrant, bert, trainer, transformers):
+    before, data = copy.deepcopy(bert), samples(3 * ROWS)
+    fields = transformers.TrainingArguments.__dataclass_fields__
+    name = "activation" if "activation_checkpointing" in fields else "gradient"
+    checkpoints = {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    loop = trainer(bert, data, gradient_accumulation_steps=3, **checkpoints)
+    loop.train()
+    assert_same(loop.gradients[0], gradients(before, batched(data), task))
+
+
+def test_after_training_the_model_is_plain(bert, trainer):
+    data = samples(ROWS)
+    loop = trainer(bert, data)
+    assert list(loop.vcl_handle.layers) == LAYERS
+    assert loop.vcl_handle is vk.handle_of(bert)
+    loop.train()
+    assert loop.vcl_handle is None
+    assert not any(isinstance(module, vk.VCLActivation) for module in bert.modules())
+    before = copy.deepcopy(bert)
+    loop.train()  # again
+    assert_same(step(before, bert), gradients(before, batched(data), task))
+
+
+def test_betas_are_not_decayed(bert, trainer):
+    loop = trainer(bert, samples(ROWS), {"beta_mode": "learned"}, weight_decay=0.1)
+    decayed, free = loop.create_optimizer().param_groups
+    betas = {id(beta) for beta in loop.vcl_handle.parameters()}
+    assert len(betas) == 3
+    assert betas <= {id(p) for p in free["params"]}
+    assert decayed["weight_decay"] == 0.1
+    assert not betas & {id(p) for p in decayed["params"]}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "steps"),
+    [({"logging_strategy": "steps", "logging_steps": 2}, [2, 4]), ({"logging_strategy": "epoch"}, [2, 4])],
+)
+def test_measurements_are_logged_with_the_training_loss(strategy, steps, bert, trainer):
+    vcl = {"weight": WEIGHT, "log": ("beta", "variance")}
+    loop = trainer(bert, samples(4 * ROWS), vcl, gradient_accumulation_steps=2, num_train_epochs=2, **strategy)
+    loop.train()
+    logs = {entry["step"]: entry for entry in loop.state.log_history if "vcl_loss" in entry}
+    assert list(logs) == steps
+    for entry in logs.values():
+        assert {name for name in entry if name.startswith("vcl_")} == {
+            "vcl_loss",
+            *(f"vcl_{what}/{layer}" for what in ("beta", "variance") for layer in LAYERS),
+        }
+        assert "loss" in entry
+        assert 0 < entry["vcl_loss"] < 5
+        assert entry[f"vcl_beta/{LAYERS[0]}"] == 1
+
+
+@pytest.mark.parametrize("mode", ["learned", "running", "fixed"])
+def test_a_resumed_training_is_a_straight_one(mode, bert, trainer, transformers, tmp_path):
+    data = samples(6 * ROWS)
+
+    def train(name, resume=None):
+        model = copy.deepcopy(bert)
+        vcl = {"weight": WEIGHT, "beta_mode": mode, "warmup_steps": 2, "decay": "cosine"}
+        saves = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2, "optim": "adamw_torch"}
+        loop = trainer(model, data, vcl, name=name, gradient_accumulation_steps=2, **{**saves, "learning_rate": 0.01})
+        betas = {}
+        loop.add_callback(KeepBetas(transformers, loop, betas))
+        loop.train(resume_from_checkpoint=resume)
+        return model, betas
+
+    straight, betas = train("straight")
+    resumed, same_betas = train("resumed", str(tmp_path / "straight/checkpoint-2"))
+    torch.testing.assert_close(dict(resumed.state_dict()), dict(straight.state_dict()), rtol=0, atol=0)
+    assert len(betas) == (0 if mode == "fixed" else 3)
+    torch.testing.assert_close(same_betas, betas, rtol=0, atol=0)
+    kind = transformers.BertForSequenceClassification
+    loaded, info = kind.from_pretrained(tmp_path / "resumed/checkpoint-6", output_loading_info=True)
+    assert not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(straight.state_dict()), rtol=0, atol=0)
+
+
+def KeepBetas(transformers, loop, betas):
+    """A callback that keeps the betas of the last step."""
+
+    class Keep(transformers.TrainerCallback):
+        def on_step_end(self, *_args, **_kwargs):
+            state = vk.handle_of(loop.model).model.state_dict()
+            betas.update({name: value.clone() for name, value in state.items() if name.endswith(".beta")})
+
+    return Keep()
+
+
+def test_what_is_saved_while_attached_is_plain(bert, trainer, tmp_path):
+    loop = trainer(bert, samples(ROWS), {"beta_mode": "learned"})
+    bert.save_pretrained(tmp_path / "saved")
+    _, info = type(bert).from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not info["unexpected_keys"]
+    loop.save_model(str(tmp_path / "with"))
+    assert (tmp_path / "with/vcl_betas.safetensors").exists()
+
+
+def test_a_checkpoint_of_other_layers_is_an_error(bert, trainer, tmp_path):
+    data, saves = samples(2 * ROWS), {"save_strategy": "steps", "save_steps": 1}
+    trainer(copy.deepcopy(bert), data, {"beta_mode": "learned"}, **saves).train()
+    loop = trainer(bert, data, {"beta_mode": "learned", "layers": LAYERS[:2]})
+    with pytest.raises(ValueError, match=r"betas that the model's layers do not have: bert.pooler.activation"):
+        loop.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-1"))
+
+
+def test_each_new_model_is_attached(bert, trainer):
+    made = []
+
+    def model_init():
+        made.append(copy.deepcopy(bert))
+        return made[-1]
+
+    data = samples(ROWS)
+    trainer(None, data, options={"model_init": model_init}).train()
+    assert len(made) == 2
+    assert_same(step(bert, made[1]), gradients(bert, batched(data), task))
+
+
+def test_a_subclass_of_trainer_gets_vcl(bert, trainer, transformers):
+    from vcl_kernels.integrations.transformers import VCLTrainer
+
+    class Doubles(transformers.Trainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            return 2 * super().compute_loss(model, inputs, **kwargs)
+
+    before, data = copy.deepcopy(bert), samples(ROWS)
+    trainer(bert, data, kind=type("Both", (VCLTrainer, Doubles), {})).train()
+    assert_same(step(before, bert), gradients(before, batched(data), lambda *args: 2 * task(*args)))
+
+
+def test_a_module_of_your_own_is_trained(trainer):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 8), nn.ELU(), nn.Linear(8, 3))
+
+        def forward(self, x, labels):
+            return {"loss": F.cross_entropy(self.body(x), labels)}
+
+    net, draw = Net(), torch.Generator().manual_seed(1)
+    data = [{"x": torch.randn(4, generator=draw), "labels": torch.tensor(i % 3)} for i in range(3 * ROWS)]
+    before = copy.deepcopy(net)
+    trainer(net, data, gradient_accumulation_steps=3).train()
+    assert_same(step(before, net), gradients(before, batched(data), lambda net, batch: net(**batch)["loss"]))
+
+
+def test_a_handle_of_your_own_stays(bert, trainer):
+    before, data = copy.deepcopy(bert), samples(3 * ROWS)
+    handle = vk.attach(bert, batched(data)[0], weight=WEIGHT, inject=True)
+    trainer(bert, data, handle, gradient_accumulation_steps=3).train()
+    assert vk.handle_of(bert) is handle
+    assert handle.accumulation == 1  # again
+    handle.remove()
+    assert_same(step(before, bert), gradients(before, batched(data), task))
+
+
+def test_what_cannot_work_is_an_error(bert, trainer):
+    data = samples(ROWS)
+    handle = vk.attach(bert, batched(data)[0])
+    with pytest.raises(ValueError, match="vcl must be a handle made with inject=True"):
+        trainer(bert, data, handle)
+    with pytest.raises(ValueError, match="the model has VCL attached without inject=True"):
+        trainer(bert, data)
+    handle.remove()
+    with pytest.raises(TypeError, match="vcl must be a mapping of settings or a VCLHandle; got a float"):
+        trainer(bert, data, 0.1)
+    optimizer = torch.optim.SGD(bert.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="optimizers must hold the betas"):
+        trainer(bert, data, {"beta_mode": "learned"}, options={"optimizers": (optimizer, None)})
+
+
+def test_an_iterable_dataset_wants_an_example(bert, trainer):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(samples(2 * ROWS))
+
+    with pytest.raises(ValueError, match=r"train_dataset \(Stream\) is iterable and has no samples to spare"):
+        trainer(bert, Stream(), max_steps=1)
+    before, data = copy.deepcopy(bert), batched(samples(ROWS))
+    trainer(bert, Stream(), {"example_input": data[0], "weight": WEIGHT}, max_steps=1).train()
+    assert_same(step(before, bert), gradients(before, data, task))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_model_is_trained_and_logged(bert, trainer):
+    before, data = copy.deepcopy(bert), samples(ROWS)
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    loop = trainer(bert, data, logging_strategy="steps", logging_steps=1, **compiled)
+    loop.train()
+    assert_same(step(before, bert), gradients(before, batched(data), task))
+    assert any("vcl_loss" in entry for entry in loop.state.log_history)
