@@ -1,4 +1,4 @@
-"""attach on models of other libraries: what it finds, one step beside one by hand, and loops of other libraries."""
+"""attach on models of other libraries: what it finds, and one step beside one by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from common import LEARNED
 from libraries import CASES, library
 from torch import nn
@@ -133,73 +132,3 @@ def test_every_activation_of_transformers_is_found(subtests):
     assert len(activations) > 20
     with pytest.raises(ValueError, match="activation"):
         vk.attach(nn.Sequential(nn.Linear(4, 8), activations["linear"]), x)
-
-
-def classifier():
-    net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ELU(), nn.Flatten(), nn.Linear(216, 3))
-    vk.attach(net, torch.randn(2, 1, 8, 8), **SETTINGS)
-    data = torch.utils.data.TensorDataset(torch.randn(2 * ROWS, 1, 8, 8), torch.randint(3, (2 * ROWS,)))
-    return net, torch.utils.data.DataLoader(data, batch_size=ROWS)
-
-
-def optimizer_of(net):
-    return torch.optim.SGD(vk.param_groups(net, weight_decay=1e-4), lr=0.1)
-
-
-def objective(net, images, labels):
-    return F.cross_entropy(net(images), labels) + net.vcl_handle.loss()
-
-
-def trained(net, loader):
-    """Return the state of a copy of ``net`` that a plain loop has trained."""
-    net = copy.deepcopy(net)
-    optimizer = optimizer_of(net)
-    for images, labels in loader:
-        optimizer.zero_grad()
-        objective(net, images, labels).backward()
-        optimizer.step()
-    assert net[1].vcl[0].beta.sub(1).abs().min() > 0
-    return dict(net.state_dict())
-
-
-@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
-@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
-def test_lightning_trains_as_a_plain_loop_does():
-    lightning = library("lightning")
-    net, loader = classifier()
-    expected = trained(net, loader)
-
-    class Module(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = net
-
-        def training_step(self, batch, _index):
-            return objective(self.net, *batch)
-
-        def configure_optimizers(self):
-            return optimizer_of(self.net)
-
-    trainer = lightning.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Module(), loader)
-    assert trainer.global_step == 2
-    torch.testing.assert_close(dict(net.state_dict()), expected, rtol=0, atol=0)
-
-
-def test_accelerate_trains_as_a_plain_loop_does():
-    accelerator = library("accelerate").Accelerator(cpu=True)
-    net, loader = classifier()
-    expected = trained(net, loader)
-    prepared, optimizer, loader = accelerator.prepare(net, optimizer_of(net), loader)
-    for images, labels in loader:
-        optimizer.zero_grad()
-        accelerator.backward(objective(prepared, images, labels))
-        optimizer.step()
-    torch.testing.assert_close(dict(net.state_dict()), expected, rtol=0, atol=0)

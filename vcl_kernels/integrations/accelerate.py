@@ -1,0 +1,100 @@
+"""VCL in a loop of Hugging Face accelerate.
+
+Without ``inject`` nothing is needed: ``accelerator.backward(loss + handle.loss())`` divides and scales both. What is
+here is for a loop that stays as it is.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from ..nn.attach import attach as attach_alone
+from ..nn.handle import VCLHandle
+
+__all__ = ["attach", "follow"]
+
+
+def attach(accelerator: Accelerator, model: nn.Module, example_input: Any = None, **settings: Any) -> VCLHandle:
+    """Give ``model`` VCL with ``inject=True``, which counts and scales as ``accelerator.backward`` does the loss.
+
+    Call it before ``accelerator.prepare``. The loop stays as it is; ``accelerator.accumulate`` may be in it.
+
+    Args:
+        accelerator: of the loop.
+        model, example_input, settings: as for :func:`vcl_kernels.attach`.
+
+    Returns:
+        The handle, for logs: ``accelerator.log({f"vcl_loss/{name}": loss.item() for name, loss in
+        handle.losses.items()})``.
+
+    Raises:
+        ValueError, TypeError: what :func:`vcl_kernels.attach` and :func:`follow` raise; ``inject=False``.
+    """
+    if not settings.pop("inject", True):
+        raise ValueError(
+            "inject=False needs nothing of this: use vcl_kernels.attach, and accelerator.backward(loss + handle.loss())"
+        )
+    _check(accelerator)
+    handle = attach_alone(model, example_input, inject=True, **settings)
+    follow(handle, accelerator)
+    return handle
+
+
+def follow(handle: VCLHandle, accelerator: Accelerator) -> None:
+    """Divide and scale the gradient of an injected loss as ``accelerator.backward`` does that of the loss.
+
+    ``handle.grad_scaler`` is the accelerator's, and before each training forward ``handle.accumulation`` becomes
+    ``accelerator.gradient_accumulation_steps``. (A model that is compiled with its hooks keeps that of now.)
+
+    Args:
+        handle: made with ``inject=True``.
+        accelerator: of the loop.
+
+    Raises:
+        TypeError: they are of other types.
+        ValueError: the handle is without ``inject``; DeepSpeed or Megatron-LM, which divide and scale the loss
+            themselves.
+    """
+    _check(accelerator)
+    if not isinstance(handle, VCLHandle):
+        raise TypeError(f"handle must be what vcl_kernels.attach returned; got a {type(handle).__name__}")
+    if not handle.inject:
+        raise ValueError(
+            "handle was made without inject=True and needs nothing: call accelerator.backward(loss + handle.loss())"
+        )
+    handle.grad_scaler = accelerator.scaler
+    handle.accumulation = accelerator.gradient_accumulation_steps
+    handle.model.register_forward_pre_hook(_Follow(handle, accelerator))
+
+
+class _Follow:
+    """A hook of the model, before its forward. A copy or a pickle of the model has one that does nothing."""
+
+    def __init__(self, *ends: Any) -> None:
+        self.ends = [weakref.ref(end) for end in ends]  # the handle and the accelerator
+
+    def __call__(self, _model: nn.Module, _args: Any) -> None:
+        if torch.compiler.is_compiling() or not self.ends:
+            return
+        handle, accelerator = (end() for end in self.ends)
+        if handle is not None and accelerator is not None:
+            handle.accumulation = accelerator.gradient_accumulation_steps
+
+    def __reduce__(self) -> Any:
+        return _Follow, ()
+
+
+def _check(accelerator: Any) -> None:
+    if not isinstance(accelerator, Accelerator):
+        raise TypeError(f"accelerator must be an accelerate.Accelerator; got a {type(accelerator).__name__}")
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"{accelerator.distributed_type.value} divides and scales the loss itself; use vcl_kernels.attach without "
+            "inject, and accelerator.backward(loss + handle.loss())"
+        )
