@@ -3,6 +3,7 @@
 import collections
 import functools
 import importlib.util
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -178,3 +179,18 @@ def test_tensors_in_containers(monkeypatch, exists):
     mapped = torch_private.map_tensors(len, values)
     assert mapped == Pair({"a": 1, "text": "x"}, [2, (3, None)])
     assert isinstance(mapped, Pair)
+
+
+def test_a_function_is_marked_as_torch_marks_it():
+    def ours():
+        return True
+
+    def torchs():
+        return True
+
+    assert vars(torch_private.while_tracing(ours)) == vars(torch.compiler.assume_constant_result(torchs)) != {}
+
+
+def test_the_compiler_is_not_imported_with_the_package():
+    code = "import sys, vcl_kernels; print('torch._dynamo' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"

@@ -191,6 +191,15 @@ def may_be_compiled() -> bool:
     return "torch._dynamo" in sys.modules
 
 
+def while_tracing(function: Callable[..., bool]) -> Any:
+    """Let a compiler call ``function`` while it traces: its graph has no trace of it, and guards on nothing.
+
+    As ``torch.compiler.assume_constant_result``, which imports the compiler at once.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 class Stance(NamedTuple):
     """What compiled code does when it is called: the arguments of ``torch.compiler.set_stance``."""
 

@@ -9,13 +9,19 @@ from weakref import WeakValueDictionary, ref
 import torch
 from torch import nn
 
-from ..torch_private import in_backward, is_running, may_be_compiled, remove_hooks, runs_inside_itself
+from ..torch_private import (
+    in_backward,
+    is_running,
+    may_be_compiled,
+    remove_hooks,
+    runs_inside_itself,
+    while_tracing,
+)
 from .layers import Layers, is_behind
 from .look import Look, Settings
 from .report import Report
 from .rows import Row, Rows
 from .undo import Hooks, uncompiled
-from .warn import while_tracing
 
 __all__ = ["Recorder", "tell_compiled"]
 

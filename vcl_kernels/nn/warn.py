@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-__all__ = ["VCLWarning", "warn", "while_tracing"]
+from ..torch_private import while_tracing
+
+__all__ = ["VCLWarning", "warn"]
 
 
 LIBRARIES = tuple(str(Path(file).parent) for file in (torch.__file__, Path(__file__).parent))
@@ -26,11 +26,6 @@ def _warn(text: str) -> bool:
         level, frame = level + 1, frame.f_back
     warnings.warn(text, VCLWarning, stacklevel=level)
     return True
-
-
-def while_tracing(function: Callable[..., bool]) -> Any:
-    """Let a compiler call ``function`` while it traces. Its graph has no trace of it, and guards on nothing."""
-    return getattr(torch.compiler, "assume_constant_result", lambda function: function)(function)
 
 
 _while_tracing = while_tracing(_warn)
