@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from libraries import library
 from PIL.PngImagePlugin import PngImageFile
 from torch import nn
 
@@ -116,4 +117,7 @@ MODULES = [module.name for module in pkgutil.walk_packages(vk.__path__, "vcl_ker
 
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith(("._C", ".__main__"))])
 def test_examples_of_docstrings_run(name):
+    package, _, client = name.rpartition(".")
+    if package == "vcl_kernels.integrations" and client in ("accelerate", "lightning", "transformers"):
+        library(client)
     assert doctest.testmod(importlib.import_module(name)).failed == 0

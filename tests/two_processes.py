@@ -1,0 +1,103 @@
+"""Run by torchrun with two processes: a step of each client, on batches of its own in each, beside one by hand."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import tempfile
+
+import torch
+import torch.distributed as dist
+from by_hand import WEIGHT, assert_same, batches, gradients, loader, network, step, task
+from libraries import library
+
+RANKS, K = 2, 2  # K batches in each process are added for a step
+
+
+def of_this_rank(data):
+    return data[dist.get_rank() :: RANKS]
+
+
+def lightning_step(net, data, folder):
+    lightning = library("lightning")
+    from vcl_kernels.integrations.lightning import VCLCallback
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def training_step(self, batch, _index):
+            return task(self.net, batch)
+
+        def train_dataloader(self):
+            return loader(of_this_rank(data))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.dim() > 0], lr=1.0)
+
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    ddp = {"accelerator": "cpu", "devices": RANKS, "strategy": "ddp", "use_distributed_sampler": False}
+    settings = {"max_epochs": 1, "accumulate_grad_batches": K, "logger": False, "default_root_dir": folder}
+    callback = VCLCallback(weight=WEIGHT, beta_mode="learned", example_input=data[0][0], module="net")
+    trainer = lightning.Trainer(callbacks=[callback], **settings, **ddp, **quiet)
+    trainer.fit(Module())
+    assert trainer.world_size == RANKS
+
+
+def accelerate_step(net, data, _folder):
+    accelerator = library("accelerate").Accelerator(cpu=True, gradient_accumulation_steps=K)
+    from vcl_kernels.integrations.accelerate import attach
+
+    assert accelerator.num_processes == RANKS
+    handle = attach(accelerator, net, data[0][0], weight=WEIGHT)
+    model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=1.0))
+    for batch in of_this_rank(data):
+        with accelerator.accumulate(model):
+            accelerator.backward(task(model, batch))
+            optimizer.step()
+            optimizer.zero_grad()
+    handle.remove()
+
+
+def transformers_step(net, data, folder):
+    transformers = library("transformers")
+    from vcl_kernels.integrations.transformers import VCLTrainer
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, images, labels):
+            return {"loss": task(self.net, (images, labels))}
+
+    class InOrder(VCLTrainer):
+        def _get_train_sampler(self, *_):
+            return None
+
+    samples = [{"images": x, "labels": y} for images, labels in data for x, y in zip(images, labels, strict=True)]
+    rate = {"learning_rate": 1.0, "lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 0.0}
+    quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"}
+    settings = {"use_cpu": True, "ddp_backend": "gloo", "num_train_epochs": 1, "gradient_accumulation_steps": K}
+    rows = len(data[0][0])
+    arguments = transformers.TrainingArguments(folder, per_device_train_batch_size=rows, **settings, **rate, **quiet)
+    trainer = InOrder(Net(), arguments, train_dataset=samples, vcl={"weight": WEIGHT})
+    trainer.train()
+    assert trainer.accelerator.num_processes == RANKS
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    data = batches(RANKS * K)
+    dist.init_process_group("gloo")
+    for client in (lightning_step, accelerate_step, transformers_step):
+        net = network()
+        before = copy.deepcopy(net)
+        with tempfile.TemporaryDirectory() as folder:
+            client(net, data, folder)
+        assert_same(step(before, net), gradients(before, data))
+        if dist.get_rank() == 0:
+            print(client.__name__, "is that by hand")
+    dist.destroy_process_group()
+    sys.stdout.flush()
