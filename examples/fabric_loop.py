@@ -1,7 +1,7 @@
 """A loop of Lightning Fabric with VCL, accumulated and clipped gradients, on handwritten digits.
 
     pip install lightning scikit-learn
-    python -m examples.fabric_loop
+    python examples/fabric_loop.py
 
 Attach before ``fabric.setup``, and add ``handle.loss()`` to the objective of each batch. With ``inject=True`` tell the
 handle by what the objective is divided, and which GradScaler Fabric has (``precision="16-mixed"`` has one).

@@ -1,7 +1,7 @@
 """A trainer of pytorch-ignite with VCL and accumulated gradients, on handwritten digits.
 
     pip install pytorch-ignite scikit-learn
-    python -m examples.ignite_engine
+    python examples/ignite_engine.py
 
 With ``gradient_accumulation_steps=k`` ignite divides what the loss function returns by k. Two ways add VCL:
 

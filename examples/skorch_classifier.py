@@ -1,7 +1,7 @@
 """A classifier of skorch with VCL, whose weight a grid search chooses, on handwritten digits.
 
     pip install skorch scikit-learn
-    python -m examples.skorch_classifier
+    python examples/skorch_classifier.py
 
 skorch makes the module anew in each ``fit``, and then the optimizer. So attach where the module is made: at the end of
 its ``__init__``, or in a function that is given to skorch as the module, as here. Its arguments are parameters of the

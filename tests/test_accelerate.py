@@ -137,3 +137,11 @@ def test_what_cannot_work_is_an_error(accelerate):
     accelerator.state.distributed_type = type(accelerator.distributed_type).DEEPSPEED
     with pytest.raises(ValueError, match="DEEPSPEED divides and scales the loss itself"):
         accelerate.attach(accelerator, network())
+
+
+def test_the_example_learns(accelerate, capsys):
+    from examples import accelerate_loop
+
+    assert accelerate.Accelerator  # imported first
+    assert accelerate_loop.main(epochs=3, images=400, cpu=True) < 45  # half of chance
+    assert float(capsys.readouterr().out.split("VCL ")[1].split(",")[0]) > 0

