@@ -66,7 +66,7 @@ def test_the_pictures_are_made_from_the_results():
 
 
 def test_the_readmes_code_runs():
-    use, inject, equal = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    use, inject, trainers, equal = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
     images, labels = torch.randn(20, 3, 8, 8), torch.randint(10, (20,))
     names = {"model": model, "images": images, "labels": labels, "example_input": images[:1]}
@@ -77,8 +77,27 @@ def test_the_readmes_code_runs():
     names["handle"].remove()
     exec(inject, names)
     assert [m.inject for m in model.modules() if isinstance(m, vk.VCLActivation)] == [True]
+    for client in ("accelerate", "lightning", "transformers"):
+        library(client)
+    exec(trainers, names)
     exec(equal, names)
     torch.testing.assert_close(names["loss"], vk.vcl_loss(names["x"], names["beta"]))
+
+
+def test_the_code_of_the_integrations_page_runs(tmp_path):
+    page = (ROOT / "docs/integrations.md").read_text()
+    for_lightning, for_transformers, for_accelerate, schedule = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    lightning, transformers, accelerate = map(library, ("lightning", "transformers", "accelerate"))
+    names = {"Trainer": lambda callbacks: lightning.Trainer(callbacks=callbacks, logger=False, accelerator="cpu")}
+    exec(for_lightning, names)
+    assert any(type(callback).__name__ == "VCLCallback" for callback in names["trainer"].callbacks)
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    names |= {"model": nn.Sequential(nn.Linear(4, 8), nn.ELU()), "args": arguments}
+    exec(for_transformers, names | {"data": [{"input": torch.randn(4), "labels": 0}] * 2})
+    vk.handle_of(names["model"]).remove()
+    exec(for_accelerate, names := names | {"accelerator": accelerate.Accelerator(cpu=True), "example_input": None})
+    exec(schedule, names := names | {"step": 250})
+    assert names["handle"].weight == pytest.approx(0.005)
 
 
 OF_THE_MONITOR = ("monitor.py", "recorder.py", "report.py")
