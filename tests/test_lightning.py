@@ -358,6 +358,27 @@ def test_a_wrong_setting_is_an_error_when_fit_begins(settings, error, match, mod
         trainer(callback(**settings), max_epochs=-1, max_steps=-1).fit(module(), loader(batches(1)))
 
 
+def test_several_handles_want_a_callback_each(module, callback, trainer):
+    net = nn.ModuleDict({"a": network(), "b": network()})
+    handles = [vk.attach(part, inject=True) for part in net.values()]
+    with pytest.raises(ValueError, match="2 parts of the model"):
+        trainer(callback()).fit(module(net), loader(batches(1)))
+    assert [handle.weight for handle in handles] == [0.01, 0.01]
+
+
+def test_the_weight_of_a_handle_is_the_largest_of_a_schedule(module, callback, trainer, lightning):
+    weights, model = [], module()
+    handle = vk.attach(model.net, weight=0.4, inject=True)
+
+    class Seen(lightning.Callback):
+        def on_before_zero_grad(self, *_args):
+            weights.append(handle.weight)
+
+    trainer(callback(handle, decay="linear"), Seen()).fit(model, loader(batches(4)))
+    assert weights == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert handle.weight == 0.4  # again
+
+
 def test_a_handle_of_another_model_is_an_error(module, callback, trainer):
     handle = vk.attach(network(), inject=True)
     with pytest.raises(ValueError, match="handle must be of the model that is trained"):

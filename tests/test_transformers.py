@@ -318,9 +318,12 @@ def test_a_module_of_your_own_is_trained(trainer):
 def test_a_handle_of_your_own_stays(bert, trainer):
     before, data = copy.deepcopy(bert), samples(3 * ROWS)
     handle = vk.attach(bert, batched(data)[0], weight=WEIGHT, inject=True)
-    trainer(bert, data, handle, gradient_accumulation_steps=3).train()
+    trainer(bert, data, handle, gradient_accumulation_steps=3, learning_rate=0.0).train()
+    assert (handle.accumulation, handle.weight) == (1, WEIGHT)  # again
+    handle.weight = 0.1
+    trainer(bert, data, {"handle": handle, "weight": WEIGHT}, gradient_accumulation_steps=3).train()
     assert vk.handle_of(bert) is handle
-    assert handle.accumulation == 1  # again
+    assert (handle.accumulation, handle.weight) == (1, 0.1)  # again
     handle.remove()
     assert_same(step(before, bert), gradients(before, batched(data), task))
 
@@ -328,16 +331,17 @@ def test_a_handle_of_your_own_stays(bert, trainer):
 def test_what_cannot_work_is_an_error(bert, trainer):
     data = samples(ROWS)
     handle = vk.attach(bert, batched(data)[0])
-    with pytest.raises(ValueError, match="vcl must be a handle made with inject=True"):
-        trainer(bert, data, handle)
-    with pytest.raises(ValueError, match="the model has VCL attached without inject=True"):
-        trainer(bert, data)
+    for vcl in (handle, {"weight": 0.1}):
+        with pytest.raises(ValueError, match="the model's handle must be made with inject=True"):
+            trainer(bert, data, vcl)
+    assert handle.weight == 0.01
     handle.remove()
     with pytest.raises(TypeError, match="vcl must be a mapping of settings or a VCLHandle; got a float"):
         trainer(bert, data, 0.1)
     optimizer = torch.optim.SGD(bert.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="optimizers must hold the betas"):
         trainer(bert, data, {"beta_mode": "learned"}, options={"optimizers": (optimizer, None)})
+    assert not any(isinstance(module, vk.VCLActivation) for module in bert.modules())
 
 
 def test_an_iterable_dataset_wants_an_example(bert, trainer):

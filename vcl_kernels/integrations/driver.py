@@ -11,7 +11,7 @@ from torch import nn
 from ..checks import check_choice, check_count
 from ..nn.attach import attach
 from ..nn.glance import Glance
-from ..nn.handle import VCLHandle, handle_of
+from ..nn.handle import VCLHandle
 from ..nn.rows import STATISTICS
 from .schedule import Decay, check_schedule, weight_at
 
@@ -23,7 +23,8 @@ class Driver:
 
     Args:
         given: a handle that exists. None: that of the model, or else the model is attached.
-        weight, warmup_steps, decay: as for :func:`weight_at`.
+        weight: the largest. None: that of a handle that exists, or 0.01.
+        warmup_steps, decay: as for :func:`weight_at`.
         log: statistics of each layer, named as the columns of :class:`vcl_kernels.VCLMonitor`.
         log_every_n_steps: optimizer steps from one measurement to the next; None: the trainer's own.
         settings: of :func:`vcl_kernels.attach`.
@@ -37,14 +38,14 @@ class Driver:
         self,
         given: VCLHandle | None,
         *,
-        weight: float = 0.01,
+        weight: float | None = None,
         warmup_steps: int = 0,
         decay: Decay = "constant",
         log: Sequence[str] = (),
         log_every_n_steps: int | None = None,
         **settings: Any,
     ) -> None:
-        check_schedule(weight, warmup_steps, decay)
+        check_schedule(0.01 if weight is None else weight, warmup_steps, decay)
         if isinstance(log, str):
             raise TypeError(f"log must be a sequence of statistics, such as ('loss', 'variance'); got {log!r}")
         for name in log:
@@ -56,26 +57,36 @@ class Driver:
         if given is not None and settings:
             raise TypeError(f"settings of attach are for a model without a handle; got {', '.join(settings)}")
         self.given, self.handle, self.made = given, given, False
+        self.model: nn.Module | None = None  # that is trained, from attach to detach
         self.weight, self.warmup_steps, self.decay = weight, warmup_steps, decay
+        self.largest = self.weight_before = 0.0  # of the handle's weight, during and before the training
         self.log, self.log_every_n_steps, self.settings = tuple(log), log_every_n_steps, settings
         self._glance = Glance()
         self._measured = -1  # the latest step that was
 
     def attach(self, model: nn.Module, example_input: Any) -> VCLHandle:
         """Return the handle that was given, or that of the model, or attach VCL to the model."""
-        self.made, self._measured = False, -1
+        self.model, self.made, self._measured = model, False, -1
+        handles = {id(handle): handle for handle in map(_handle_of, model.modules()) if handle is not None}
         if self.given is not None:
-            if not any(module is self.given.model for module in model.modules()):
+            if id(self.given) not in handles:
                 raise ValueError(
                     f"handle must be of the model that is trained or a part of it ({type(model).__name__}); it is of "
                     f"another model ({type(self.given.model).__name__})"
                 )
-            return self.given
-        try:
-            self.handle = handle_of(model)
-        except ValueError:
-            self.handle, self.made = self._attach(model, example_input), True
-        return self.handle
+            handle = self.given
+        elif len(handles) > 1:
+            raise ValueError(
+                f"{len(handles)} parts of the model ({type(model).__name__}) have VCL attached, each with a handle of "
+                "its own. Give each handle, with handle="
+            )
+        elif handles:
+            (handle,) = handles.values()
+        else:
+            handle, self.made = self._attach(model, example_input), True
+        self.handle, self.weight_before = handle, handle.weight
+        self.largest = handle.weight = handle.weight if self.weight is None else self.weight
+        return handle
 
     def _attach(self, model: nn.Module, example_input: Any) -> VCLHandle:
         settings = dict(self.settings)
@@ -83,14 +94,14 @@ class Driver:
             raise ValueError("inject=False is for a loss that your own code adds: attach yourself, and give the handle")
         if settings.get("beta_mode") in (None, "fixed"):  # a step may call a layer any number of times
             settings = {"shared_beta": True, **settings}
-        return attach(model, example_input, weight=self.weight, inject=True, **settings)
+        return attach(model, example_input, inject=True, **settings)
 
     def begin(self, step: int, *, total_steps: float | None = None, measure: bool = False) -> None:
         """Begin a forward and backward of optimizer step ``step``; with ``measure``, the first one is measured."""
         assert self.handle is not None
         if self.warmup_steps or self.decay != "constant":
             schedule: dict[str, Any] = {"warmup_steps": self.warmup_steps, "decay": self.decay}
-            self.handle.weight = weight_at(step, self.weight, total_steps=total_steps, **schedule)
+            self.handle.weight = weight_at(step, self.largest, total_steps=total_steps, **schedule)
         if measure and step != self._measured:
             self._measured = step
             self._glance.begin(self.handle)
@@ -113,10 +124,16 @@ class Driver:
     def detach(self) -> None:
         """End what an error left, and the training: a handle that was made here is removed."""
         self._glance.end()
-        if self.handle is None:
-            return
-        if self.handle.inject:
-            self.handle.accumulation, self.handle.grad_scaler = 1, None
-        if self.made:
-            self.handle.remove()
-        self.handle, self.made = self.given, False
+        handle = self.handle
+        if self.model is not None and handle is not None:
+            handle.weight = self.weight_before
+            if handle.inject:
+                handle.accumulation, handle.grad_scaler = 1, None
+            if self.made:
+                handle.remove()
+        self.handle, self.model, self.made = self.given, None, False
+
+
+def _handle_of(module: nn.Module) -> VCLHandle | None:
+    handle = getattr(module, "vcl_handle", None)
+    return handle if isinstance(handle, VCLHandle) else None

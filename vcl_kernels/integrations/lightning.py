@@ -40,8 +40,8 @@ class VCLCallback(Callback):
         module: the name of the submodule to attach to, for example ``"net"``. None: the whole LightningModule.
         example_input: as for :func:`vcl_kernels.attach`. None: ``example_input_array`` of the LightningModule, if it
             has one and is attached as a whole.
-        weight, warmup_steps, decay: the weight by optimizer steps, as for
-            :func:`vcl_kernels.integrations.weight_at`.
+        weight: the largest. None: that of a handle that exists, or 0.01.
+        warmup_steps, decay: the weight by optimizer steps, as for :func:`vcl_kernels.integrations.weight_at`.
         log: statistics of each layer, any columns of :class:`vcl_kernels.VCLMonitor`. They are logged as
             ``vcl_<statistic>/<layer>``, with ``vcl_loss``, the sum of losses over layers.
         log_every_n_steps: None: the Trainer's. Compiled modules run uncompiled in these steps.
@@ -66,7 +66,7 @@ class VCLCallback(Callback):
         *,
         module: str | None = None,
         example_input: Any = None,
-        weight: float = 0.01,
+        weight: float | None = None,
         warmup_steps: int = 0,
         decay: Decay = "constant",
         log: Sequence[str] = ("loss", "beta", "variance"),
@@ -107,7 +107,7 @@ class VCLCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach VCL to layers that were made in ``configure_model``, or find the handle that was made there."""
-        if self.handle is None:
+        if self._driver.model is None:
             self._attach(trainer, pl_module)
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -41,7 +41,9 @@ class VCLTrainer(Trainer):
 
             - ``example_input``: as for :func:`vcl_kernels.attach`. Default: two samples of ``train_dataset``, made a
               batch by ``data_collator``.
-            - ``weight``, ``warmup_steps``, ``decay``: the weight by optimizer steps, as for
+            - ``handle``: that of a model that is attached.
+            - ``weight``: the largest. Default: that of the handle, or 0.01.
+            - ``warmup_steps``, ``decay``: the weight by optimizer steps, as for
               :func:`vcl_kernels.integrations.weight_at`.
             - ``log``: statistics of each layer, any columns of :class:`vcl_kernels.VCLMonitor`, logged with the
               training loss as ``vcl_<statistic>/<layer>``. Default: none. ``vcl_loss``, the sum over layers, is logged
@@ -64,12 +66,9 @@ class VCLTrainer(Trainer):
         self._vcl_ready = False
         if vcl is not None and not isinstance(vcl, (VCLHandle, Mapping)):
             raise TypeError(f"vcl must be a mapping of settings or a VCLHandle; got a {type(vcl).__name__}")
-        given = vcl if isinstance(vcl, VCLHandle) else None
-        if given is not None and not given.inject:
-            raise ValueError("vcl must be a handle made with inject=True: the Trainer adds nothing to its loss")
-        settings = dict(vcl) if isinstance(vcl, Mapping) else {}
+        settings = {"handle": vcl} if isinstance(vcl, VCLHandle) else dict(vcl or {})
         self._vcl_example = settings.pop("example_input", None)
-        self._vcl = Driver(given, **settings)
+        self._vcl = Driver(settings.pop("handle", None), **settings)
         self._vcl_metrics: dict[str, float] = {}
         super().__init__(*args, **kwargs)
         self._vcl_ready = True
@@ -100,30 +99,37 @@ class VCLTrainer(Trainer):
             self._vcl.detach()
 
     def _vcl_attach(self, model: nn.Module) -> None:
+        if self._vcl.model is model:
+            return
+        self._vcl.detach()  # from the model before
         if self.is_deepspeed_enabled and self.args.fp16:
             raise ValueError("VCLTrainer does not work with DeepSpeed in float16, which has a scaler of its own")
-        if self._vcl.handle is not None and self._vcl.made and self._vcl.handle.model is model:
-            return
         if self._vcl_example is None and self._vcl.given is None:
             self._vcl_example = self._vcl_samples(model)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         handle = self._vcl.attach(model, map_tensors(lambda x: x.to(device), self._vcl_example))
+        try:
+            self._vcl_check(handle)
+        except ValueError:
+            self._vcl.detach()
+            raise
+        if isinstance(model, PreTrainedModel):
+            names = set(attached_betas(model))
+            model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | names  # noqa: SLF001
+
+    def _vcl_check(self, handle: VCLHandle) -> None:
         if not handle.inject:
             raise ValueError(
-                "the model has VCL attached without inject=True, and the Trainer adds nothing to its loss; call "
+                "the Trainer adds nothing to its loss: the model's handle must be made with inject=True. Call "
                 "vcl_kernels.handle_of(model).remove() first"
             )
-        betas = {id(beta) for beta in handle.parameters()}
-        if self.optimizer is not None and not betas <= {
-            id(p) for g in self.optimizer.param_groups for p in g["params"]
-        }:
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        held = {id(p) for group in groups for p in group["params"]}
+        if groups and not {id(beta) for beta in handle.parameters()} <= held:
             raise ValueError(
                 "optimizers must hold the betas, which are learned: attach first, make the optimizer, and give the "
                 "handle as vcl="
             )
-        if isinstance(model, PreTrainedModel):
-            names = set(attached_betas(model))
-            model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | names  # noqa: SLF001
 
     def _vcl_samples(self, model: nn.Module) -> Any:
         """Return two samples of the training data as a batch. No random number of the training is used up."""
