@@ -383,6 +383,7 @@ def test_a_handle_of_another_model_is_an_error(module, callback, trainer):
     handle = vk.attach(network(), inject=True)
     with pytest.raises(ValueError, match="handle must be of the model that is trained"):
         trainer(callback(handle)).fit(module(), loader(batches(1)))
+    assert handle.weight == 0.01
 
 
 def test_the_example_learns_and_logs(lightning, tmp_path):

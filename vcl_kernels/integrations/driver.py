@@ -66,7 +66,6 @@ class Driver:
 
     def attach(self, model: nn.Module, example_input: Any) -> VCLHandle:
         """Return the handle that was given, or that of the model, or attach VCL to the model."""
-        self.model, self.made, self._measured = model, False, -1
         handles = {id(handle): handle for handle in map(_handle_of, model.modules()) if handle is not None}
         if self.given is not None:
             if id(self.given) not in handles:
@@ -74,17 +73,18 @@ class Driver:
                     f"handle must be of the model that is trained or a part of it ({type(model).__name__}); it is of "
                     f"another model ({type(self.given.model).__name__})"
                 )
-            handle = self.given
+            handle, made = self.given, False
         elif len(handles) > 1:
             raise ValueError(
                 f"{len(handles)} parts of the model ({type(model).__name__}) have VCL attached, each with a handle of "
                 "its own. Give each handle, with handle="
             )
         elif handles:
-            (handle,) = handles.values()
+            (handle,), made = handles.values(), False
         else:
-            handle, self.made = self._attach(model, example_input), True
-        self.handle, self.weight_before = handle, handle.weight
+            handle, made = self._attach(model, example_input), True
+        self.model, self.handle, self.made, self._measured = model, handle, made, -1
+        self.weight_before = handle.weight
         self.largest = handle.weight = handle.weight if self.weight is None else self.weight
         return handle
 
