@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from functools import partial
 from types import SimpleNamespace
@@ -124,8 +125,27 @@ def test_a_resumed_training_is_a_straight_one(inject, accelerate, tmp_path):
     assert resumed[1].vcl[0].beta.sub(1).abs().max() > 0
 
 
+def test_an_accelerator_is_followed_while_it_is_there(accelerate):
+    net, accelerator = network(), accelerate.Accelerator(gradient_accumulation_steps=3)
+    handle = attached(accelerate, accelerator, net, True)
+    hooks = len(net._forward_pre_hooks)  # noqa: SLF001
+    accelerate.follow(handle, accelerator)
+    assert len(net._forward_pre_hooks) == hooks  # noqa: SLF001
+    accelerator.gradient_accumulation_steps = 2
+    assert handle.accumulation == 2
+    del accelerator
+    gc.collect()
+    assert handle.accumulation == 1
+    handle.accumulation = 4
+    assert handle.accumulation == 4
+
+
 def test_what_cannot_work_is_an_error(accelerate):
     accelerator = accelerate.Accelerator()
+    removed = accelerate.attach(accelerator, network())
+    removed.remove()
+    with pytest.raises(ValueError, match="handle was removed"):
+        accelerate.follow(removed, accelerator)
     with pytest.raises(ValueError, match="inject=False needs nothing of this"):
         accelerate.attach(accelerator, network(), inject=False)
     with pytest.raises(ValueError, match="handle was made without inject=True and needs nothing"):

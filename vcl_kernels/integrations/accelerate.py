@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
@@ -23,7 +22,8 @@ __all__ = ["attach", "follow"]
 def attach(accelerator: Accelerator, model: nn.Module, example_input: Any = None, **settings: Any) -> VCLHandle:
     """Give ``model`` VCL with ``inject=True``, which counts and scales as ``accelerator.backward`` does the loss.
 
-    Call it before ``accelerator.prepare``. The loop stays as it is; ``accelerator.accumulate`` may be in it.
+    Call it before ``accelerator.prepare``: learned betas must be in the optimizer, and in what wraps the model. The
+    loop stays as it is; ``accelerator.accumulate`` may be in it.
 
     Args:
         accelerator: of the loop.
@@ -49,8 +49,8 @@ def attach(accelerator: Accelerator, model: nn.Module, example_input: Any = None
 def follow(handle: VCLHandle, accelerator: Accelerator) -> None:
     """Divide and scale the gradient of an injected loss as ``accelerator.backward`` does that of the loss.
 
-    ``handle.grad_scaler`` is the accelerator's, and before each training forward ``handle.accumulation`` becomes
-    ``accelerator.gradient_accumulation_steps``. (A model that is compiled with its hooks keeps that of now.)
+    ``handle.grad_scaler`` is the accelerator's, and ``handle.accumulation`` is its ``gradient_accumulation_steps`` at
+    each forward, until it is set by hand or the accelerator is gone. (Compiled code keeps that of now.)
 
     Args:
         handle: made with ``inject=True``.
@@ -58,8 +58,8 @@ def follow(handle: VCLHandle, accelerator: Accelerator) -> None:
 
     Raises:
         TypeError: they are of other types.
-        ValueError: the handle is without ``inject``; DeepSpeed or Megatron-LM, which divide and scale the loss
-            themselves.
+        ValueError: the handle is without ``inject``, or was removed; DeepSpeed or Megatron-LM, which divide and scale
+            the loss themselves.
     """
     _check(accelerator)
     if not isinstance(handle, VCLHandle):
@@ -68,26 +68,16 @@ def follow(handle: VCLHandle, accelerator: Accelerator) -> None:
         raise ValueError(
             "handle was made without inject=True and needs nothing: call accelerator.backward(loss + handle.loss())"
         )
+    if not handle.layers:
+        raise ValueError("handle was removed; call vcl_kernels.attach again")
+    known = weakref.ref(accelerator)
+
+    def steps() -> int:
+        there = known()
+        return 1 if there is None else there.gradient_accumulation_steps
+
     handle.grad_scaler = accelerator.scaler
-    handle.accumulation = accelerator.gradient_accumulation_steps
-    handle.model.register_forward_pre_hook(_Follow(handle, accelerator))
-
-
-class _Follow:
-    """A hook of the model, before its forward. A copy or a pickle of the model has one that does nothing."""
-
-    def __init__(self, *ends: Any) -> None:
-        self.ends = [weakref.ref(end) for end in ends]  # the handle and the accelerator
-
-    def __call__(self, _model: nn.Module, _args: Any) -> None:
-        if torch.compiler.is_compiling() or not self.ends:
-            return
-        handle, accelerator = (end() for end in self.ends)
-        if handle is not None and accelerator is not None:
-            handle.accumulation = accelerator.gradient_accumulation_steps
-
-    def __reduce__(self) -> Any:
-        return _Follow, ()
+    handle.follow_accumulation(steps)
 
 
 def _check(accelerator: Any) -> None:

@@ -182,6 +182,12 @@ class VCLHandle:
             raise ValueError("accumulation is for inject=True; divide handle.loss() with the rest of the objective")
         self._steering.accumulation = accumulation
 
+    def follow_accumulation(self, follows: Callable[[], int]) -> None:
+        """Ask ``follows`` for :attr:`accumulation` at each forward, until that is set. Compiled code asks once, now."""
+        if not self.inject:
+            raise ValueError("accumulation is for inject=True; divide handle.loss() with the rest of the objective")
+        self._steering.follow(follows)
+
     @property
     def grad_scaler(self) -> torch.amp.GradScaler | None:
         """With ``inject``, the GradScaler that scales the objective. Set None to say that there is none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ class Steering:
         self.inject = inject
         self.attached = attached  # by attach: a plain checkpoint loads, and betas start anew
         self.first_weight = self.weight = weight  # multiplies that of each layer
-        self.accumulation = 1  # an injected loss is divided by it
+        self._accumulation = 1  # an injected loss is divided by it
+        self.follows: Callable[[], int] | None = None  # tells it, as another object knows it
         self.paused = False
         self.said: set[str] = set()  # kinds of warnings
         self._grad_scaler: torch.amp.GradScaler | None = None
@@ -70,6 +72,21 @@ class Steering:
         # Whether the loss was read and nothing ran since. Parts that run alone between two readings belong together
         self.was_read = self.ever_read = self.ran_part = False
         self.lost = False  # by a part that ran again since, so that its loss was replaced
+
+    @property
+    def accumulation(self) -> int:
+        """What an injected loss is divided by. Compiled code has that of the time when it was told."""
+        if self.follows is not None and not torch.compiler.is_compiling():
+            self._accumulation = self.follows()
+        return self._accumulation
+
+    @accumulation.setter
+    def accumulation(self, accumulation: int) -> None:
+        self._accumulation, self.follows = accumulation, None
+
+    def follow(self, follows: Callable[[], int]) -> None:
+        """Ask ``follows`` for the accumulation at each forward. A copy has that of the present."""
+        self._accumulation, self.follows = follows(), follows
 
     @property
     def grad_scaler(self) -> torch.amp.GradScaler | None:
@@ -129,5 +146,5 @@ class Steering:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one step or one training loop: a copy can be made at any time."""
         new = Steering(self.inject)
-        kept = ("attached", "first_weight", "weight", "accumulation")
+        kept = ("attached", "first_weight", "weight", "_accumulation")
         return {**new.__dict__, **{name: self.__dict__[name] for name in kept}}
