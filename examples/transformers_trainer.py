@@ -65,7 +65,6 @@ def main(epochs: int = 20, images: int = 1200, folder: str = "out/transformers",
         compute_metrics=test_error,
         vcl={"weight": 0.01, "warmup_steps": 50},  # vcl_loss is logged
     )
-    print(trainer.vcl_handle)
     trainer.train()
     return trainer.evaluate()["eval_error"]
 

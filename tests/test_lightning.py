@@ -298,10 +298,15 @@ def test_a_checkpoint_with_other_betas_is_an_error(module, callback, trainer, tm
     def resume(**settings):
         trainer(callback(**settings), max_epochs=2).fit(module(), loader(data), ckpt_path=tmp_path / "running.ckpt")
 
-    with pytest.raises(RuntimeError, match="net.1.vcl.0.beta was saved with beta_mode"):
+    with pytest.raises(ValueError, match=r"the checkpoint has 3 betas and the model 0; only one of them has net.1.vcl"):
         resume()
-    with pytest.raises(ValueError, match="betas that the layers of this VCLCallback do not have: net.4.vcl.0.beta"):
+    with pytest.raises(ValueError, match="has 3 betas and the model 2; .* Give VCLCallback the settings"):
         resume(beta_mode="running", layers=["net.1", "net.6"])
+    plain = trainer(callback())
+    plain.fit(module(), loader(data))
+    plain.save_checkpoint(tmp_path / "running.ckpt")
+    with pytest.raises(ValueError, match="the checkpoint has 0 betas and the model 3"):
+        resume(beta_mode="running")
 
 
 def test_layers_that_are_made_late_are_found(module, callback, trainer):
@@ -332,6 +337,12 @@ def test_a_compiled_module_is_trained_and_logged(module, callback, trainer, logg
     ("settings", "error", "match"),
     [
         ({"log": "loss"}, TypeError, "log must be a sequence of statistics"),
+        ({"log": None}, TypeError, "log must be a sequence of statistics"),
+        ({"module": ""}, TypeError, "module must be the name of a submodule, or None for the whole; got ''"),
+        ({"weight": -0.1}, ValueError, "weight must be at least 0, and finite; got -0.1"),
+        ({"weight": float("nan")}, ValueError, "weight must be at least 0, and finite; got nan"),
+        ({"units": 3}, TypeError, "unknown settings units; those of attach are"),
+        ({"inject": False}, ValueError, "inject=False is for a loss that your own code adds"),
         ({"log": ("mean",)}, ValueError, "log must be one of 'loss', .* got 'mean'"),
         ({"decay": "cosinus"}, ValueError, "decay must be one of"),
         ({"warmup_steps": -1}, ValueError, "warmup_steps must be at least 0; got -1"),
@@ -347,15 +358,96 @@ def test_a_wrong_setting_is_an_error_at_once(settings, error, match, callback):
 @pytest.mark.parametrize(
     ("settings", "error", "match"),
     [
-        ({"inject": False}, ValueError, "inject=False is for a loss that your own code adds"),
-        ({"units": 3}, TypeError, "unexpected keyword argument 'units'"),
         ({"module": "body"}, AttributeError, "no attribute `body`"),
-        ({"decay": "linear"}, ValueError, "decay='linear' wants total_steps"),
+        ({"decay": "linear"}, ValueError, "decay='linear' wants a known number of steps: set Trainer.max_steps"),
     ],
 )
 def test_a_wrong_setting_is_an_error_when_fit_begins(settings, error, match, module, callback, trainer):
     with pytest.raises(error, match=match):
         trainer(callback(**settings), max_epochs=-1, max_steps=-1).fit(module(), loader(batches(1)))
+
+
+def test_a_decay_wants_a_known_number_of_steps(module, callback, trainer):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(batches(2))
+
+    data = torch.utils.data.DataLoader(Stream(), batch_size=None)
+    with pytest.raises(ValueError, match="max_epochs with a loader that has a length; got max_steps=-1, max_epochs=2"):
+        trainer(callback(decay="cosine"), max_epochs=2).fit(module(), data)
+    trainer(callback(decay="cosine"), max_steps=2, max_epochs=2).fit(module(), data)
+
+
+def test_two_optimizers_step_once_a_batch(module, callback, trainer, logger):
+    class Two(module):
+        automatic_optimization = False
+
+        def training_step(self, batch, _index):
+            weights.append(vcl.handle.weight)
+            self.manual_backward(task(self.net, batch))
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.net[i].parameters(), lr=0.1) for i in (0, 3)]
+
+    weights, vcl = [], callback(weight=0.4, decay="linear")
+    trainer(vcl, logger=logger, log_every_n_steps=2).fit(Two(), loader(batches(4)))
+    assert weights == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert [step for step, metrics in logger.kept if "vcl_loss" in metrics] == [1, 3]
+
+
+def test_a_tuner_counts_vcl_once(module, callback, trainer, lightning):
+    model, vcl, seen = module(), callback(), []
+
+    class Asks(module):
+        def training_step(self, batch, index):
+            seen.append(vk.handle_of(self).accumulation)
+            return super().training_step(batch, index)
+
+        def configure_optimizers(self):
+            self.lr = 0.1
+            return super().configure_optimizers()
+
+    model = Asks()
+    model.lr = 0.1
+    tuner = lightning.pytorch.tuner.Tuner(trainer(vcl, accumulate_grad_batches=3))
+    tuner.lr_find(model, loader(batches(6)), num_training=2)
+    assert set(seen) == {3}
+    assert not any(isinstance(part, vk.VCLActivation) for part in model.modules())
+
+
+def test_weights_are_averaged_with_betas_or_not_at_all(module, callback, trainer, lightning):
+    average = partial(lightning.pytorch.callbacks.StochasticWeightAveraging, swa_lrs=0.1)
+    learned = {"beta_mode": "learned", "example_input": batches(1)[0][0]}
+    with pytest.raises(ValueError, match="callbacks must have VCLCallback before the one that averages weights"):
+        trainer(average(), callback(**learned), max_epochs=2).fit(module(), loader(batches(2)))
+    trainer(callback(**learned), average(), max_epochs=2).fit(module(), loader(batches(2)))
+    trainer(average(), callback(), max_epochs=2).fit(module(), loader(batches(2)))
+
+
+def test_vcl_that_is_attached_already_is_not_silently_another(module, callback, trainer):
+    model, data = module(), loader(batches(1))
+    handle = vk.attach(model.net, weight=0.3, inject=True)
+    with pytest.raises(ValueError, match=r"the model \(Module\) has VCL attached already, without beta_mode"):
+        trainer(callback(beta_mode="running")).fit(model, data)
+    trainer(callback(weight=0.0)).fit(model, data)  # which can be set
+    assert (handle.weight, vk.handle_of(model)) == (0.3, handle)
+    handle.remove()
+    with pytest.raises(ValueError, match="it was removed, or is of another model"):
+        trainer(callback(handle)).fit(model, data)
+    with pytest.raises(ValueError, match="by another trainer or callback"):
+        trainer(callback(module="net"), callback()).fit(model, data)
+    assert not any(isinstance(part, vk.VCLActivation) for part in model.modules())
+
+
+def test_a_handle_is_as_it_was_after_fit(module, callback, trainer, logger):
+    model = module()
+    handle = vk.attach(model.net, weight=0.3, inject=True)
+    handle.accumulation = 4
+    trainer(callback(handle, decay="linear"), logger=logger, log_every_n_steps=1).fit(model, loader(batches(2)))
+    assert (handle.weight, handle.accumulation) == (0.3, 4)
+    assert any("vcl_loss/net.1" in metrics for _, metrics in logger.kept)
 
 
 def test_several_handles_want_a_callback_each(module, callback, trainer):

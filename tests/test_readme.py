@@ -94,7 +94,6 @@ def test_the_code_of_the_integrations_page_runs(tmp_path):
     arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
     names |= {"model": nn.Sequential(nn.Linear(4, 8), nn.ELU()), "args": arguments}
     exec(for_transformers, names | {"data": [{"input": torch.randn(4), "labels": 0}] * 2})
-    vk.handle_of(names["model"]).remove()
     exec(for_accelerate, names := names | {"accelerator": accelerate.Accelerator(cpu=True), "example_input": None})
     exec(schedule, names := names | {"step": 250})
     assert names["handle"].weight == pytest.approx(0.005)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import random
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from libraries import library
 from torch import nn
 
 import vcl_kernels as vk
+from vcl_kernels.nn.parameters import attached_betas
 
 ROWS = 10
 LAYERS = [f"bert.encoder.layer.{i}.intermediate.intermediate_act_fn" for i in (0, 1)] + ["bert.pooler.activation"]
@@ -177,12 +180,12 @@ def test_a_checkpointed_step_is_that_by_hand(reentrant, bert, trainer, transform
     assert_same(loop.gradients[0], gradients(before, batched(data), task))
 
 
-def test_after_training_the_model_is_plain(bert, trainer):
+def test_after_training_the_model_is_plain(bert, trainer, transformers):
     data = samples(ROWS)
-    loop = trainer(bert, data)
-    assert list(loop.vcl_handle.layers) == LAYERS
-    assert loop.vcl_handle is vk.handle_of(bert)
+    loop, seen = trainer(bert, data), []
+    loop.add_callback(OnStep(transformers, lambda: seen.append(list(vk.handle_of(bert).layers))))
     loop.train()
+    assert seen == [LAYERS]
     assert loop.vcl_handle is None
     assert not any(isinstance(module, vk.VCLActivation) for module in bert.modules())
     before = copy.deepcopy(bert)
@@ -190,14 +193,31 @@ def test_after_training_the_model_is_plain(bert, trainer):
     assert_same(step(before, bert), gradients(before, batched(data), task))
 
 
-def test_betas_are_not_decayed(bert, trainer):
-    loop = trainer(bert, samples(ROWS), {"beta_mode": "learned"}, weight_decay=0.1)
-    decayed, free = loop.create_optimizer().param_groups
-    betas = {id(beta) for beta in loop.vcl_handle.parameters()}
-    assert len(betas) == 3
-    assert betas <= {id(p) for p in free["params"]}
-    assert decayed["weight_decay"] == 0.1
-    assert not betas & {id(p) for p in decayed["params"]}
+def test_learned_betas_learn_in_each_training(bert, trainer, transformers):
+    loop, moved = trainer(bert, samples(ROWS), {"weight": WEIGHT, "beta_mode": "learned"}), []
+
+    def look():
+        moved.append(min(float(beta.detach().sub(1).abs().max()) for beta in vk.handle_of(bert).parameters()))
+
+    loop.add_callback(OnStep(transformers, look))
+    loop.train()
+    loop.train()
+    assert len(moved) == 2
+    assert min(moved) > 0
+
+
+def test_betas_are_not_decayed(bert, trainer, transformers):
+    loop, groups = trainer(bert, samples(ROWS), {"beta_mode": "learned"}, weight_decay=0.1), []
+
+    def look():
+        betas = {id(beta) for beta in vk.handle_of(bert).parameters()}
+        groups.extend((g["weight_decay"], betas & {id(p) for p in g["params"]}) for g in loop.optimizer.param_groups)
+
+    loop.add_callback(OnStep(transformers, look))
+    loop.train()
+    (decay, decayed), (none, free) = groups
+    assert (decay, none) == (0.1, 0.0)
+    assert (len(decayed), len(free)) == (0, 3)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +250,7 @@ def test_a_resumed_training_is_a_straight_one(mode, bert, trainer, transformers,
         saves = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2, "optim": "adamw_torch"}
         loop = trainer(model, data, vcl, name=name, gradient_accumulation_steps=2, **{**saves, "learning_rate": 0.01})
         betas = {}
-        loop.add_callback(KeepBetas(transformers, loop, betas))
+        loop.add_callback(OnStep(transformers, lambda: betas.update(attached_betas(model))))
         loop.train(resume_from_checkpoint=resume)
         return model, betas
 
@@ -246,31 +266,39 @@ def test_a_resumed_training_is_a_straight_one(mode, bert, trainer, transformers,
     torch.testing.assert_close(dict(loaded.state_dict()), dict(straight.state_dict()), rtol=0, atol=0)
 
 
-def KeepBetas(transformers, loop, betas):
-    """A callback that keeps the betas of the last step."""
+def OnStep(transformers, function):
+    """A callback that calls ``function`` after each step."""
 
-    class Keep(transformers.TrainerCallback):
+    class Calls(transformers.TrainerCallback):
         def on_step_end(self, *_args, **_kwargs):
-            state = vk.handle_of(loop.model).model.state_dict()
-            betas.update({name: value.clone() for name, value in state.items() if name.endswith(".beta")})
+            function()
 
-    return Keep()
+    return Calls()
 
 
-def test_what_is_saved_while_attached_is_plain(bert, trainer, tmp_path):
+def test_what_is_saved_in_training_is_plain(bert, trainer, transformers, tmp_path):
+    def save():
+        bert.save_pretrained(tmp_path / "saved")
+        bert.bert.save_pretrained(tmp_path / "part")
+        loop.save_model(str(tmp_path / "with"))
+
     loop = trainer(bert, samples(ROWS), {"beta_mode": "learned"})
-    bert.save_pretrained(tmp_path / "saved")
-    _, info = type(bert).from_pretrained(tmp_path / "saved", output_loading_info=True)
-    assert not info["unexpected_keys"]
-    loop.save_model(str(tmp_path / "with"))
-    assert (tmp_path / "with/vcl_betas.safetensors").exists()
+    loop.add_callback(OnStep(transformers, save))
+    loop.train()
+    for folder, kind in (("saved", type(bert)), ("part", type(bert.bert)), ("with", type(bert))):
+        _, info = kind.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not info["unexpected_keys"]
+        assert (tmp_path / folder / "vcl_betas.safetensors").exists() == (folder == "with")
+    assert not [name for name in bert._keys_to_ignore_on_save or () if "vcl" in name]  # noqa: SLF001
 
 
 def test_a_checkpoint_of_other_layers_is_an_error(bert, trainer, tmp_path):
     data, saves = samples(2 * ROWS), {"save_strategy": "steps", "save_steps": 1}
     trainer(copy.deepcopy(bert), data, {"beta_mode": "learned"}, **saves).train()
     loop = trainer(bert, data, {"beta_mode": "learned", "layers": LAYERS[:2]})
-    with pytest.raises(ValueError, match=r"betas that the model's layers do not have: bert.pooler.activation"):
+    with pytest.raises(
+        ValueError, match=r"the checkpoint has 3 betas and the model 2; only one of them has bert.pooler"
+    ):
         loop.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-1"))
 
 
@@ -282,9 +310,11 @@ def test_each_new_model_is_attached(bert, trainer):
         return made[-1]
 
     data = samples(ROWS)
-    trainer(None, data, options={"model_init": model_init}).train()
-    assert len(made) == 2
-    assert_same(step(bert, made[1]), gradients(bert, batched(data), task))
+    loop = trainer(None, data, {"weight": WEIGHT, "beta_mode": "learned"}, options={"model_init": model_init})
+    for number in (2, 3):
+        loop.train()
+        assert len(made) == number
+        assert_same(step(bert, made[-1]), gradients(bert, batched(data), task))
 
 
 def test_a_subclass_of_trainer_gets_vcl(bert, trainer, transformers):
@@ -333,27 +363,66 @@ def test_what_cannot_work_is_an_error(bert, trainer):
     handle = vk.attach(bert, batched(data)[0])
     for vcl in (handle, {"weight": 0.1}):
         with pytest.raises(ValueError, match="the model's handle must be made with inject=True"):
-            trainer(bert, data, vcl)
+            trainer(bert, data, vcl).train()
     assert handle.weight == 0.01
     handle.remove()
     with pytest.raises(TypeError, match="vcl must be a mapping of settings or a VCLHandle; got a float"):
         trainer(bert, data, 0.1)
+    for vcl in ({"wieght": 0.1}, {1: 2}, {"model": bert}):
+        with pytest.raises(TypeError, match=f"unknown settings {next(iter(vcl))}; those of attach are"):
+            trainer(bert, data, vcl)
+    with pytest.raises(ValueError, match="handle must be of the model .* it was removed"):
+        trainer(bert, data, handle).train()
     optimizer = torch.optim.SGD(bert.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="optimizers must hold the betas"):
-        trainer(bert, data, {"beta_mode": "learned"}, options={"optimizers": (optimizer, None)})
+        trainer(bert, data, {"beta_mode": "learned"}, options={"optimizers": (optimizer, None)}).train()
     assert not any(isinstance(module, vk.VCLActivation) for module in bert.modules())
 
 
-def test_an_iterable_dataset_wants_an_example(bert, trainer):
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return iter(samples(2 * ROWS))
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(samples(2 * ROWS))
 
-    with pytest.raises(ValueError, match=r"train_dataset \(Stream\) is iterable and has no samples to spare"):
-        trainer(bert, Stream(), max_steps=1)
+
+@pytest.mark.parametrize(
+    ("data", "options", "match"),
+    [
+        (Stream(), {}, r"train_dataset \(Stream\) has no samples to spare"),
+        ([], {}, r"no example could be made of train_dataset \(list; IndexError"),
+        (samples(2), {"data_collator": list}, "no example could be made of train_dataset"),
+        ([{"text": torch.ones(3)}] * 20, {}, "no example could be made of train_dataset"),
+    ],
+)
+def test_data_without_an_example_is_an_error(data, options, match, bert, trainer):
+    with pytest.raises(ValueError, match=match):
+        trainer(bert, data, options=options, max_steps=1).train()
+
+
+def test_samples_that_the_model_does_not_take_are_an_error(trainer):
+    net = nn.Sequential(nn.Linear(4, 8), nn.ELU())  # whose forward takes "input"
+    with pytest.raises(ValueError, match=r"the model takes input; samples have .*: give vcl=.\"example_input\""):
+        trainer(net, [{"x": torch.ones(4)}] * 20, max_steps=1, remove_unused_columns=False).train()
+
+
+def test_an_example_can_be_given(bert, trainer):
     before, data = copy.deepcopy(bert), batched(samples(ROWS))
     trainer(bert, Stream(), {"example_input": data[0], "weight": WEIGHT}, max_steps=1).train()
     assert_same(step(before, bert), gradients(before, data, task))
+
+
+def test_the_example_uses_up_no_random_numbers(bert, trainer):
+    class Draws(list):
+        def __getitem__(self, i):
+            drawn.append((random.random(), np.random.rand(), float(torch.rand(()))))
+            return super().__getitem__(i)
+
+    drawn, data = [], samples(ROWS)
+    trainer(bert, Draws(data), learning_rate=0.0).train()
+    with_vcl, drawn[:] = drawn[2:], []
+    vk_free = trainer(bert, Draws(data), learning_rate=0.0)
+    vk_free._vcl_attach = lambda _model: vk.attach(bert, batched(data)[0], inject=True)  # noqa: SLF001
+    vk_free.train()
+    assert with_vcl == drawn
 
 
 @pytest.mark.usefixtures("fresh_compiler")

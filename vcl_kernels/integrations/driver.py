@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
+from weakref import WeakSet
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..checks import check_choice, check_count
 from ..nn.attach import attach
 from ..nn.glance import Glance
 from ..nn.handle import VCLHandle
+from ..nn.parameters import attached_betas
 from ..nn.rows import STATISTICS
+from ..torch_private import map_tensors
 from .schedule import Decay, check_schedule, weight_at
 
-__all__ = ["Driver"]
+__all__ = ["Driver", "load_betas"]
+
+_made: WeakSet[VCLHandle] = WeakSet()  # by any driver, and not removed yet
+OF_ATTACH = set(signature(attach).parameters) - {"model", "example_input", "weight"}
 
 
 class Driver:
@@ -46,7 +54,7 @@ class Driver:
         **settings: Any,
     ) -> None:
         check_schedule(0.01 if weight is None else weight, warmup_steps, decay)
-        if isinstance(log, str):
+        if isinstance(log, str) or not isinstance(log, Sequence):
             raise TypeError(f"log must be a sequence of statistics, such as ('loss', 'variance'); got {log!r}")
         for name in log:
             check_choice("log", name, STATISTICS)
@@ -54,47 +62,69 @@ class Driver:
             check_count("log_every_n_steps", log_every_n_steps, 1)
         if given is not None and not isinstance(given, VCLHandle):
             raise TypeError(f"handle must be what vcl_kernels.attach returned; got a {type(given).__name__}")
+        unknown = [name for name in settings if name not in OF_ATTACH]
+        if unknown:
+            known = ", ".join(sorted(OF_ATTACH))
+            raise TypeError(f"unknown settings {', '.join(unknown)}; those of attach are {known}")
+        if not settings.get("inject", True):
+            raise ValueError("inject=False is for a loss that your own code adds: attach yourself, and give the handle")
         if given is not None and settings:
             raise TypeError(f"settings of attach are for a model without a handle; got {', '.join(settings)}")
         self.given, self.handle, self.made = given, given, False
         self.model: nn.Module | None = None  # that is trained, from attach to detach
         self.weight, self.warmup_steps, self.decay = weight, warmup_steps, decay
-        self.largest = self.weight_before = 0.0  # of the handle's weight, during and before the training
+        self.largest = 0.0  # of the handle's weight, during the training
+        self.before: tuple[float, int, Any] = (0.0, 1, None)  # weight, accumulation and scaler of the handle
         self.log, self.log_every_n_steps, self.settings = tuple(log), log_every_n_steps, settings
         self._glance = Glance()
         self._measured = -1  # the latest step that was
 
-    def attach(self, model: nn.Module, example_input: Any) -> VCLHandle:
-        """Return the handle that was given, or that of the model, or attach VCL to the model."""
+    def finds(self, model: nn.Module) -> VCLHandle | None:
+        """Return the handle that was given, or the one that the model or a part of it has.
+
+        Raises:
+            ValueError: the handle is of another model, or was removed; the model has several; it has one, and there
+                are settings for another.
+        """
         handles = {id(handle): handle for handle in map(_handle_of, model.modules()) if handle is not None}
+        name = type(model).__name__
         if self.given is not None:
             if id(self.given) not in handles:
                 raise ValueError(
-                    f"handle must be of the model that is trained or a part of it ({type(model).__name__}); it is of "
+                    f"handle must be of the model that is trained or a part of it ({name}); it was removed, or is of "
                     f"another model ({type(self.given.model).__name__})"
                 )
-            handle, made = self.given, False
-        elif len(handles) > 1:
+            return self.given
+        if len(handles) > 1:
             raise ValueError(
-                f"{len(handles)} parts of the model ({type(model).__name__}) have VCL attached, each with a handle of "
-                "its own. Give each handle, with handle="
+                f"{len(handles)} parts of the model ({name}) have VCL attached, each with a handle of its own. Give "
+                "each of them, with handle="
             )
-        elif handles:
-            (handle,), made = handles.values(), False
-        else:
-            handle, made = self._attach(model, example_input), True
+        found = next(iter(handles.values()), None)
+        if found is not None and (self.settings or found in _made):
+            why = "by another trainer or callback" if found in _made else f"without {', '.join(self.settings)}"
+            raise ValueError(
+                f"the model ({name}) has VCL attached already, {why}. Call vcl_kernels.handle_of(model).remove() first"
+            )
+        return found
+
+    def attach(self, model: nn.Module, example_input: Any) -> VCLHandle:
+        """Return the handle that the model has, or attach VCL to the model.
+
+        The example goes to the model's device; float32 becomes the model's dtype.
+        """
+        handle = self.finds(model)
+        made = handle is None
+        if handle is None:
+            settings = {"inject": True, **self.settings}
+            if settings.get("beta_mode") in (None, "fixed"):  # a step may call a layer any number of times
+                settings = {"shared_beta": True, **settings}
+            handle = attach(model, _moved(example_input, model), **settings)
+            _made.add(handle)
         self.model, self.handle, self.made, self._measured = model, handle, made, -1
-        self.weight_before = handle.weight
+        self.before = (handle.weight, handle.accumulation, handle.grad_scaler)
         self.largest = handle.weight = handle.weight if self.weight is None else self.weight
         return handle
-
-    def _attach(self, model: nn.Module, example_input: Any) -> VCLHandle:
-        settings = dict(self.settings)
-        if not settings.pop("inject", True):
-            raise ValueError("inject=False is for a loss that your own code adds: attach yourself, and give the handle")
-        if settings.get("beta_mode") in (None, "fixed"):  # a step may call a layer any number of times
-            settings = {"shared_beta": True, **settings}
-        return attach(model, example_input, inject=True, **settings)
 
     def begin(self, step: int, *, total_steps: float | None = None, measure: bool = False) -> None:
         """Begin a forward and backward of optimizer step ``step``; with ``measure``, the first one is measured."""
@@ -111,14 +141,13 @@ class Driver:
         return (step + 1) % (self.log_every_n_steps or every) == 0
 
     def end(self, place: str = "") -> dict[str, float]:
-        """End it. Return what is to be logged, with names of layers below ``place``; nothing if it was not measured."""
+        """End it. Return what is to be logged, if it was measured; ``place`` stands before the names of layers."""
         rows = self._glance.end()
         if not rows:
             return {}
-        losses = [row["loss"] for row in rows if not math.isnan(row["loss"])]
-        metrics = {f"vcl_loss/{place}" if place else "vcl_loss": math.fsum(losses)}
+        metrics = {"vcl_loss": math.fsum(row["loss"] for row in rows if not math.isnan(row["loss"]))}
         for name in self.log:
-            metrics |= {f"vcl_{name}/{place}{'.' * bool(place)}{row['layer']}": row[name] for row in rows}
+            metrics |= {f"vcl_{name}/{place}{row['layer']}": row[name] for row in rows}
         return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
     def detach(self) -> None:
@@ -126,10 +155,11 @@ class Driver:
         self._glance.end()
         handle = self.handle
         if self.model is not None and handle is not None:
-            handle.weight = self.weight_before
+            handle.weight, accumulation, scaler = self.before
             if handle.inject:
-                handle.accumulation, handle.grad_scaler = 1, None
+                handle.accumulation, handle.grad_scaler = accumulation, scaler
             if self.made:
+                _made.discard(handle)
                 handle.remove()
         self.handle, self.model, self.made = self.given, None, False
 
@@ -137,3 +167,29 @@ class Driver:
 def _handle_of(module: nn.Module) -> VCLHandle | None:
     handle = getattr(module, "vcl_handle", None)
     return handle if isinstance(handle, VCLHandle) else None
+
+
+def load_betas(model: nn.Module, betas: dict[str, Tensor], argument: str) -> None:
+    """Load the betas of a checkpoint into the VCL of ``model``.
+
+    Raises:
+        ValueError: they are not those of its layers; the settings are those of ``argument``.
+    """
+    present = attached_betas(model)
+    other = sorted(betas.keys() ^ present.keys())
+    if other:
+        raise ValueError(
+            f"the checkpoint has {len(betas)} betas and the model {len(present)}; only one of them has "
+            f"{', '.join(other[:3])}. Give {argument} the settings with which the checkpoint was made (beta_mode, "
+            "beta_init, layers …)"
+        )
+    model.load_state_dict(betas, strict=False)
+
+
+def _moved(example: Any, model: nn.Module) -> Any:
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+
+    def moved(x: Tensor) -> Tensor:
+        return x.to(like.device, like.dtype if x.dtype == torch.float32 else x.dtype)
+
+    return map_tensors(moved, example)

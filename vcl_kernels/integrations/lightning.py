@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,8 +10,7 @@ from torch import Tensor, nn
 
 from ..nn.handle import VCLHandle
 from ..nn.parameters import attached_betas, is_beta
-from ..torch_private import map_tensors
-from .driver import Driver
+from .driver import Driver, load_betas
 from .schedule import Decay
 
 try:
@@ -33,31 +33,39 @@ class VCLCallback(Callback):
     the loss is. The loss that ``training_step`` returns, and logs, is that of the task alone. After ``fit`` the module
     is plain again.
 
+    Each forward adds its loss, and each backward through it its gradient: of two losses that are differentiated one
+    after the other through one forward, each brings VCL. Run a forward that is to be without VCL, such as that of a
+    discriminator in its generator's step, in ``with callback.handle.paused():``. With manual optimization, set
+    ``callback.handle.accumulation`` where you divide the loss yourself.
+
     Args:
         handle: what :func:`vcl_kernels.attach` returned, of the module or of a part of it. It stays attached. If it was
-            made without ``inject``, add ``handle.loss()`` to what ``training_step`` returns. None: a handle that the
+            made without ``inject``, add ``handle.loss()`` to what ``training_step`` returns. None: the handle that the
             module has (made in its ``configure_model``, for example), or else VCL is attached.
-        module: the name of the submodule to attach to, for example ``"net"``. None: the whole LightningModule.
+        module: the name of the submodule to attach to, for example ``"net"``; there may be a callback for each. None:
+            the whole LightningModule.
         example_input: as for :func:`vcl_kernels.attach`. None: ``example_input_array`` of the LightningModule, if it
             has one and is attached as a whole.
         weight: the largest. None: that of a handle that exists, or 0.01.
-        warmup_steps, decay: the weight by optimizer steps, as for :func:`vcl_kernels.integrations.weight_at`.
-        log: statistics of each layer, any columns of :class:`vcl_kernels.VCLMonitor`. They are logged as
-            ``vcl_<statistic>/<layer>``, with ``vcl_loss``, the sum of losses over layers.
+        warmup_steps, decay: the weight by steps, as for :func:`vcl_kernels.integrations.weight_at`. A step is one of an
+            optimizer; with manual optimization, a batch.
+        log: statistics of each layer, any columns of :class:`vcl_kernels.VCLMonitor`. The Trainer's loggers get them as
+            ``vcl_<statistic>/<layer>``, with ``vcl_loss``, the sum of losses over layers and their calls, of the first
+            batch of a step.
         log_every_n_steps: None: the Trainer's. Compiled modules run uncompiled in these steps.
-        settings: others of :func:`vcl_kernels.attach`. ``shared_beta`` is True by default where beta is fixed, so that
-            ``training_step`` may call a layer any number of times.
+        settings: further arguments of :func:`vcl_kernels.attach`, if VCL is attached here. ``shared_beta`` is True by
+            default where beta is fixed, so that ``training_step`` may call a layer any number of times.
 
     A checkpoint's ``state_dict`` is that of the plain module: ``load_from_checkpoint`` needs no VCL. Betas that are
-    learned, running or from the example are in the callback's state, and come back when ``fit`` resumes from the
-    checkpoint. (FSDP and ModelParallelStrategy leave them in the ``state_dict``.) A ``fit`` that does not resume starts
-    them anew.
-
-    With manual optimization, set ``callback.handle.accumulation`` where you divide the loss yourself.
+    learned, running or from the example are in the checkpoint's entry of the callback, and come back when ``fit``
+    resumes. A ``fit`` that does not resume starts them anew. (With FSDP they stay in the ``state_dict``. Learned betas
+    of a module that ``configure_model`` shards must be there before: call :func:`vcl_kernels.attach` in it.)
 
     Raises:
-        TypeError, ValueError: a wrong argument; what ``attach`` raises; DeepSpeed, which divides and scales the loss
-            itself; a decay where the number of steps is not known; a checkpoint whose betas do not fit.
+        TypeError, ValueError: a wrong argument, now. When ``fit`` begins: what ``attach`` raises; a handle of another
+            model, or that was removed; DeepSpeed, which divides and scales the loss itself; a decay where the number of
+            steps is not known; a checkpoint whose betas do not fit; a callback that averages weights and comes before
+            this one, where there are betas.
     """
 
     def __init__(
@@ -76,8 +84,11 @@ class VCLCallback(Callback):
         super().__init__()
         schedule: dict[str, Any] = {"weight": weight, "warmup_steps": warmup_steps, "decay": decay}
         self._driver = Driver(handle, log=log, log_every_n_steps=log_every_n_steps, **schedule, **settings)
+        if module is not None and (not isinstance(module, str) or not module):
+            raise TypeError(f"module must be the name of a submodule, or None for the whole; got {module!r}")
         self._module, self._example = module, example_input
-        self._betas: dict[str, Tensor] = {}  # of a checkpoint, or of the latest fit
+        self._place = ""  # before the names of layers
+        self._betas: dict[str, Tensor] | None = None  # of a checkpoint, or of the latest fit
         self._hook: Any = None  # that leaves them out of the module's state_dict
         self._total_steps: float | None = None
         self._step = 0
@@ -96,12 +107,13 @@ class VCLCallback(Callback):
         """Attach VCL, before the optimizers are made and the strategy wraps the module."""
         if stage != "fit":
             return
+        self._finish()  # what an error left
+        self._betas = None
         if "DeepSpeed" in type(trainer.strategy).__name__:
             raise ValueError(
                 "VCLCallback does not work with DeepSpeed, which divides and scales the loss itself. Use "
                 "vcl_kernels.attach without inject, and add handle.loss() to what training_step returns"
             )
-        self._betas = {}
         if not is_overridden("configure_model", pl_module):
             self._attach(trainer, pl_module)
 
@@ -115,29 +127,36 @@ class VCLCallback(Callback):
         if example is None and self._module is None:
             example = pl_module.example_input_array
         target = pl_module if self._module is None else pl_module.get_submodule(self._module)
-        handle = self._driver.attach(target, _moved(example, target))
-        if self._driver.made:
-            rank_zero_info(f"{type(self).__name__}: {str(handle).splitlines()[-1]}")
-            if not trainer.strategy.restore_checkpoint_after_setup:  # else the checkpoint may be sharded
-                self._hook = pl_module.register_state_dict_post_hook(_leave_out_betas)
-            self._load_betas()
+        handle = self._driver.attach(target, example)
+        self._tell(trainer, pl_module)  # now, too: a tuner takes the callbacks away
+        name = next(name for name, part in pl_module.named_modules() if part is handle.model)
+        self._place = f"{name}." if name else ""
+        if not self._driver.made:
+            return
+        rank_zero_info(f"{type(self).__name__}: {str(handle).splitlines()[-1]}")
+        if attached_betas(handle.model):
+            _check_averaging(trainer.callbacks, self)
+        if not trainer.strategy.restore_checkpoint_after_setup:  # else the checkpoint may be sharded
+            self._hook = pl_module.register_state_dict_post_hook(_leave_out_betas)
+        self._load_betas()
 
     # Training
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask for the number of steps, if the weight depends on it."""
         if self._driver.decay != "constant":
-            self._total_steps = trainer.estimated_stepping_batches
+            self._total_steps = total = trainer.estimated_stepping_batches
+            if not 1 <= total < math.inf:
+                raise ValueError(
+                    f"decay={self._driver.decay!r} wants a known number of steps: set Trainer(max_steps=…), or "
+                    f"max_epochs with a loader that has a length; got max_steps={trainer.max_steps}, "
+                    f"max_epochs={trainer.max_epochs}"
+                )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Tell the handle what the Trainer does with the loss of this batch."""
-        handle = self.handle
-        assert handle is not None
-        if handle.inject:
-            handle.grad_scaler = getattr(trainer.precision_plugin, "scaler", None)
-            if pl_module.automatic_optimization:
-                handle.accumulation = trainer.accumulate_grad_batches
-        self._step = trainer.global_step
+        self._tell(trainer, pl_module)
+        self._step = trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001  # as Lightning's own callbacks
         every = trainer.log_every_n_steps if trainer.is_global_zero and trainer.loggers else 0
         due = every > 0 and self._driver.is_due(self._step, every)
         self._driver.begin(self._step, total_steps=self._total_steps, measure=due)
@@ -146,9 +165,19 @@ class VCLCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what was measured."""
-        metrics = self._driver.end(self._module or "")
+        metrics = self._driver.end(self._place)
+        if metrics and self._module is not None:
+            metrics[f"vcl_loss/{self._module}"] = metrics.pop("vcl_loss")
         for logger in trainer.loggers if metrics else ():
             logger.log_metrics(metrics, step=self._step)
+
+    def _tell(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        handle = self.handle
+        assert handle is not None
+        if handle.inject:
+            handle.grad_scaler = getattr(trainer.precision_plugin, "scaler", None)
+            if pl_module.automatic_optimization:
+                handle.accumulation = trainer.accumulate_grad_batches
 
     # The way back
 
@@ -164,7 +193,7 @@ class VCLCallback(Callback):
     def _finish(self) -> None:
         handle = self.handle
         if handle is not None and self._driver.made:
-            self._betas = attached_betas(handle.model)
+            self._betas = attached_betas(handle.model)  # for a checkpoint after fit
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -175,32 +204,29 @@ class VCLCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the betas of the VCL that the callback attached."""
         handle = self.handle
-        return {"betas": attached_betas(handle.model) if handle and self._driver.made else self._betas}
+        return {"betas": attached_betas(handle.model) if handle and self._driver.made else self._betas or {}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the betas of a checkpoint."""
         self._betas = dict(state_dict["betas"])
-        if self.handle is not None and self._driver.made:
-            self._load_betas()
+        self._load_betas()
 
     def _load_betas(self) -> None:
-        handle = self.handle
-        assert handle is not None
-        unknown = handle.model.load_state_dict(self._betas, strict=False).unexpected_keys if self._betas else []
-        if unknown:
-            raise ValueError(
-                f"the checkpoint has betas that the layers of this VCLCallback do not have: {', '.join(unknown[:3])}. "
-                "Give it the settings with which the checkpoint was made (beta_mode, beta_init, layers …)"
-            )
+        if self._betas is not None and self.handle is not None and self._driver.made:
+            load_betas(self.handle.model, self._betas, "VCLCallback")
+
+
+def _check_averaging(callbacks: Sequence[Any], callback: VCLCallback) -> None:
+    """Raise ValueError if a callback before ``callback`` has copied the module, without betas, to average weights."""
+    before = callbacks[: callbacks.index(callback)]
+    kinds = {kind.__name__ for other in before for kind in type(other).__mro__}
+    if kinds & {"WeightAveraging", "StochasticWeightAveraging"}:
+        raise ValueError(
+            "callbacks must have VCLCallback before the one that averages weights: there are betas to average"
+        )
 
 
 def _leave_out_betas(_module: nn.Module, state: dict[str, Any], _prefix: str, _metadata: Mapping[str, Any]) -> None:
     """Leave the betas out of a ``state_dict``, as a hook of it."""
     for name in [name for name in state if is_beta(name)]:
         del state[name]
-
-
-def _moved(example: Any, module: nn.Module) -> Any:
-    """Return the example on the device of ``module``, where Lightning moves the batches later."""
-    device = next((p.device for p in module.parameters()), None)
-    return example if device is None else map_tensors(lambda x: x.to(device), example)

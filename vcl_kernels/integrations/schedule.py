@@ -16,6 +16,8 @@ DECAYS = ("constant", "linear", "cosine")
 def check_schedule(weight: float, warmup_steps: int, decay: str) -> None:
     """Raise ValueError or TypeError if one of them is wrong."""
     check_number("weight", weight)
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"weight must be at least 0, and finite; got {weight}")
     check_count("warmup_steps", warmup_steps, 0)
     check_choice("decay", decay, DECAYS)
 
@@ -48,7 +50,7 @@ def weight_at(
     """
     check_count("step", step, 0)
     check_schedule(weight, warmup_steps, decay)
-    if decay != "constant" and (total_steps is None or not math.isfinite(total_steps)):
+    if decay != "constant" and (total_steps is None or not 1 <= total_steps < math.inf):
         raise ValueError(f"decay={decay!r} wants total_steps, the number of steps of the training; got {total_steps}")
     if step < warmup_steps:
         return weight * step / warmup_steps

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
+from transformers.utils import logging
 
 from ..nn.handle import VCLHandle
-from ..nn.parameters import attached_betas
-from ..torch_private import map_tensors
-from .driver import Driver
+from ..nn.parameters import attached_betas, plain_state_dict
+from .driver import Driver, load_betas
 
 __all__ = ["VCLTrainer"]
 
 BETAS = "vcl_betas.safetensors"  # in the folder of a checkpoint
+logger = logging.get_logger(__name__)
 
 
 class VCLTrainer(Trainer):
@@ -27,10 +31,9 @@ class VCLTrainer(Trainer):
 
     A subclass of Trainer gets it by ``class MyTrainer(VCLTrainer, Seq2SeqTrainer): pass``.
 
-    Until ``train`` ends, the model is attached with ``inject=True``: the gradient of VCL enters in the backward pass.
+    While ``train`` runs, the model is attached with ``inject=True``: the gradient of VCL enters in the backward pass.
     ``compute_loss`` and the logged loss are those of the task alone. VCL is averaged over the batches whose gradients
-    are added for a step, also in the last step of an epoch, which may have fewer of them; it makes no difference
-    whether the Trainer divides the loss by their number or by ``num_items_in_batch``. Its gradient is scaled by the
+    are added for a step, also in the last step of an epoch, which may have fewer of them. Its gradient is scaled by the
     GradScaler and clipped, as that of the loss is. Activation checkpointing works in both kinds. After ``train`` the
     model is plain again.
 
@@ -48,108 +51,107 @@ class VCLTrainer(Trainer):
             - ``log``: statistics of each layer, any columns of :class:`vcl_kernels.VCLMonitor`, logged with the
               training loss as ``vcl_<statistic>/<layer>``. Default: none. ``vcl_loss``, the sum over layers, is logged
               in any case.
-            - ``log_every_n_steps``: steps from one measurement to the next. Default: those from one log to the next.
-              Compiled models run uncompiled in these steps.
+            - ``log_every_n_steps``: optimizer steps from one measurement to the next. Default: one for each log, of the
+              step before it, or with ``logging_strategy="epoch"`` of the first step of the epoch. Compiled models run
+              uncompiled in these steps.
             - others of :func:`vcl_kernels.attach`: ``unit``, ``layers``, ``beta_mode`` … ``shared_beta`` is True by
-              default where beta is fixed.
+              default where beta is fixed. A model that has VCL attached already takes none of them.
 
     ``save_model``, the Trainer's checkpoints and ``save_pretrained`` write the plain model: ``from_pretrained`` needs
-    no VCL. Betas that are learned, running or from the example are not decayed. A checkpoint has them in a file of
-    their own, ``vcl_betas.safetensors``, from which ``train(resume_from_checkpoint=…)`` goes on.
+    no VCL. Learned betas are not decayed. A checkpoint has betas that are learned, running or from the example in a
+    file of their own, ``vcl_betas.safetensors``, from which ``train(resume_from_checkpoint=…)`` goes on. A ``train``
+    that does not resume starts them anew.
 
     Raises:
-        TypeError, ValueError: a wrong setting; what ``attach`` raises; no example; a handle without ``inject``;
-            ``optimizers`` that do not hold the betas; DeepSpeed in float16, which has a scaler of its own.
+        TypeError, ValueError: a wrong setting, now. When ``train`` begins: what ``attach`` raises; no example; a handle
+            without ``inject``, or that was removed; ``optimizers`` that do not hold the betas; a checkpoint whose betas
+            do not fit; DeepSpeed in float16, which has a scaler of its own.
     """
 
     def __init__(self, *args: Any, vcl: VCLHandle | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        self._vcl_ready = False
         if vcl is not None and not isinstance(vcl, (VCLHandle, Mapping)):
             raise TypeError(f"vcl must be a mapping of settings or a VCLHandle; got a {type(vcl).__name__}")
-        settings = {"handle": vcl} if isinstance(vcl, VCLHandle) else dict(vcl or {})
+        settings: dict[str, Any] = {"handle": vcl} if isinstance(vcl, VCLHandle) else dict(vcl or {})
         self._vcl_example = settings.pop("example_input", None)
-        self._vcl = Driver(settings.pop("handle", None), **settings)
+        self._vcl = Driver(settings.pop("handle", None), **{str(name): value for name, value in settings.items()})
         self._vcl_metrics: dict[str, float] = {}
+        self._vcl_epoch = -1
         super().__init__(*args, **kwargs)
-        self._vcl_ready = True
-        if self.train_dataset is not None:
-            self._vcl_attach(self.model)
+        self._vcl_given_optimizer: bool = self.optimizer is not None
 
     @property
     def vcl_handle(self) -> VCLHandle | None:
-        """The handle of the model, until ``train`` ends, or the one that was given."""
+        """The handle of the model, while ``train`` runs, or the one that was given."""
         return self._vcl.handle
 
     # The way in and out
 
-    def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Attach VCL to each new model, too."""
-        model = super().call_model_init(trial)
-        if self._vcl_ready:  # else the Trainer is being made, and has no data yet
-            self._vcl_attach(model)
-        return model
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train with VCL."""
-        if self.model_init is None:
-            self._vcl_attach(self.model)
+    def _inner_training_loop(self, *args: Any, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """Train with VCL. The model is there, with the weights of the checkpoint; the optimizer is not yet."""
+        learned = False
+        model = self.model
         try:
-            return super().train(*args, **kwargs)
+            handle = self._vcl_attach(model)
+            learned = next(handle.parameters(), None) is not None
+            with _saved_without_betas(model):
+                if resume_from_checkpoint is not None:
+                    self._vcl_load(resume_from_checkpoint)
+                return super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
+            if self._vcl.made and learned and not self._vcl_given_optimizer:
+                self.optimizer = self.lr_scheduler = None  # they hold these betas; the next train makes others
             self._vcl.detach()
 
-    def _vcl_attach(self, model: nn.Module) -> None:
-        if self._vcl.model is model:
-            return
-        self._vcl.detach()  # from the model before
+    def _vcl_attach(self, model: nn.Module) -> VCLHandle:
         if self.is_deepspeed_enabled and self.args.fp16:
             raise ValueError("VCLTrainer does not work with DeepSpeed in float16, which has a scaler of its own")
-        if self._vcl_example is None and self._vcl.given is None:
+        if not self._vcl.finds(model) and self._vcl_example is None:
             self._vcl_example = self._vcl_samples(model)
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        handle = self._vcl.attach(model, map_tensors(lambda x: x.to(device), self._vcl_example))
-        try:
-            self._vcl_check(handle)
-        except ValueError:
-            self._vcl.detach()
-            raise
-        if isinstance(model, PreTrainedModel):
-            names = set(attached_betas(model))
-            model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | names  # noqa: SLF001
-
-    def _vcl_check(self, handle: VCLHandle) -> None:
+        with self.accelerator.autocast():
+            handle = self._vcl.attach(model, self._vcl_example)
         if not handle.inject:
             raise ValueError(
                 "the Trainer adds nothing to its loss: the model's handle must be made with inject=True. Call "
                 "vcl_kernels.handle_of(model).remove() first"
             )
-        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        groups: list[Any] = [] if self.optimizer is None else self.optimizer.param_groups
         held = {id(p) for group in groups for p in group["params"]}
         if groups and not {id(beta) for beta in handle.parameters()} <= held:
             raise ValueError(
                 "optimizers must hold the betas, which are learned: attach first, make the optimizer, and give the "
                 "handle as vcl="
             )
+        logger.info(f"VCL is attached to {type(model).__name__}:\n{handle}")
+        self._vcl_epoch = -1
+        return handle
 
     def _vcl_samples(self, model: nn.Module) -> Any:
-        """Return two samples of the training data as a batch. No random number of the training is used up."""
+        """Return two samples of the training data as a batch, with the names that the model takes."""
         data = self.train_dataset
+        remedy = 'give vcl={"example_input": …}, a batch or a part of one'
         if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
-            raise ValueError(
-                f"train_dataset ({type(data).__name__}) is iterable and has no samples to spare: give "
-                'vcl={"example_input": …}, a batch or a part of one'
-            )
+            raise ValueError(f"train_dataset ({type(data).__name__}) has no samples to spare for an example: {remedy}")
         collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
-        with torch.random.fork_rng():
-            batch = collate([data[i] for i in range(min(2, len(data)))])
+        with _random_numbers_kept():
+            try:
+                batch = collate([data[i] for i in range(min(2, len(data)))])
+                if not isinstance(batch, Mapping) or not batch:
+                    raise TypeError(f"data_collator made {batch!r:.100} of two samples")
+            except Exception as error:
+                kind = type(data).__name__
+                raise ValueError(f"no example could be made of train_dataset ({kind}; {error!r}): {remedy}") from error
         taken = inspect.signature(model.forward).parameters
-        if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
-            return dict(batch)
-        return {name: value for name, value in batch.items() if name in taken}
+        batch = dict(batch)
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
+            batch = {name: value for name, value in batch.items() if name in taken}
+        wanted = [name for name, p in taken.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        if not set(wanted) <= set(batch):
+            raise ValueError(f"the model takes {', '.join(wanted)}; samples have {', '.join(batch)}: {remedy}")
+        return batch
 
     # Training
 
-    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Train on one batch, with VCL in its gradient."""
         handle = self._vcl.handle
         if handle is not None:
@@ -158,17 +160,18 @@ class VCLTrainer(Trainer):
             step = self.state.global_step
             self._vcl.begin(step, total_steps=self.state.max_steps, measure=self._vcl_is_due(step))
         try:
-            return super().training_step(model, inputs, *args, **kwargs)
+            return super().training_step(model, *args, **kwargs)
         finally:
             self._vcl_metrics = self._vcl.end() or self._vcl_metrics
 
     def _vcl_is_due(self, step: int) -> bool:
-        strategy, state = self.args.logging_strategy, self.state
-        if strategy == "no" or not state.is_world_process_zero:
+        strategy, epoch = self.args.logging_strategy, int((self.state.epoch or 0) + 1e-6)
+        if strategy == "no" or not self.state.is_world_process_zero:
             return False
-        epoch = max(1, state.max_steps // max(1, state.num_train_epochs))
-        every = epoch if strategy == "epoch" else int(state.logging_steps)
-        return (step == 0 and self.args.logging_first_step) or self._vcl.is_due(step, max(1, every))
+        begins, self._vcl_epoch = epoch != self._vcl_epoch, epoch
+        if strategy == "epoch" and self._vcl.log_every_n_steps is None:
+            return begins
+        return (step == 0 and self.args.logging_first_step) or self._vcl.is_due(step, max(1, self.state.logging_steps))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the measurements of VCL with the training loss."""
@@ -192,13 +195,42 @@ class VCLTrainer(Trainer):
         if betas and self.args.should_save:
             safetensors.torch.save_file(betas, Path(output_dir or self.args.output_dir, BETAS))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        file = Path(resume_from_checkpoint, BETAS)
-        if file.exists() and self._vcl.handle is not None:
-            unknown = self.model.load_state_dict(safetensors.torch.load_file(file), strict=False).unexpected_keys
-            if unknown:
-                raise ValueError(
-                    f"{BETAS} has betas that the model's layers do not have: {', '.join(unknown[:3])}. Give vcl= the "
-                    "settings with which the checkpoint was made (beta_mode, beta_init, layers …)"
-                )
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self._vcl.handle is not None:
+            state_dict = plain_state_dict(self.model.state_dict() if state_dict is None else state_dict)
+        super()._save(output_dir, state_dict)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._vcl_load(self.state.best_model_checkpoint)
+
+    def _vcl_load(self, checkpoint: str) -> None:
+        file = Path(checkpoint, BETAS)
+        if file.exists():
+            load_betas(self.model, safetensors.torch.load_file(file), "vcl=")
+
+
+@contextmanager
+def _saved_without_betas(model: nn.Module) -> Any:
+    """Let ``save_pretrained`` of the model and its parts leave the betas out."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    before = [part._keys_to_ignore_on_save for part in parts]  # noqa: SLF001
+    for part in parts:
+        part._keys_to_ignore_on_save = {*(part._keys_to_ignore_on_save or ()), *attached_betas(part)}  # noqa: SLF001
+    try:
+        yield
+    finally:
+        for part, ignored in zip(parts, before, strict=True):
+            part._keys_to_ignore_on_save = ignored  # noqa: SLF001
+
+
+@contextmanager
+def _random_numbers_kept() -> Any:
+    """Draw from the generators of Python, numpy and torch on the CPU, and set them back."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
