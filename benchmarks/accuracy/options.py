@@ -11,6 +11,7 @@ from .methods import ACTIVATIONS, IMAGE_DEFAULT, IMAGE_METHODS
 
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
 STATE = Path("out/cifar")
+SEEDS = {"sensitivity": 10, "segmentation": 5, "modes": 20}
 PAGE = Path(__file__).parents[2] / "docs" / "findings.md"
 
 
@@ -91,10 +92,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     for name, text in (
         ("sensitivity", "to n, weight, form, unit, sub-batches and the learning of beta"),
+        ("segmentation", "a label for each pixel, in batches of 4 and 20"),
         ("modes", "two Gaussians through a linear unit; pre-activations through training"),
     ):
         add = studies.add_parser(name, parents=[shared], help=text).add_argument
-        add("--seeds", type=count, help="(10)" if name == "sensitivity" else "(20)")
+        add("--seeds", type=count, help=f"({SEEDS[name]})")
 
     add = studies.add_parser("report", help="the page of findings from the committed results").add_argument
     add("--results", type=Path, default=RESULTS, help="(%(default)s)")

@@ -13,7 +13,7 @@ from rich.console import Console
 from . import figures, results
 from .comparisons import LEAST_SEEDS, LEVEL, SAME_WITHIN, VERDICTS
 from .methods import ACTIVATIONS, METHODS
-from .page import cifar, defaults, images, modes, scale, settings, tabular
+from .page import cifar, defaults, images, modes, scale, segmentation, settings, tabular
 from .page.markdown import table
 from .scale.figures import draw_ends, draw_expected
 
@@ -59,7 +59,11 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
 def render(folder: Path) -> str:
     """Return the page for the results in ``folder``."""
-    sections = [line for part in (defaults, cifar, tabular, images, settings, modes) for line in part.section(folder)]
+    sections = [
+        line
+        for part in (defaults, cifar, tabular, images, segmentation, settings, modes)
+        for line in part.section(folder)
+    ]
     return "\n".join([HEAD, *in_short(folder), *sections]).rstrip() + "\n"
 
 
