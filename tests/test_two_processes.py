@@ -10,6 +10,7 @@ from libraries import library
 
 TESTS = Path(__file__).parent
 CLIENTS = ("lightning", "accelerate", "transformers")
+STEPS = ("lightning", "lightning_fsdp", "accelerate", "transformers")
 
 
 def test_steps_of_two_processes_are_those_by_hand(monkeypatch):
@@ -25,5 +26,5 @@ def test_steps_of_two_processes_are_those_by_hand(monkeypatch):
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("test error") == 3  # of the example: an epoch, from one of the processes
     assert [line for line in run.stdout.splitlines() if line.endswith("is that by hand")] == [
-        f"{client}_step is that by hand" for client in CLIENTS
+        f"{client}_step is that by hand" for client in STEPS
     ]

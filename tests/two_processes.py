@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from by_hand import WEIGHT, assert_same, batches, gradients, loader, network, step, task
 from libraries import library
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import vcl_kernels as vk
 from examples import torchrun_ddp
@@ -22,10 +24,32 @@ def of_this_rank(data):
 
 
 def lightning_step(net, data, folder):
-    lightning = library("lightning")
+    library("lightning")
     from vcl_kernels.integrations.lightning import VCLCallback
 
-    class Module(lightning.LightningModule):
+    callback = VCLCallback(weight=WEIGHT, beta_mode="learned", example_input=data[0][0], module="net")
+    fit(lightning_module(net, data), callback, "ddp", folder)
+
+
+def lightning_fsdp_step(net, data, folder):
+    library("lightning")
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    from vcl_kernels.integrations.lightning import VCLCallback
+
+    def shard(module):
+        vk.attach(net, data[0][0], weight=WEIGHT, beta_mode="learned", inject=True)
+        for part in net:
+            if next(part.parameters(), None) is not None:
+                fully_shard(part, mesh=module.device_mesh["data_parallel"])
+        fully_shard(net, mesh=module.device_mesh["data_parallel"])
+
+    strategy = ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1)
+    fit(lightning_module(net, data, shard), VCLCallback(), strategy, folder)
+
+
+def lightning_module(net, data, configure=None):
+    class Module(library("lightning").LightningModule):
         def __init__(self):
             super().__init__()
             self.net = net
@@ -37,14 +61,19 @@ def lightning_step(net, data, folder):
             return loader(of_this_rank(data))
 
         def configure_optimizers(self):
-            return torch.optim.SGD([p for p in self.parameters() if p.dim() > 0], lr=1.0)
+            return torch.optim.SGD(self.parameters(), lr=1.0)
 
+    if configure is not None:
+        Module.configure_model = configure
+    return Module()
+
+
+def fit(module, callback, strategy, folder):
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    ddp = {"accelerator": "cpu", "devices": RANKS, "strategy": "ddp", "use_distributed_sampler": False}
+    ddp = {"accelerator": "cpu", "devices": RANKS, "strategy": strategy, "use_distributed_sampler": False}
     settings = {"max_epochs": 1, "accumulate_grad_batches": K, "logger": False, "default_root_dir": folder}
-    callback = VCLCallback(weight=WEIGHT, beta_mode="learned", example_input=data[0][0], module="net")
-    trainer = lightning.Trainer(callbacks=[callback], **settings, **ddp, **quiet)
-    trainer.fit(Module())
+    trainer = library("lightning").Trainer(callbacks=[callback], **settings, **ddp, **quiet)
+    trainer.fit(module)
     assert trainer.world_size == RANKS
 
 
@@ -90,6 +119,14 @@ def transformers_step(net, data, folder):
     assert trainer.accelerator.num_processes == RANKS
 
 
+def whole(net):
+    """The same network with parameters that are not sharded."""
+    other = network()
+    state = vk.plain_state_dict(net.state_dict())
+    other.load_state_dict({name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in state.items()})
+    return other
+
+
 def run_example():
     """Return the error, and each process's weights and losses."""
     attach, loss, handles, losses = vk.attach, vk.VCLHandle.loss, [], []
@@ -113,12 +150,12 @@ if __name__ == "__main__":
     assert losses.min() > 0
     assert not torch.equal(losses, other_losses)
     data = batches(RANKS * K)
-    for client in (lightning_step, accelerate_step, transformers_step):
+    for client in (lightning_step, lightning_fsdp_step, accelerate_step, transformers_step):
         net = network()
         before = copy.deepcopy(net)
         with tempfile.TemporaryDirectory() as folder:
             client(net, data, folder)
-        assert_same(step(before, net), gradients(before, data))
+        assert_same(step(before, whole(net)), gradients(before, data))
         if dist.get_rank() == 0:
             print(client.__name__, "is that by hand", flush=True)
     dist.destroy_process_group()
