@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from common import LEARNED
+from torch import nn
 
 import vcl_kernels as vk
 
@@ -116,3 +117,10 @@ def test_a_dimension_that_x_has_not_is_an_error(dim, shape, units):
     message = f"channel_dim must be a dimension of x; got {dim}" if len(shape) > 1 else "x must have 2 to 8 dimensions"
     with pytest.raises(ValueError, match=f"{message}.*{re.escape(str(shape))}"):
         vk.VCLActivation("elu", units, channel_dim=dim)(torch.randn(shape))
+
+
+def test_a_learned_beta_for_inputs_of_another_size_is_an_error():
+    net = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ELU())
+    vk.attach(net, torch.randn(2, 2, 9), beta_mode="learned")
+    with pytest.raises(ValueError, match=r"layer '1' has a learned beta of shape \(4, 7\), and .* \(4, 9\).*'channel'"):
+        net(torch.randn(20, 2, 11))

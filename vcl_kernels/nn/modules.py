@@ -288,6 +288,13 @@ class VCLActivation(nn.Module):
             if x.device != beta.device and "meta" in (x.device.type, beta.device.type):
                 raise ValueError(f"beta must be on x's device, {x.device}; got {beta.device}")
             self._make_beta(unit_shape(x.shape, self.unit == "activation"), wide, x.device)
+        if self.beta_mode == "learned" and beta.shape:
+            units = unit_shape(x.shape, self.unit == "activation")
+            if units and tuple(beta.shape) != units:
+                raise ValueError(
+                    f"{self._named()} has a learned beta of shape {tuple(beta.shape)}, and an input whose units are "
+                    f"{units}. For inputs of several sizes take unit='channel', or beta_mode='fixed' or 'running'"
+                )
         if self.beta_mode == "fixed":  # a buffer, which is changed in place where it is loaded or sent
             return beta.to(wide, copy=True)
         return beta if beta.dtype in (wide, x.dtype) else beta.to(wide)  # x may be float32 in a bfloat16 model
