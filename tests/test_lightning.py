@@ -298,15 +298,27 @@ def test_a_checkpoint_with_other_betas_is_an_error(module, callback, trainer, tm
     def resume(**settings):
         trainer(callback(**settings), max_epochs=2).fit(module(), loader(data), ckpt_path=tmp_path / "running.ckpt")
 
-    with pytest.raises(ValueError, match=r"the checkpoint has 3 betas and the model 0; only one of them has net.1.vcl"):
+    with pytest.raises(ValueError, match=r"the checkpoint has 3 betas and the model 0; they differ in net.1.vcl"):
         resume()
     with pytest.raises(ValueError, match="has 3 betas and the model 2; .* Give VCLCallback the settings"):
         resume(beta_mode="running", layers=["net.1", "net.6"])
-    plain = trainer(callback())
-    plain.fit(module(), loader(data))
-    plain.save_checkpoint(tmp_path / "running.ckpt")
-    with pytest.raises(ValueError, match="the checkpoint has 0 betas and the model 3"):
-        resume(beta_mode="running")
+    with pytest.raises(ValueError, match=r"the checkpoint has 3 betas and the model 3; they differ in net.1.vcl"):
+        resume(beta_mode="learned", example_input=data[0][0])
+    for callbacks in ([callback()], []):
+        plain = trainer(*callbacks)
+        plain.fit(module(), loader(data))
+        plain.save_checkpoint(tmp_path / "running.ckpt")
+        with pytest.raises(ValueError, match="the checkpoint has 0 betas and the model 3"):
+            resume(beta_mode="running")
+
+
+def test_betas_get_their_shape_from_a_checkpoint(module, callback, trainer, tmp_path):
+    data, loop = batches(1), trainer(callback(beta_mode="learned"))
+    loop.fit(module(), loader(data))
+    loop.save_checkpoint(tmp_path / "learned.ckpt")
+    vcl = callback(beta_mode="learned")
+    trainer(vcl, max_epochs=2).fit(module(), loader(data), ckpt_path=tmp_path / "learned.ckpt")
+    assert [tuple(beta.shape) for beta in vcl.state_dict()["betas"].values()] == [(4, 6, 6), (8,), (8,)]
 
 
 def test_layers_that_are_made_late_are_found(module, callback, trainer):
@@ -317,6 +329,8 @@ def test_layers_that_are_made_late_are_found(module, callback, trainer):
         def configure_model(self):
             self.net = network()
 
+    with pytest.raises(ValueError, match="beta_mode='learned' wants betas before the optimizers are made"):
+        trainer(callback(beta_mode="learned")).fit(Late(), loader(batches(1)))
     model, data = Late(), batches(1)
     before = network()
     trainer(callback(weight=WEIGHT)).fit(model, loader(data))

@@ -175,9 +175,14 @@ def test_a_checkpointed_step_is_that_by_hand(reentrant, bert, trainer, transform
     fields = transformers.TrainingArguments.__dataclass_fields__
     name = "activation" if "activation_checkpointing" in fields else "gradient"
     checkpoints = {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": reentrant}}
-    loop = trainer(bert, data, gradient_accumulation_steps=3, **checkpoints)
+    logs = {"logging_strategy": "steps", "logging_steps": 1}
+    loop = trainer(
+        bert, data, {"weight": WEIGHT, "log": ("loss",)}, gradient_accumulation_steps=3, **checkpoints, **logs
+    )
     loop.train()
     assert_same(loop.gradients[0], gradients(before, batched(data), task))
+    (logged,) = [entry for entry in loop.state.log_history if "vcl_loss" in entry]
+    assert logged["vcl_loss"] == pytest.approx(sum(logged[f"vcl_loss/{layer}"] for layer in LAYERS))
 
 
 def test_after_training_the_model_is_plain(bert, trainer, transformers):
@@ -296,10 +301,11 @@ def test_a_checkpoint_of_other_layers_is_an_error(bert, trainer, tmp_path):
     data, saves = samples(2 * ROWS), {"save_strategy": "steps", "save_steps": 1}
     trainer(copy.deepcopy(bert), data, {"beta_mode": "learned"}, **saves).train()
     loop = trainer(bert, data, {"beta_mode": "learned", "layers": LAYERS[:2]})
-    with pytest.raises(
-        ValueError, match=r"the checkpoint has 3 betas and the model 2; only one of them has bert.pooler"
-    ):
+    with pytest.raises(ValueError, match=r"the checkpoint has 3 betas and the model 2; they differ in bert.pooler"):
         loop.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-1"))
+    (tmp_path / "out/checkpoint-1/vcl_betas.safetensors").unlink()
+    with pytest.raises(ValueError, match="has 0 betas and the model 3"):
+        trainer(bert, data, {"beta_mode": "running"}).train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-1"))
 
 
 def test_each_new_model_is_attached(bert, trainer):
@@ -387,7 +393,7 @@ class Stream(torch.utils.data.IterableDataset):
 @pytest.mark.parametrize(
     ("data", "options", "match"),
     [
-        (Stream(), {}, r"train_dataset \(Stream\) has no samples to spare"),
+        (Stream(), {}, r"train_dataset \(Stream\) gives no samples"),
         ([], {}, r"no example could be made of train_dataset \(list; IndexError"),
         (samples(2), {"data_collator": list}, "no example could be made of train_dataset"),
         ([{"text": torch.ones(3)}] * 20, {}, "no example could be made of train_dataset"),

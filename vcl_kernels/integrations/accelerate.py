@@ -50,7 +50,8 @@ def follow(handle: VCLHandle, accelerator: Accelerator) -> None:
     """Divide and scale the gradient of an injected loss as ``accelerator.backward`` does that of the loss.
 
     ``handle.grad_scaler`` is the accelerator's, and ``handle.accumulation`` is its ``gradient_accumulation_steps`` at
-    each forward, until it is set by hand or the accelerator is gone. (Compiled code keeps that of now.)
+    each forward, until it is set by hand or the accelerator is gone. (Compiled code keeps the value
+    it was compiled with.)
 
     Args:
         handle: made with ``inject=True``.

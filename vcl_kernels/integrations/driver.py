@@ -10,12 +10,13 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..checks import check_choice, check_count
 from ..nn.attach import attach
 from ..nn.glance import Glance
 from ..nn.handle import VCLHandle
-from ..nn.parameters import attached_betas
+from ..nn.parameters import betas_of
 from ..nn.rows import STATISTICS
 from ..torch_private import map_tensors
 from .schedule import Decay, check_schedule, weight_at
@@ -143,12 +144,16 @@ class Driver:
     def end(self, place: str = "") -> dict[str, float]:
         """End it. Return what is to be logged, if it was measured; ``place`` stands before the names of layers."""
         rows = self._glance.end()
-        if not rows:
+        if not rows or self.handle is None:
             return {}
-        metrics = {"vcl_loss": math.fsum(row["loss"] for row in rows if not math.isnan(row["loss"]))}
+        # The handle has those of layers under reentrant checkpointing, too, which are computed in the backward pass
+        losses = self.handle.losses
+        values = torch.stack([loss.to("cpu", torch.float64) for loss in losses.values()]).tolist() if losses else []
+        metrics = {"vcl_loss": math.fsum(values)}
         for name in self.log:
-            metrics |= {f"vcl_{name}/{place}{row['layer']}": row[name] for row in rows}
-        return {name: value for name, value in metrics.items() if not math.isnan(value)}
+            found = zip(losses, values, strict=True) if name == "loss" else ((row["layer"], row[name]) for row in rows)
+            metrics |= {f"vcl_{name}/{place}{layer}": value for layer, value in found if not math.isnan(value)}
+        return metrics
 
     def detach(self) -> None:
         """End what an error left, and the training: a handle that was made here is removed."""
@@ -175,13 +180,14 @@ def load_betas(model: nn.Module, betas: dict[str, Tensor], argument: str) -> Non
     Raises:
         ValueError: they are not those of its layers; the settings are those of ``argument``.
     """
-    present = attached_betas(model)
-    other = sorted(betas.keys() ^ present.keys())
+    shapes = {name: None if is_lazy(beta) else beta.shape for name, beta in betas_of(model).items()}
+    other = sorted(betas.keys() ^ shapes.keys())
+    other += [name for name, beta in betas.items() if shapes.get(name) not in (None, beta.shape)]
     if other:
+        few = ", ".join(other[:3])
         raise ValueError(
-            f"the checkpoint has {len(betas)} betas and the model {len(present)}; only one of them has "
-            f"{', '.join(other[:3])}. Give {argument} the settings with which the checkpoint was made (beta_mode, "
-            "beta_init, layers …)"
+            f"the checkpoint has {len(betas)} betas and the model {len(shapes)}; they differ in {few}. Give "
+            f"{argument} the settings with which it was made (beta_mode, beta_init, unit, layers …)"
         )
     model.load_state_dict(betas, strict=False)
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..nn.handle import VCLHandle
-from ..nn.parameters import attached_betas, is_beta
+from ..nn.parameters import attached_betas, betas_of, is_beta
 from .driver import Driver, load_betas
 from .schedule import Decay
 
@@ -46,20 +46,22 @@ class VCLCallback(Callback):
             the whole LightningModule.
         example_input: as for :func:`vcl_kernels.attach`. None: ``example_input_array`` of the LightningModule, if it
             has one and is attached as a whole.
-        weight: the largest. None: that of a handle that exists, or 0.01.
+        weight: after the warm-up. None: that of a handle that exists, or 0.01.
         warmup_steps, decay: the weight by steps, as for :func:`vcl_kernels.integrations.weight_at`. A step is one of an
             optimizer; with manual optimization, a batch.
         log: statistics of each layer, any columns of :class:`vcl_kernels.VCLMonitor`. The Trainer's loggers get them as
-            ``vcl_<statistic>/<layer>``, with ``vcl_loss``, the sum of losses over layers and their calls, of the first
-            batch of a step.
+            ``vcl_<statistic>/<layer>``, with ``vcl_loss`` (``vcl_loss/<module>`` where ``module`` is given), the sum of
+            losses over layers and their calls, of the first batch of a step.
         log_every_n_steps: None: the Trainer's. Compiled modules run uncompiled in these steps.
         settings: further arguments of :func:`vcl_kernels.attach`, if VCL is attached here. ``shared_beta`` is True by
             default where beta is fixed, so that ``training_step`` may call a layer any number of times.
 
     A checkpoint's ``state_dict`` is that of the plain module: ``load_from_checkpoint`` needs no VCL. Betas that are
     learned, running or from the example are in the checkpoint's entry of the callback, and come back when ``fit``
-    resumes. A ``fit`` that does not resume starts them anew. (With FSDP they stay in the ``state_dict``. Learned betas
-    of a module that ``configure_model`` shards must be there before: call :func:`vcl_kernels.attach` in it.)
+    resumes. A ``fit`` that does not resume starts them anew. Learned betas are among ``self.parameters()``: in
+    ``configure_optimizers``, :func:`vcl_kernels.param_groups` spares them weight decay. (With FSDP betas stay in the
+    ``state_dict``. Learned betas of a module that ``configure_model`` shards must be there before: call
+    :func:`vcl_kernels.attach` in it.)
 
     Raises:
         TypeError, ValueError: a wrong argument, now. When ``fit`` begins: what ``attach`` raises; a handle of another
@@ -120,9 +122,14 @@ class VCLCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach VCL to layers that were made in ``configure_model``, or find the handle that was made there."""
         if self._driver.model is None:
-            self._attach(trainer, pl_module)
+            handle = self._attach(trainer, pl_module)
+            if self._driver.made and next(handle.parameters(), None) is not None:
+                raise ValueError(
+                    "beta_mode='learned' wants betas before the optimizers are made. Where configure_model makes the "
+                    "layers, call vcl_kernels.attach(…, inject=True) in it, before it shards them"
+                )
 
-    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> VCLHandle:
         example = self._example
         if example is None and self._module is None:
             example = pl_module.example_input_array
@@ -131,14 +138,14 @@ class VCLCallback(Callback):
         self._tell(trainer, pl_module)  # now, too: a tuner takes the callbacks away
         name = next(name for name, part in pl_module.named_modules() if part is handle.model)
         self._place = f"{name}." if name else ""
-        if not self._driver.made:
-            return
-        rank_zero_info(f"{type(self).__name__}: {str(handle).splitlines()[-1]}")
-        if attached_betas(handle.model):
-            _check_averaging(trainer.callbacks, self)
-        if not trainer.strategy.restore_checkpoint_after_setup:  # else the checkpoint may be sharded
-            self._hook = pl_module.register_state_dict_post_hook(_leave_out_betas)
-        self._load_betas()
+        if self._driver.made:
+            rank_zero_info(f"{type(self).__name__}: {str(handle).splitlines()[-1]}")
+            if betas_of(handle.model):
+                _check_averaging(trainer.callbacks, self)
+            if not trainer.strategy.restore_checkpoint_after_setup:  # else the checkpoint may be sharded
+                self._hook = pl_module.register_state_dict_post_hook(_leave_out_betas)
+            self._load_betas()
+        return handle
 
     # Training
 
@@ -205,6 +212,11 @@ class VCLCallback(Callback):
         """Return the betas of the VCL that the callback attached."""
         handle = self.handle
         return {"betas": attached_betas(handle.model) if handle and self._driver.made else self._betas or {}}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint without betas, if there are betas here."""
+        if self.state_key not in checkpoint["callbacks"]:
+            self.load_state_dict({"betas": {}})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the betas of a checkpoint."""

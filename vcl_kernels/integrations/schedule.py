@@ -37,7 +37,7 @@ def weight_at(
 
     Args:
         step: optimizer steps before this one.
-        weight: the largest.
+        weight: after the warm-up.
         warmup_steps: W.
         decay: ``"constant"``, ``"linear"`` or ``"cosine"``.
         total_steps: T, for a decay.

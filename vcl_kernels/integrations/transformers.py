@@ -45,7 +45,7 @@ class VCLTrainer(Trainer):
             - ``example_input``: as for :func:`vcl_kernels.attach`. Default: two samples of ``train_dataset``, made a
               batch by ``data_collator``.
             - ``handle``: that of a model that is attached.
-            - ``weight``: the largest. Default: that of the handle, or 0.01.
+            - ``weight``: after the warm-up. Default: that of the handle, or 0.01.
             - ``warmup_steps``, ``decay``: the weight by optimizer steps, as for
               :func:`vcl_kernels.integrations.weight_at`.
             - ``log``: statistics of each layer, any columns of :class:`vcl_kernels.VCLMonitor`, logged with the
@@ -58,9 +58,9 @@ class VCLTrainer(Trainer):
               default where beta is fixed. A model that has VCL attached already takes none of them.
 
     ``save_model``, the Trainer's checkpoints and ``save_pretrained`` write the plain model: ``from_pretrained`` needs
-    no VCL. Learned betas are not decayed. A checkpoint has betas that are learned, running or from the example in a
-    file of their own, ``vcl_betas.safetensors``, from which ``train(resume_from_checkpoint=…)`` goes on. A ``train``
-    that does not resume starts them anew.
+    no VCL. Learned betas are not decayed. Checkpoints made during training also have betas that are learned, running or
+    from the example, in a file of their own, ``vcl_betas.safetensors``, from which
+    ``train(resume_from_checkpoint=…)`` goes on. A ``train`` that does not resume starts them anew.
 
     Raises:
         TypeError, ValueError: a wrong setting, now. When ``train`` begins: what ``attach`` raises; no example; a handle
@@ -130,7 +130,7 @@ class VCLTrainer(Trainer):
         data = self.train_dataset
         remedy = 'give vcl={"example_input": …}, a batch or a part of one'
         if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
-            raise ValueError(f"train_dataset ({type(data).__name__}) has no samples to spare for an example: {remedy}")
+            raise ValueError(f"train_dataset ({type(data).__name__}) gives no samples for an example: {remedy}")
         collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
         with _random_numbers_kept():
             try:
@@ -189,7 +189,7 @@ class VCLTrainer(Trainer):
     # Checkpoints
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """Save the plain model, and betas in a file of their own."""
+        """Save the plain model, and while it trains also its betas, in a file of their own."""
         super().save_model(output_dir, *args, **kwargs)
         betas = {} if self._vcl.handle is None else attached_betas(self.model)
         if betas and self.args.should_save:
@@ -206,8 +206,8 @@ class VCLTrainer(Trainer):
 
     def _vcl_load(self, checkpoint: str) -> None:
         file = Path(checkpoint, BETAS)
-        if file.exists():
-            load_betas(self.model, safetensors.torch.load_file(file), "vcl=")
+        betas = safetensors.torch.load_file(file) if file.exists() else {}
+        load_betas(self.model, betas, "vcl=")
 
 
 @contextmanager

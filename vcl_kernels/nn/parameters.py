@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from .modules import VCLActivation
 
-__all__ = ["attached_betas", "is_beta", "param_groups", "plain_state_dict"]
+__all__ = ["attached_betas", "betas_of", "is_beta", "param_groups", "plain_state_dict"]
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -55,11 +55,16 @@ def is_beta(name: str) -> bool:
     return re.search(r"(^|\.)vcl\.\d+\.beta$", name) is not None
 
 
-def attached_betas(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of the betas of attach that a state dict has, by their names there. Those without a shape lack."""
+def betas_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the betas of attach that a state dict has, by their names there."""
     state = {
         f"{name}.beta": module.beta
         for name, module in model.named_modules()
-        if isinstance(module, VCLActivation) and module.beta is not None and not is_lazy(module.beta)
+        if isinstance(module, VCLActivation) and module.beta is not None
     }
-    return {name: beta.detach().clone() for name, beta in state.items() if is_beta(name)}
+    return {name: beta for name, beta in state.items() if is_beta(name)}
+
+
+def attached_betas(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of them. Those without a shape yet are left out."""
+    return {name: beta.detach().clone() for name, beta in betas_of(model).items() if not is_lazy(beta)}
