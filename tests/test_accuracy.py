@@ -29,6 +29,7 @@ from benchmarks.accuracy import (
     modes,
     report,
     results,
+    segmentation,
     sensitivity,
     tabular,
 )
@@ -279,6 +280,19 @@ def test_sensitivity_study(tmp_path, monkeypatch):
     assert "| multilayer | K, ratio | 20 | 2 |" in report.render(tmp_path)
 
 
+def test_segmentation_study(tmp_path, monkeypatch):
+    monkeypatch.setattr(segmentation, "EPOCHS", {4: 1})
+    run(tmp_path, "segmentation", "--seeds", 1)
+    rows = results.read("segmentation", tmp_path)
+    assert [row["method"] for row in rows] == list(segmentation.METHODS)
+    assert len({row["iou"] for row in rows}) > 2  # they are different trainings
+    assert "| VCL, channel units |" in report.render(tmp_path)
+    net = segmentation.UNet()
+    segmentation.normalise(net)
+    kinds = [type(layer).__name__ for layer in net.merge1]
+    assert kinds == ["Conv2d", "BatchNorm2d", "ELU", "Conv2d", "BatchNorm2d", "ELU"]
+
+
 def test_a_method_is_compared_under_the_same_training():
     seen = {("n", "method", "none"): {0: 1.0}, ("n", "learning rate 1", "none"): {0: 2.0}}
     assert settings.beside(seen, "n", "learning rate 1", "none") == {0: 2.0}
@@ -346,4 +360,4 @@ def test_the_page_and_its_figures_are_what_the_results_render(tmp_path):
     names = {part.split(")")[0] for part in PAGE.read_text().split("](findings/")[1:]}
     assert names == {path.name for path in (tmp_path / "findings").iterdir()}
     assert all((PAGE.parent / "findings" / name).exists() for name in names)
-    assert report.render(tmp_path / "nothing").count("Not measured yet") == 7
+    assert report.render(tmp_path / "nothing").count("Not measured yet") == 8
