@@ -17,14 +17,14 @@ export LIBRARIES
 
 .venv/ready: pyproject.toml setup.py $(wildcard csrc/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(NEWEST)
-	$(BIN)/pip install -q "setuptools>=77" ninja
-	$(BIN)/pip install -q --no-build-isolation -e ".[demo,test]"
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q --no-compile $(NEWEST)
+	$(BIN)/pip install -q --no-compile "setuptools>=77" ninja
+	$(BIN)/pip install -q --no-compile --no-build-isolation -e ".[demo,test]"
 	touch $@
 
 # What tests/test_libraries.py attaches to: transformers, timm, …
 .venv/libraries: .venv/ready
-	$(BIN)/python -c "$$LIBRARIES" | xargs -d '\n' $(BIN)/pip install -q
+	$(BIN)/python -c "$$LIBRARIES" | xargs -d '\n' $(BIN)/pip install -q --no-compile
 	touch $@
 
 build: .venv/ready

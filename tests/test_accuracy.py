@@ -281,7 +281,9 @@ def test_sensitivity_study(tmp_path, monkeypatch):
 
 
 def test_segmentation_study(tmp_path, monkeypatch):
-    monkeypatch.setattr(segmentation, "EPOCHS", {4: 1})
+    mnist = segmentation.mnist_data()  # a text file, which takes seconds to read
+    monkeypatch.setattr(segmentation, "mnist_data", lambda: mnist)
+    monkeypatch.setattr(segmentation, "EPOCHS", {20: 1})
     run(tmp_path, "segmentation", "--seeds", 1)
     rows = results.read("segmentation", tmp_path)
     assert [row["method"] for row in rows] == list(segmentation.METHODS)
