@@ -334,3 +334,35 @@ def test_a_handle_of_a_wrapper_that_passes_attributes_on_is_removed():
     assert handle.layers == {}
     with pytest.raises(ValueError, match="no VCL attached"):
         vk.handle_of(net)
+
+
+def test_a_handle_that_is_removed_leaves_another_one_alone():
+    net = nn.ModuleDict({"a": nn.Sequential(nn.Linear(4, 8), nn.ELU()), "b": nn.Sequential(nn.Linear(4, 8), nn.ELU())})
+    whole = vk.attach(net, layers=["a.1"])
+    part = vk.attach(net["b"])
+    whole.remove()
+    assert vk.handle_of(net["b"]) is part
+
+
+def test_what_was_remembered_of_the_objective_comes_back():
+    handle = vk.attach(nn.Sequential(nn.Linear(4, 8), nn.ELU()), inject=True, weight=0.3)
+    steps = [4]
+    handle.follow_accumulation(lambda: steps[0])
+    set_back = handle.remember()
+    handle.weight, handle.accumulation, handle.grad_scaler = 0.1, 2, torch.amp.GradScaler("cpu")
+    set_back()
+    steps[0] = 5
+    assert (handle.weight, handle.accumulation, handle.grad_scaler) == (0.3, 5, None)
+
+
+def test_a_step_of_another_model_leaves_the_losses_alone():
+    net, other = nn.Sequential(nn.Linear(4, 8), nn.ELU(), nn.Linear(8, 2)), nn.Linear(2, 2)
+    handle = vk.attach(net, inject=True, shared_beta=True)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    net[1](net[0](torch.randn(10, 4)))
+    (before,) = handle.losses.values()
+    other(torch.randn(2, 2)).sum().backward()
+    optimizer.step()
+    net[1](net[0](torch.randn(10, 4)))  # adds to the first call: no step of this model came between
+    (after,) = handle.losses.values()
+    assert after > before

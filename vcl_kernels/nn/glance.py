@@ -34,7 +34,7 @@ class Glance:
 
     def begin(self, handle: VCLHandle) -> None:
         """Hook the layers of ``handle``. While a CUDA graph is captured nothing is recorded."""
-        self.end()
+        self.cancel()
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return
         layers = {
@@ -48,13 +48,22 @@ class Glance:
         self._look.begin(layers, nn.Module())
 
     def end(self) -> list[dict[str, Any]]:
-        """Take the hooks back, and fetch what was recorded: a row for each call of a layer, as the monitor's."""
+        """Remove the hooks, and fetch what was recorded: a row for each call of a layer, as the monitor's."""
         if self._look is None:
             return []
-        self._hooks.remove()
-        self._look.end()
-        self._look = None
+        self._stop()
         rows = self._rows.flush()
         self._rows.fetched.clear()
         self._report.raise_untold()
         return rows
+
+    def cancel(self) -> None:
+        """Remove the hooks, and forget what was recorded: the step was not finished."""
+        self._stop()
+        self._rows.waiting.clear()
+
+    def _stop(self) -> None:
+        self._hooks.remove()
+        if self._look is not None:
+            self._look.end()
+        self._look = None

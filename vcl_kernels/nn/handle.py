@@ -52,7 +52,6 @@ class VCLHandle:
             *undo,
             before.remove,
             after.remove,
-            partial(_forget, model),
         ]
         follow(self)
 
@@ -93,8 +92,8 @@ class VCLHandle:
 
     def optimizer_stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """Note a step of any optimizer: one of this model is to move betas. PyTorch calls it."""
-        self._watch.step(optimizer, self, self._steering, self._ran)
-        if self._steering.inject:  # nobody reads the loss: without this, calls of parts would add up over steps
+        of_model = self._watch.step(optimizer, self, self._steering, self._ran)
+        if of_model and self._steering.inject:  # nobody reads the loss: else calls of parts would add up over steps
             self._end_reading()
             self._steering.was_read = True
 
@@ -197,6 +196,12 @@ class VCLHandle:
     def grad_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
         self._steering.grad_scaler = scaler
 
+    def remember(self) -> Callable[[], None]:
+        """Return a function that sets weight, accumulation and scaler back to what they are now."""
+        told = vars(self._steering)
+        before = {n: told[n] for n in ("weight", "_accumulation", "follows", "_grad_scaler", "grad_scaler_told")}
+        return partial(told.update, before)
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Run the model without VCL, also in training: for a generator's step, a warm-up, one of two forwards.
@@ -230,6 +235,9 @@ class VCLHandle:
         """Restore the model: no hooks, no betas, its own forwards, in place again where it was."""
         for undo in self._undo:
             undo()
+        for module in self.model.modules():  # a wrapper may have passed the attribute on to what is in it
+            if vars(module).get("vcl_handle") is self:
+                del module.vcl_handle
         self._calls, self._undo, self.layers, self._rows = {}, [], {}, []
         unfollow(self)
 
@@ -252,12 +260,6 @@ def _with_betas(output: Any, betas: list[nn.Parameter]) -> Any:
         return tensor + 0 * sums.sum()
 
     return map_tensors(added, output) if betas else None
-
-
-def _forget(model: nn.Module) -> None:
-    """Take away the attribute, also where a wrapper passed it on to the module inside of it."""
-    for module in model.modules():
-        vars(module).pop("vcl_handle", None)
 
 
 def handle_of(model: nn.Module) -> VCLHandle:

@@ -146,5 +146,5 @@ class Steering:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one step or one training loop: a copy can be made at any time."""
         new = Steering(self.inject)
-        kept = ("attached", "first_weight", "weight", "_accumulation")
-        return {**new.__dict__, **{name: self.__dict__[name] for name in kept}}
+        kept = ("attached", "first_weight", "weight")
+        return {**new.__dict__, **{name: self.__dict__[name] for name in kept}, "_accumulation": self.accumulation}

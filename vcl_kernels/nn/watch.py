@@ -106,13 +106,20 @@ class Watch:
 
     # Steps of optimizers
 
-    def step(self, optimizer: Optimizer, handle: Any, steering: Steering, ran: Callable[[], Any]) -> None:
-        """Note that ``optimizer`` made a step. Look at betas until one was seen to have a gradient in a step."""
+    def step(self, optimizer: Optimizer, handle: Any, steering: Steering, ran: Callable[[], Any]) -> bool:
+        """Note that ``optimizer`` made a step; return whether it holds parameters of the model.
+
+        Betas are looked at until one was seen to have a gradient in a step.
+        """
         held = self._held(optimizer, handle)
         if any(beta.grad is not None for beta in held.betas):
             self.betas_move = True
         if not held.others:
-            return
+            return len(held.betas) > 0
+        self._step_of_model(optimizer, held, handle, steering, ran)
+        return True
+
+    def _step_of_model(self, optimizer: Optimizer, held: Held, handle: Any, steering: Steering, ran: Any) -> None:
         self.steps += 1
         steering.forwards.ran_again = True  # what ran before a step is not run again
         if steering.inject and not steering.grad_scaler_told and "scaler" not in steering.said:
