@@ -1,5 +1,4 @@
-"""VCL in the Trainer of transformers: a small vision transformer learns handwritten digits. VCLTrainer is in
-its place.
+"""VCL in the Trainer of transformers: VCLTrainer replaces it. A small vision transformer learns digits.
 
 Run: python examples/transformers_trainer.py
 """

@@ -339,12 +339,24 @@ def test_layers_that_are_made_late_are_found(module, callback, trainer):
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_module_is_trained_and_logged(module, callback, trainer, logger):
-    model = module()
-    before, data = copy.deepcopy(model.net), batches(1)
-    compiled = torch.compile(model, backend="eager")
-    trainer(callback(weight=WEIGHT), logger=logger, log_every_n_steps=1).fit(compiled, loader(data))
-    assert_same(step(before, model.net), gradients(before, data))
-    assert any("vcl_loss/net.1" in metrics for _, metrics in logger.kept)
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = module(rate=0.5)
+    before, data = copy.deepcopy(model.net), batches(2)
+    trainer(callback(weight=WEIGHT), logger=logger, log_every_n_steps=2).fit(
+        torch.compile(model, backend=backend), loader(data)
+    )
+    for batch in data:  # the first step is compiled, the second is measured
+        found = gradients(before, [batch])
+        for name, p in before.named_parameters():
+            p.data -= 0.5 * found[name]
+    assert_same(dict(model.net.named_parameters()), dict(before.named_parameters()))
+    assert graphs
+    assert [step for step, metrics in logger.kept if "vcl_loss/net.1" in metrics] == [1]
 
 
 @pytest.mark.parametrize(
@@ -462,6 +474,46 @@ def test_a_handle_is_as_it_was_after_fit(module, callback, trainer, logger):
     trainer(callback(handle, decay="linear"), logger=logger, log_every_n_steps=1).fit(model, loader(batches(2)))
     assert (handle.weight, handle.accumulation) == (0.3, 4)
     assert any("vcl_loss/net.1" in metrics for _, metrics in logger.kept)
+
+
+def test_betas_of_another_handle_stay_in_the_checkpoint(module, callback, trainer, tmp_path):
+    class Both(module):
+        def training_step(self, batch, _index):
+            return task(self.net["a"], batch) + task(self.net["b"], batch)
+
+    model, example = Both(nn.ModuleDict({"a": network(), "b": network()})), batches(1)[0][0]
+    handle = vk.attach(model.net["b"], example, beta_mode="learned", inject=True)
+    of_a = callback(module="net.a", beta_mode="learned", example_input=example)
+    loop = trainer(of_a, callback(handle))
+    loop.fit(model, loader(batches(1)))
+    loop.save_checkpoint(tmp_path / "both.ckpt")
+    saved = torch.load(tmp_path / "both.ckpt", weights_only=False)
+    names = [name for name in saved["state_dict"] if name.endswith(".beta")]
+    assert names == [f"net.b.{i}.vcl.0.beta" for i in (1, 4, 6)]
+    assert list(of_a.state_dict()["betas"]) == [f"{i}.vcl.0.beta" for i in (1, 4, 6)]
+
+
+def test_a_paused_forward_after_the_step_leaves_the_log_alone(module, callback, trainer, logger):
+    class Adversarial(module):
+        automatic_optimization = False
+
+        def training_step(self, batch, _index):
+            self.manual_backward(task(self, batch))
+            self.optimizers().step()
+            with vcl.handle.paused():
+                task(self, batch)
+
+    vcl = callback(weight=WEIGHT)
+    trainer(vcl, logger=logger, log_every_n_steps=1).fit(Adversarial(), loader(batches(2)))
+    assert [metrics["vcl_loss"] > 0 for _, metrics in logger.kept if "vcl_loss" in metrics] == [True, True]
+
+
+def test_deepspeed_is_refused(module, callback, trainer, lightning):
+    class DeepSpeedLike(lightning.pytorch.strategies.SingleDeviceStrategy):
+        pass
+
+    with pytest.raises(ValueError, match="VCLCallback does not work with DeepSpeed"):
+        trainer(callback(), strategy=DeepSpeedLike(torch.device("cpu"))).fit(module(), loader(batches(1)))
 
 
 def test_several_handles_want_a_callback_each(module, callback, trainer):

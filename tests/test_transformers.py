@@ -435,10 +435,55 @@ def test_the_example_uses_up_no_random_numbers(bert, trainer):
 def test_a_compiled_model_is_trained_and_logged(bert, trainer):
     before, data = copy.deepcopy(bert), samples(ROWS)
     compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
-    loop = trainer(bert, data, logging_strategy="steps", logging_steps=1, **compiled)
+    loop = trainer(bert, data * 2, logging_strategy="steps", logging_steps=2, learning_rate=0.0, **compiled)
     loop.train()
-    assert_same(step(before, bert), gradients(before, batched(data), task))
-    assert any("vcl_loss" in entry for entry in loop.state.log_history)
+    for found in loop.gradients:  # the first step is compiled, the second is measured
+        assert_same(found, gradients(before, batched(data), task))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # noqa: SLF001
+    assert [entry["step"] for entry in loop.state.log_history if "vcl_loss" in entry] == [2]
+
+
+def test_memory_that_is_too_small_for_a_batch_is_told_once(bert, trainer):
+    before, data, failed = copy.deepcopy(bert), samples(2 * ROWS), []
+    loop = trainer(bert, data, per_device_train_batch_size=2 * ROWS, auto_find_batch_size=True, max_steps=1)
+    compute = loop.compute_loss
+
+    def compute_loss(*args, **kwargs):
+        if not failed:
+            failed.append(True)
+            raise RuntimeError("CUDA out of memory.")
+        return compute(*args, **kwargs)
+
+    loop.compute_loss = compute_loss
+    loop.train()
+    rows = loop._train_batch_size  # noqa: SLF001
+    assert ROWS <= rows < 2 * ROWS
+    first = {key: torch.stack([sample[key] for sample in data[:rows]]) for key in data[0]}
+    assert_same(loop.gradients[0], gradients(before, [first], task))
+    assert not any(isinstance(module, vk.VCLActivation) for module in bert.modules())
+
+
+def test_the_best_model_has_its_betas(bert, trainer):
+    data, values, seen = samples(3 * ROWS), iter([0.0, 1.0, 2.0]), []
+    handle = vk.attach(bert, batched(data)[0], weight=WEIGHT, beta_mode="learned", inject=True)
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "falls", "greater_is_better": False}
+    steps = {f"{what}_strategy": "steps" for what in ("eval", "save")} | {"eval_steps": 1, "save_steps": 1}
+
+    def metrics(_prediction):
+        seen.append({name: beta.clone() for name, beta in attached_betas(bert).items()})
+        return {"falls": next(values)}
+
+    options = {"eval_dataset": data[:ROWS], "compute_metrics": metrics}
+    trainer(bert, data, handle, options=options, **best, **steps).train()
+    torch.testing.assert_close(attached_betas(bert), seen[0], rtol=0, atol=0)
+    assert not torch.equal(*(next(iter(betas.values())) for betas in (seen[0], seen[2])))
+
+
+def test_deepspeed_in_float16_is_refused(bert, trainer):
+    loop = trainer(bert, samples(ROWS))
+    loop.is_deepspeed_enabled, loop.args.fp16 = True, True
+    with pytest.raises(ValueError, match="VCLTrainer does not work with DeepSpeed in float16"):
+        loop._vcl_attach(bert)  # noqa: SLF001
 
 
 def test_the_example_learns(transformers, tmp_path):

@@ -24,6 +24,7 @@ from examples.segmentation import DIGIT, UNet, canvases, mean_iou
 
 from . import results
 from .comparisons import Comparison, judge, paired
+from .options import SEEDS
 from .work import Record, do
 
 METHODS: dict[str, dict[str, Any] | None] = {
@@ -39,7 +40,8 @@ TESTED = 200  # images
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Do the study; write ``segmentation``."""
-    settings = {"images": 100 if options.quick else 2000, "seeds": options.seeds or (2 if options.quick else 5)}
+    images, seeds = (100, 2) if options.quick else (2000, SEEDS["segmentation"])
+    settings = {"images": images, "seeds": options.seeds or seeds}
     units = [
         {"method": method, "batch_size": size, "epochs": 1 if options.quick else epochs, "seed": seed, **settings}
         for seed in range(settings["seeds"])

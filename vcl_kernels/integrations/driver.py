@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import Any
 from weakref import WeakSet
@@ -75,7 +75,7 @@ class Driver:
         self.model: nn.Module | None = None  # that is trained, from attach to detach
         self.weight, self.warmup_steps, self.decay = weight, warmup_steps, decay
         self.largest = 0.0  # of the handle's weight, during the training
-        self.before: tuple[float, int, Any] = (0.0, 1, None)  # weight, accumulation and scaler of the handle
+        self._set_back: Callable[[], None] | None = None  # the handle's weight, accumulation and scaler
         self.log, self.log_every_n_steps, self.settings = tuple(log), log_every_n_steps, settings
         self._glance = Glance()
         self._measured = -1  # the latest step that was
@@ -123,7 +123,7 @@ class Driver:
             handle = attach(model, _moved(example_input, model), **settings)
             _made.add(handle)
         self.model, self.handle, self.made, self._measured = model, handle, made, -1
-        self.before = (handle.weight, handle.accumulation, handle.grad_scaler)
+        self._set_back = handle.remember()
         self.largest = handle.weight = handle.weight if self.weight is None else self.weight
         return handle
 
@@ -142,31 +142,38 @@ class Driver:
         return (step + 1) % (self.log_every_n_steps or every) == 0
 
     def end(self, place: str = "") -> dict[str, float]:
-        """End it. Return what is to be logged, if it was measured; ``place`` stands before the names of layers."""
+        """End the step. Return what is to be logged, if it was measured; ``place`` comes before layers' names."""
         rows = self._glance.end()
         if not rows or self.handle is None:
             return {}
-        # The handle has those of layers under reentrant checkpointing, too, which are computed in the backward pass
-        losses = self.handle.losses
-        values = torch.stack([loss.to("cpu", torch.float64) for loss in losses.values()]).tolist() if losses else []
-        metrics = {"vcl_loss": math.fsum(values)}
+        losses = {row["layer"]: row["loss"] for row in rows if not math.isnan(row["loss"])}
+        # Layers under reentrant checkpointing have their loss in the backward pass, when nothing is measured
+        found = {name.partition(":")[0] for name in losses}
+        late = {name: loss for name, loss in self.handle.losses.items() if name.partition(":")[0] not in found}
+        if late:
+            values = torch.stack([loss.to("cpu", torch.float64) for loss in late.values()]).tolist()
+            losses |= dict(zip(late, values, strict=True))
+        metrics = {"vcl_loss": math.fsum(losses.values())}
         for name in self.log:
-            found = zip(losses, values, strict=True) if name == "loss" else ((row["layer"], row[name]) for row in rows)
-            metrics |= {f"vcl_{name}/{place}{layer}": value for layer, value in found if not math.isnan(value)}
+            of = losses if name == "loss" else {row["layer"]: row[name] for row in rows}
+            metrics |= {f"vcl_{name}/{place}{layer}": value for layer, value in of.items() if not math.isnan(value)}
         return metrics
 
+    def cancel(self) -> None:
+        """End a step that failed or was left out."""
+        self._glance.cancel()
+
     def detach(self) -> None:
-        """End what an error left, and the training: a handle that was made here is removed."""
-        self._glance.end()
+        """End the training: a handle that was made here is removed, another one is as it was."""
+        self.cancel()
         handle = self.handle
         if self.model is not None and handle is not None:
-            handle.weight, accumulation, scaler = self.before
-            if handle.inject:
-                handle.accumulation, handle.grad_scaler = accumulation, scaler
+            if self._set_back is not None:
+                self._set_back()
             if self.made:
                 _made.discard(handle)
                 handle.remove()
-        self.handle, self.model, self.made = self.given, None, False
+        self.handle, self.model, self.made, self._set_back = self.given, None, False, None
 
 
 def _handle_of(module: nn.Module) -> VCLHandle | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -56,12 +57,12 @@ class VCLCallback(Callback):
         settings: further arguments of :func:`vcl_kernels.attach`, if VCL is attached here. ``shared_beta`` is True by
             default where beta is fixed, so that ``training_step`` may call a layer any number of times.
 
-    A checkpoint's ``state_dict`` is that of the plain module: ``load_from_checkpoint`` needs no VCL. Betas that are
-    learned, running or from the example are in the checkpoint's entry of the callback, and come back when ``fit``
-    resumes. A ``fit`` that does not resume starts them anew. Learned betas are among ``self.parameters()``: in
-    ``configure_optimizers``, :func:`vcl_kernels.param_groups` spares them weight decay. (With FSDP betas stay in the
-    ``state_dict``. Learned betas of a module that ``configure_model`` shards must be there before: call
-    :func:`vcl_kernels.attach` in it.)
+    If VCL is attached here, a checkpoint's ``state_dict`` is that of the plain module: ``load_from_checkpoint`` needs
+    no VCL. Betas that are learned, running or from the example are in the checkpoint's entry of the callback, and come
+    back when ``fit`` resumes. A ``fit`` that does not resume starts them anew. (With FSDP they stay in the
+    ``state_dict``.) Learned betas are among ``self.parameters()``: in ``configure_optimizers``,
+    :func:`vcl_kernels.param_groups` spares them weight decay. Those of a module that ``configure_model`` shards must be
+    there before: call :func:`vcl_kernels.attach` in it.
 
     Raises:
         TypeError, ValueError: a wrong argument, now. When ``fit`` begins: what ``attach`` raises; a handle of another
@@ -143,7 +144,7 @@ class VCLCallback(Callback):
             if betas_of(handle.model):
                 _check_averaging(trainer.callbacks, self)
             if not trainer.strategy.restore_checkpoint_after_setup:  # else the checkpoint may be sharded
-                self._hook = pl_module.register_state_dict_post_hook(_leave_out_betas)
+                self._hook = pl_module.register_state_dict_post_hook(partial(_leave_out_betas, self._place))
             self._load_betas()
         return handle
 
@@ -177,6 +178,10 @@ class VCLCallback(Callback):
             metrics[f"vcl_loss/{self._module}"] = metrics.pop("vcl_loss")
         for logger in trainer.loggers if metrics else ():
             logger.log_metrics(metrics, step=self._step)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End a batch that another callback left out."""
+        self._driver.cancel()
 
     def _tell(self, trainer: Trainer, pl_module: LightningModule) -> None:
         handle = self.handle
@@ -238,7 +243,7 @@ def _check_averaging(callbacks: Sequence[Any], callback: VCLCallback) -> None:
         )
 
 
-def _leave_out_betas(_module: nn.Module, state: dict[str, Any], _prefix: str, _metadata: Mapping[str, Any]) -> None:
-    """Leave the betas out of a ``state_dict``, as a hook of it."""
-    for name in [name for name in state if is_beta(name)]:
+def _leave_out_betas(place: str, _module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """Leave the betas of the part at ``place`` out of a ``state_dict``, as a hook of it."""
+    for name in [name for name in state if name.startswith(prefix + place) and is_beta(name)]:
         del state[name]

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from ..nn.handle import VCLHandle
-from ..nn.parameters import attached_betas, plain_state_dict
+from ..nn.parameters import attached_betas, betas_of, plain_state_dict
 from .driver import Driver, load_betas
 
 __all__ = ["VCLTrainer"]
@@ -60,7 +60,8 @@ class VCLTrainer(Trainer):
     ``save_model``, the Trainer's checkpoints and ``save_pretrained`` write the plain model: ``from_pretrained`` needs
     no VCL. Learned betas are not decayed. Checkpoints made during training also have betas that are learned, running or
     from the example, in a file of their own, ``vcl_betas.safetensors``, from which
-    ``train(resume_from_checkpoint=…)`` goes on. A ``train`` that does not resume starts them anew.
+    ``train(resume_from_checkpoint=…)`` goes on. A ``train`` that does not resume starts them anew. (A handle of your
+    own stays attached, so that ``save_pretrained`` before and after ``train`` writes its betas with the model.)
 
     Raises:
         TypeError, ValueError: a wrong setting, now. When ``train`` begins: what ``attach`` raises; no example; a handle
@@ -160,9 +161,12 @@ class VCLTrainer(Trainer):
             step = self.state.global_step
             self._vcl.begin(step, total_steps=self.state.max_steps, measure=self._vcl_is_due(step))
         try:
-            return super().training_step(model, *args, **kwargs)
-        finally:
-            self._vcl_metrics = self._vcl.end() or self._vcl_metrics
+            loss = super().training_step(model, *args, **kwargs)
+        except BaseException:
+            self._vcl.cancel()
+            raise
+        self._vcl_metrics = self._vcl.end() or self._vcl_metrics
+        return loss
 
     def _vcl_is_due(self, step: int) -> bool:
         strategy, epoch = self.args.logging_strategy, int((self.state.epoch or 0) + 1e-6)
@@ -189,14 +193,14 @@ class VCLTrainer(Trainer):
     # Checkpoints
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """Save the plain model, and while it trains also its betas, in a file of their own."""
+        """Save the plain model, and the betas that it has in a file of their own."""
         super().save_model(output_dir, *args, **kwargs)
-        betas = {} if self._vcl.handle is None else attached_betas(self.model)
+        betas = attached_betas(self.model)
         if betas and self.args.should_save:
             safetensors.torch.save_file(betas, Path(output_dir or self.args.output_dir, BETAS))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self._vcl.handle is not None:
+        if betas_of(self.model):
             state_dict = plain_state_dict(self.model.state_dict() if state_dict is None else state_dict)
         super()._save(output_dir, state_dict)
 
