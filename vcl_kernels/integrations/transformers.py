@@ -1,4 +1,4 @@
-"""VCL in the Trainer of transformers: :class:`VCLTrainer` in its place."""
+"""A Trainer of transformers with VCL: :class:`VCLTrainer`."""
 
 from __future__ import annotations
 
