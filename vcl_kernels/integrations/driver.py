@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from ..checks import check_choice, check_count
 from ..nn.attach import attach
 from ..nn.glance import Glance
-from ..nn.handle import VCLHandle
+from ..nn.handle import VCLHandle, handles_in
 from ..nn.parameters import betas_of
 from ..nn.rows import STATISTICS
 from ..torch_private import map_tensors
@@ -87,10 +87,10 @@ class Driver:
             ValueError: the handle is of another model, or was removed; the model has several; it has one, and there
                 are settings for another.
         """
-        handles = {id(handle): handle for handle in map(_handle_of, model.modules()) if handle is not None}
+        handles = handles_in(model)
         name = type(model).__name__
         if self.given is not None:
-            if id(self.given) not in handles:
+            if self.given not in handles:
                 raise ValueError(
                     f"handle must be of the model that is trained or a part of it ({name}); it was removed, or is of "
                     f"another model ({type(self.given.model).__name__})"
@@ -101,7 +101,7 @@ class Driver:
                 f"{len(handles)} parts of the model ({name}) have VCL attached, each with a handle of its own. Give "
                 "each of them, with handle="
             )
-        found = next(iter(handles.values()), None)
+        found = handles[0] if handles else None
         if found is not None and (self.settings or found in _made):
             why = "by another trainer or callback" if found in _made else f"without {', '.join(self.settings)}"
             raise ValueError(
@@ -174,11 +174,6 @@ class Driver:
                 _made.discard(handle)
                 handle.remove()
         self.handle, self.model, self.made, self._set_back = self.given, None, False, None
-
-
-def _handle_of(module: nn.Module) -> VCLHandle | None:
-    handle = getattr(module, "vcl_handle", None)
-    return handle if isinstance(handle, VCLHandle) else None
 
 
 def load_betas(model: nn.Module, betas: dict[str, Tensor], argument: str) -> None:

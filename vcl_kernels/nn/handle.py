@@ -19,7 +19,7 @@ from .steering import Steering
 from .table import Row, summary, table
 from .watch import Watch, follow, unfollow
 
-__all__ = ["VCLHandle", "handle_of"]
+__all__ = ["VCLHandle", "handle_of", "handles_in"]
 
 
 class VCLHandle:
@@ -275,8 +275,13 @@ def handle_of(model: nn.Module) -> VCLHandle:
     >>> handle_of(net) is handle, handle_of(copy.deepcopy(net)) is handle
     (True, False)
     """
-    for module in model.modules():
-        handle = getattr(module, "vcl_handle", None)
-        if isinstance(handle, VCLHandle):
-            return handle
-    raise ValueError(f"model ({type(model).__name__}) has no VCL attached; call vcl_kernels.attach(model, …) first")
+    handles = handles_in(model)
+    if not handles:
+        raise ValueError(f"model ({type(model).__name__}) has no VCL attached; call vcl_kernels.attach(model, …) first")
+    return handles[0]
+
+
+def handles_in(model: nn.Module) -> list[VCLHandle]:
+    """Return the handles of ``model`` and its parts, each once."""
+    found = (getattr(module, "vcl_handle", None) for module in model.modules())
+    return list(dict.fromkeys(handle for handle in found if isinstance(handle, VCLHandle)))
