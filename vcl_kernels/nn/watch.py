@@ -191,12 +191,12 @@ def _parameters_of(optimizer: Optimizer) -> set[int]:
 def _held_elsewhere(handle: Any) -> bool:
     """Whether any optimizer of this process holds a beta: one that steps less often. Asked once."""
     betas = {id(beta) for beta in handle.parameters()}
-    return any(not betas.isdisjoint(_parameters_of(optimizer)) for optimizer in _living(Optimizer))
+    return any(not betas.isdisjoint(_parameters_of(optimizer)) for optimizer in _living_optimizers())
 
 
-def _living(kind: type) -> Iterator[Any]:
-    """Yield the objects of ``kind`` and its subclasses in this process."""
-    kinds = [kind]
+def _living_optimizers() -> Iterator[Optimizer]:
+    """Yield the optimizers of this process."""
+    kinds: list[type] = [Optimizer]
     for known in kinds:
         kinds += known.__subclasses__()
     return (found for found in gc.get_referrers(*kinds) if type(found) in kinds)
